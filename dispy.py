@@ -287,9 +287,9 @@ for _name in ('DEBUG', 'INFO', 'WARN', 'WARNING', 'ERROR', 'CRITICAL', 'FATAL'):
 
 
 class LazyPattern:
-    """A regular expression that is compiled when it is used first: most programs need none of
-    those here, and `import dispy` would have to compile all. The attributes are those of a compiled
-    one."""
+    """A regular expression that is compiled when it is first used: most programs need none of the
+    expressions here, and `import dispy` would have to compile all of them. Its attributes are those
+    of a compiled expression."""
 
     def __init__(self, text: Any, flags: int = 0) -> None:
         self._text = text
@@ -302,9 +302,10 @@ class LazyPattern:
 
 
 class LogToStderr(logging.Handler):
-    """Shows messages of dispy.logger from its level up, also those of the program itself, while
-    nobody has configured logging, as dispy 4 did. `logging` alone would show only warnings. What
-    happens in each program that goes well is shown at levels below INFO."""
+    """A handler that shows messages of dispy.logger from its level up, including those of the
+    program itself, as long as the program has not configured logging, as dispy 4 did. `logging`
+    alone would show only warnings. Messages that every successful program causes have levels below
+    INFO."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -350,9 +351,9 @@ def level_of(loglevel: Any) -> int:
 
 
 def set_log_level(level: int) -> None:
-    """Set the level of the logger, as a cluster with this `loglevel` is made. INFO, the default,
-    leaves a level that the program itself has set, by `dispy.logger.setLevel()` or by its
-    configuration of `logging`."""
+    """Set the level of the logger to the `loglevel` of a cluster that is being created. INFO, the
+    default, leaves a level unchanged that the program itself has set, by `dispy.logger.setLevel()`
+    or by its configuration of `logging`."""
     global _own_level
     if level != logging.INFO or logger.level == _own_level:
         _own_level = level
@@ -360,7 +361,8 @@ def set_log_level(level: int) -> None:
 
 
 class NothingToRecover(DispyError, FileNotFoundError):
-    """`recover_jobs()` without a file has found nothing that this script has left."""
+    """`recover_jobs()` was called without a file, and has found no jobs that this script has
+    left."""
 
 
 class NoNodes(DispyError):
@@ -372,16 +374,16 @@ class NoNodes(DispyError):
 # --------------------------------------------------------------------------------------------------
 
 class JobsAssigned(NamedTuple):
-    """Scheduler: these jobs are on a node now (address, port, name), begun or not, or wait again
-    (empty)."""
+    """A scheduler says that these jobs are on a node now (address, port, name), whether they have
+    begun or not, or that they wait again (empty)."""
     comp: str
     node: tuple
     serials: list
 
 
 class NodeChanged(NamedTuple):
-    """Scheduler: a node has become ready (status 2) or is not any more (3); `node` is a row of
-    `NodeQueries.rows_of`."""
+    """A scheduler says that a node has become ready (status 2) or is not ready any more (3); `node`
+    is a row of `NodeQueries.rows_of`."""
     comp: str
     status: int
     node: tuple
@@ -405,22 +407,22 @@ OF_NODES = frozenset(op for op in MESSAGES if op >= 32)
 # --------------------------------------------------------------------------------------------------
 
 class JobFailed(DispyError):
-    """A job did not finish; the text is its `exception`. Raised by `map` and the executor where the
-    job's own exception object is not to be had."""
+    """A job did not finish; the text is its `exception`. `map` and the executor raise this if the
+    exception object of the job is not available."""
 
 
 class WorkerLost(JobFailed, BrokenProcessPool):
-    """What ran a job is lost: its worker process was killed or ended itself, its node is lost, or
-    what was sent or came back could not be opened. The others go on, and so does an executor,
-    unlike one of the standard library, whose exception this is as well."""
+    """The process that ran a job is lost: its worker was killed or ended itself, its node is lost,
+    or the arguments or the result could not be opened. Other jobs go on, and so does an executor,
+    unlike one of the standard library, whose exception is a base class of this one."""
 
 
 class RemoteTraceback(DispyError):
-    """The cause of an exception that a job raised: where it did, on the node."""
+    """The cause of an exception that a job raised: it shows the traceback on the node."""
 
     @property
     def tb(self) -> str:
-        """The traceback, by the name that it has in the standard library."""
+        """The text of the traceback; the standard library uses this name."""
         return str(self.args[0])
 
     def __str__(self) -> str:
@@ -428,7 +430,8 @@ class RemoteTraceback(DispyError):
 
 
 def error_of(job: 'DispyJob') -> BaseException:
-    """The exception to raise for a job that failed, with the node's traceback as its cause."""
+    """Return the exception that is to be raised for a job that failed, with the node's traceback as
+    its cause."""
     if job.error is None:
         told = job.status == JobState.CANCELLED or job.outcome in _OUTCOMES_TOLD
         return (JobFailed if told else WorkerLost)(job.exception)
@@ -437,7 +440,7 @@ def error_of(job: 'DispyJob') -> BaseException:
 
 
 def exit_error(job: 'DispyJob') -> subprocess.CalledProcessError:
-    """The exception for a program that has ended with an exit status other than 0."""
+    """Return the exception for a program that has ended with an exit status other than 0."""
     names = []
     for cluster in list(_clusters):
         if core_of(cluster).comp == job.comp:
@@ -455,7 +458,7 @@ _OUTCOMES_TOLD = frozenset((Outcome.RAISED, Outcome.TIMED_OUT))
 
 
 def result_of(job: 'DispyJob') -> Any:
-    """Wait; return the job's result or raise for it."""
+    """Wait for a job and return its result, or raise the exception for it."""
     result = job()
     if job.status != JobState.FINISHED:
         raise error_of(job)
@@ -465,10 +468,10 @@ def result_of(job: 'DispyJob') -> Any:
 def in_slices(wait: Callable[[float], Any],
               timeout: Optional[float],
               clock: Callable[[], float] = time.monotonic) -> Any:
-    """Call `wait(seconds)` again and again until what it returns is true or `timeout` seconds
-    of `clock` have passed (None: without limit), and return what it returned last. No call waits
-    longer than FOREVER, since on Windows Ctrl-C does not end a wait. All waits of the user's
-    threads go through here. Any thread."""
+    """Call `wait(seconds)` repeatedly until it returns a true value or `timeout` seconds of `clock`
+    have passed (None: no limit), and return what it returned last. No single call waits longer than
+    FOREVER, since Ctrl-C does not end a wait on Windows. All waits in threads of the user use this
+    function. Any thread."""
     if timeout is None:
         until = None
     else:
@@ -488,7 +491,7 @@ def in_slices(wait: Callable[[float], Any],
 
 
 def next_of(ended: 'queue.SimpleQueue[Any]', timeout: Optional[float] = None) -> Any:
-    """The next item of a queue. Raises queue.Empty after `timeout` seconds (None: waits without
+    """Return the next item of a queue. Raises queue.Empty after `timeout` seconds (None: no
     limit)."""
     def get(seconds: float) -> Tuple[Any, ...]:
         with contextlib.suppress(queue.Empty):
@@ -501,14 +504,15 @@ def next_of(ended: 'queue.SimpleQueue[Any]', timeout: Optional[float] = None) ->
 
 
 def answer_of(future: 'concurrent.futures.Future[Any]', timeout: Optional[float]) -> Any:
-    """The future's result, or what it raises; concurrent.futures.TimeoutError after `timeout`
-    seconds (None: waits without limit)."""
+    """Return the result of a future, or raise its exception. Raises concurrent.futures.TimeoutError
+    after `timeout` seconds (None: no limit)."""
     in_slices(lambda seconds: concurrent.futures.wait([future], seconds).done, timeout)
     return future.result(0)
 
 
 class JobState(enum.IntEnum):
-    """Where a job is. The first seven are what DispyJob.status shows; the numbers are dispy 4's."""
+    """The state of a job. The first seven are those that DispyJob.status has; their numbers are
+    those of dispy 4."""
     CREATED = 5
     RUNNING = 6
     PROVISIONAL = 7
@@ -557,8 +561,8 @@ FAILED = frozenset((JobState.TERMINATED, JobState.ABANDONED))
 
 
 class ScheduledJob:
-    """What the Schedule knows of a job. These attributes are for this package: who uses a job reads
-    those that DispyJob names."""
+    """What the Schedule knows of a job. These attributes are for this package only; programs use
+    those that DispyJob documents."""
     __slots__ = ('state', 'comp', 'payload', 'options', 'serial', 'lost_with')
 
     def __init__(self, comp: str, payload: Any, options: Optional[dict] = None) -> None:
@@ -575,23 +579,26 @@ _own_numbers = itertools.count(1)
 
 
 def of_kind(cls: Any, item: Any, /) -> Any:
-    """`DispyJob[int]`, as annotations have it: here it is the class, and type checkers, which read
-    dispy.pyi, tell its kinds apart. A types.GenericAlias would be none in Python 3.8, and
-    JobCluster[[int], str] could not stand in Optional[...] before Python 3.11."""
+    """Return the class for `DispyJob[int]`, as annotations have it: it is the class itself, and
+    type checkers, which read dispy.pyi, distinguish its kinds. A types.GenericAlias does not exist
+    in Python 3.8, and JobCluster[[int], str] could not be used in Optional[...] before Python
+    3.11."""
     return cls
 
 
 def packed_plain(args: tuple, kwargs: dict) -> bytes:
-    """Arguments of a job that belongs to no cluster. Raises what pickling raises."""
+    """Return the packed arguments of a job that belongs to no cluster. Raises what pickling
+    raises."""
     return in_one_piece(dumps((args, kwargs)).payload)
 
 
 class ProgramJob(ScheduledJob):
-    """What this package knows of a job of the program, beside what its user reads: see DispyJob.
+    """What this package knows of a job of the program, besides the attributes for the user: see
+    DispyJob.
 
     failure - why it has failed, with what is needed to explain it; else None
-    outcome - of the attempt that was its last, if that did not return; else 0
-    future - of the call of an executor, until that is settled; else there is none
+    outcome - the outcome of its last attempt, if that did not return; else 0
+    future - the future of an executor's call, until it is settled; else None
     """
     __slots__ = ('failure', 'outcome', 'future', 'event', 'when_ended')
     status: int
@@ -602,15 +609,15 @@ class ProgramJob(ScheduledJob):
     when_ended: Optional[List[Callable[['DispyJob'], None]]]
 
     def call_when_ended(self, call: Callable[['DispyJob'], None]) -> None:
-        """Call it with the job when that has ended, at once if it has; perhaps twice. Any thread;
-        must be quick."""
+        """Call a function with the job when it has ended, or at once if it has ended already; the
+        function may be called twice. It must be quick. Any thread."""
         with _lock:
             self.when_ended = [*(self.when_ended or ()), call]
         if self.status in ENDED:
             call(self)  # type: ignore[arg-type]
 
     def wake(self) -> None:
-        """The job has ended: whoever waits for it is told."""
+        """Notify those who wait for the job that it has ended."""
         if self.event is not None:
             self.event.set()
         for call in self.when_ended or ():
@@ -646,8 +653,8 @@ class DispyJob(ProgramJob):
     __class_getitem__ = classmethod(of_kind)
 
     def __init__(self, comp: Any, payload: Any, options: Any, number: Any = _OF_PROGRAM) -> None:
-        """Of a cluster. A program may make one that belongs to no cluster, as with dispy 4, by
-        DispyJob(id, args, kwargs)."""
+        """Clusters make jobs. A program may make a job that belongs to no cluster, as with dispy 4,
+        by DispyJob(id, args, kwargs)."""
         if number is _OF_PROGRAM:
             if comp is None:
                 number = next(_own_numbers)
@@ -680,7 +687,7 @@ class DispyJob(ProgramJob):
 
     @property
     def exception(self) -> Optional[str]:
-        """Text of the traceback or of what went wrong, else None."""
+        """The text of the traceback or of what went wrong, else None."""
         failure = self.failure
         if failure is not None:
             failure.seen()
@@ -691,6 +698,7 @@ class DispyJob(ProgramJob):
 
     @exception.setter
     def exception(self, text: Optional[str]) -> None:
+        """The text of the traceback or of what went wrong, else None."""
         self._exception = text
 
     @property
@@ -706,8 +714,8 @@ class DispyJob(ProgramJob):
 
     @property
     def finish(self) -> threading.Event:
-        """An event that is set when the job has ended. Made when first asked for: most jobs never
-        need it."""
+        """An event that is set when the job has ended. It is created at its first use, since most
+        jobs never need it."""
         event = self.event
         if event is None:
             with _lock:
@@ -719,7 +727,7 @@ class DispyJob(ProgramJob):
         return event
 
     def wait(self, timeout: Optional[float] = None) -> bool:
-        """Wait up to `timeout` seconds (None: without limit); whether the job has ended. Any
+        """Wait up to `timeout` seconds (None: no limit). Returns whether the job has ended. Any
         thread."""
         seconds = None if timeout is None else _seconds('timeout', timeout)
         if self.status in ENDED:
@@ -734,7 +742,7 @@ class DispyJob(ProgramJob):
 
     def __call__(self, timeout: Union[None, bool, float] = None, clear: bool = False) -> Any:
         """Wait and return the result; None for a job that failed. Raises TimeoutError after
-        `timeout` seconds. `clear`, in dispy 4 the first parameter, is accepted and has no meaning
+        `timeout` seconds. `clear`, in dispy 4 the first parameter, is accepted and has no effect
         any more. Any thread."""
         if isinstance(timeout, bool):
             clear = timeout
@@ -746,11 +754,11 @@ class DispyJob(ProgramJob):
         return self.result
 
     def get(self, timeout: Optional[float] = None) -> Any:
-        """Wait and return the result, or raise what the job raised, with the node's traceback as
-        its cause: JobFailed where that exception could not travel or the job was cancelled or ran
-        past its time, WorkerLost where its process or node was lost,
-        subprocess.CalledProcessError for a program with an exit status other than 0. Raises
-        TimeoutError after `timeout` seconds. Any thread."""
+        """Wait and return the result, or raise the exception of the job, with the node's traceback
+        as its cause. Raises JobFailed if that exception could not be sent, or if the job was
+        cancelled or exceeded its time limit, WorkerLost if its process or node was lost,
+        subprocess.CalledProcessError for a program with an exit status other than 0, and
+        TimeoutError after `timeout` seconds (None: no limit). Any thread."""
         if not self.wait(timeout):
             raise TimeoutError(unended_text(self, timeout))
         if self.status != JobState.FINISHED:
@@ -760,8 +768,8 @@ class DispyJob(ProgramJob):
         return self.result
 
     def __await__(self) -> Iterator[Any]:
-        """`await job` is `get` in a coroutine of asyncio. A task that is cancelled meanwhile
-        leaves the job as it is."""
+        """Let `await job` do in a coroutine of asyncio what `get` does. If the waiting task is
+        cancelled, the job goes on."""
         import asyncio
         loop = asyncio.get_running_loop()
         ended = loop.create_future()
@@ -779,14 +787,14 @@ class DispyJob(ProgramJob):
 
     @property
     def args(self) -> Any:
-        """Arguments, until it has ended; then None."""
+        """The arguments, until the job has ended; then None."""
         if self.payload is None:
             return None
         return loads(in_one_piece(self.payload))[0]
 
     @property
     def kwargs(self) -> Any:
-        """Keyword arguments, until it has ended; then None."""
+        """The keyword arguments, until the job has ended; then None."""
         if self.payload is None:
             return None
         return loads(in_one_piece(self.payload))[1]
@@ -799,7 +807,7 @@ class DispyJob(ProgramJob):
     _kwargs = kwargs
 
     def __lt__(self, other: Any) -> bool:
-        """In the order of submission, so that (priority, job) can be put into a queue."""
+        """Compare by the order of submission, so that (priority, job) can be put into a queue."""
         if not isinstance(other, DispyJob):
             return NotImplemented
         return (self.submit_time, id(self)) < (other.submit_time, id(other))
@@ -815,7 +823,8 @@ class DispyJob(ProgramJob):
 
 
 def unended_text(job: DispyJob, timeout: Optional[float]) -> str:
-    """Return a text which says that a job has not ended in time, and why. The user's threads."""
+    """Return a text which says that a job has not ended in time, and why. For threads of the
+    user."""
     values = values_of(job.payload, hasattr(job, 'future'))
     words = job_in_words(job.id, values)
     seconds = round(timeout or 0.0, 3)
@@ -841,7 +850,7 @@ def _why_unended(job: DispyJob) -> str:
 
 
 def has_exit_status(job: DispyJob) -> bool:
-    """Whether it was a program that failed, as far as its exit status says."""
+    """Return whether a job was a program that failed, as far as its exit status shows."""
     if not isinstance(job.stdout, bytes):
         return False
     return job.result != 0
@@ -858,9 +867,9 @@ ARGUMENTS_SHOWN = 16384       # bytes of packed arguments that are opened to be 
 
 
 def values_of(payload: Any, is_call: bool) -> Optional[Tuple[tuple, Dict[str, Any]]]:
-    """Arguments, positional and by name, that were packed so, to show them; None if they are large,
-    or not of plain builtins only: opening others would run the user's code once more, in the
-    program. Those of a call of an executor have the packed function before them."""
+    """Return packed arguments, by position and by name, for display; None if they are large, or if
+    they are not plain builtin values: opening others would run the user's code once more, in the
+    program. Those of an executor's call begin with the packed function."""
     if payload is None:
         return None
     if size_of(payload) > ARGUMENTS_SHOWN:
@@ -879,7 +888,7 @@ def values_of(payload: Any, is_call: bool) -> Optional[Tuple[tuple, Dict[str, An
 
 
 def job_in_words(number: Any, values: Optional[Tuple[tuple, Dict[str, Any]]]) -> str:
-    """A job by its id and its arguments, as far as they are known."""
+    """Return a text that identifies a job by its id and its arguments, as far as they are known."""
     if values is None or not any(values):
         return 'job %.80r' % (number,)
     several = len(values[0]) + len(values[1]) > 1
@@ -887,7 +896,7 @@ def job_in_words(number: Any, values: Optional[Tuple[tuple, Dict[str, Any]]]) ->
 
 
 def words_of(args: tuple, kwargs: Dict[str, Any]) -> str:
-    """The arguments of a job as people read them, in at most 300 characters. Runs the user's
+    """Return the arguments of a job for people, in at most 300 characters. This runs the user's
     `__repr__`."""
     words = []
     for arg in args[:SHOWN_MOST]:
@@ -910,8 +919,7 @@ def _word_of(value: Any) -> str:
 
 
 class KeptJob(DispyJob):
-    """A job that is written down in a recover_file; an `id` that is set later is written down
-    too."""
+    """A job that is recorded in a recover_file; an `id` that is set later is recorded, too."""
     __slots__ = ('arguments', 'journal')
 
     def __init__(self, comp: str, payload: Any, options: Optional[dict], number: Any,
@@ -922,11 +930,12 @@ class KeptJob(DispyJob):
 
     @property
     def id(self) -> Any:
-        """The id of the job, as a DispyJob has it."""
+        """The id of the job, as in DispyJob."""
         return _plain_id.__get__(self, KeptJob)
 
     @id.setter
     def id(self, value: Any) -> None:
+        """The id of the job, as in DispyJob."""
         _plain_id.__set__(self, value)
         if self.journal is not None:
             self.journal.renamed(self)
@@ -936,7 +945,7 @@ _plain_id: Any = vars(DispyJob)['id']
 
 
 class NodeState(enum.Enum):
-    """What a node is to this program."""
+    """The state of a node for this program."""
     FOUND = 'found'
     DIALLING = 'dialling'
     UNREACHED = 'unreachable'   # shown as the word for what came of the attempt: see Unreached
@@ -965,7 +974,7 @@ NODE_TABLE: Dict[Tuple[NodeState, str], NodeState] = {
 
 def fill_in(job: DispyJob, row: tuple, is_program: bool, failures: Optional['Failures'] = None,
             node: str = '') -> None:
-    """Give a job what its row of Results, which comes from this node, says."""
+    """Set the attributes of a job from its row of Results, which this node has sent."""
     _, outcome, start, end, payload, stdout, stderr = row
     status = int(job.state)
     if outcome == 1 or outcome == 2:   # RETURNED, RETURNED_CODE
@@ -1007,7 +1016,7 @@ def fill_in(job: DispyJob, row: tuple, is_program: bool, failures: Optional['Fai
 
 
 def _fill_in_error(job: DispyJob, payload: Any) -> None:
-    """Give a job the exception that its function raised."""
+    """Set the exception of a job that its function raised."""
     job.result = None   # a provisional one may stand there
     job.exception, body = unpack_error(payload)
     if not len(body):
@@ -1019,7 +1028,7 @@ def _fill_in_error(job: DispyJob, payload: Any) -> None:
 
 
 def end_without(job: DispyJob, text: str, failures: Optional['Failures'] = None) -> None:
-    """A job has ended without a result."""
+    """End a job that has no result."""
     job.result = None
     job.exception = text
     job.end_time = time.time()
@@ -1031,7 +1040,7 @@ def end_without(job: DispyJob, text: str, failures: Optional['Failures'] = None)
 
 
 class AssignmentState(enum.Enum):
-    """What a node is to one cluster."""
+    """The state of a node for one cluster."""
     WAITING = 'waiting'         # not connected, or not offered the computation yet
     ASKING = 'asking'           # the user's NodeAllocate is asked
     SETTING_UP = 'setting up'
@@ -1067,13 +1076,13 @@ class _AvailInfo(NamedTuple):
 
 
 class DispyNodeAvailInfo(_AvailInfo, metaclass=Listed):
-    """What is free on a node: cpu in percent, memory, disk and swap in bytes; None where it is not
-    known."""
+    """The free resources of a node: cpu in percent, memory, disk and swap in bytes; a figure is
+    None if it is not known."""
     __slots__ = ()
 
 
 def resources_of(facts: dict) -> Dict[str, int]:
-    """How many units of resources a node offers, by what it has told."""
+    """Return how many units of each resource a node offers, from its facts."""
     found = facts.get('resources')
     if type(found) is not dict:
         return {}
@@ -1084,13 +1093,13 @@ def resources_of(facts: dict) -> Dict[str, int]:
 
 
 def resource_use(facts: dict) -> Dict[str, Tuple[int, int]]:
-    """Of each resource of a node how many units jobs have, and how many there are."""
+    """Return for each resource of a node how many units jobs use, and how many there are."""
     used = facts.get('resources_used', {})
     return {name: (used.get(name, 0), count) for name, count in resources_of(facts).items()}
 
 
 def resource_words(node: 'DispyNode') -> List[str]:
-    """'gpu 1 of 2': what jobs have of the resources of a node."""
+    """Return a text such as 'gpu 1 of 2': how many units of each resource of a node jobs use."""
     return ['%s %d of %d' % (name, node.resources_used[name], count)
             for name, count in node.resources.items()]
 
@@ -1204,9 +1213,9 @@ class _NodesAndJobs(NamedTuple):
 
 
 class ClusterStatus(_NodesAndJobs, metaclass=Listed):
-    """What `status()` returns, a pair: the nodes that have answered, also those that do not take
-    this computation, and the number of jobs that have not ended. `refused` are the nodes that no
-    connection was ever made with; the `reason` of each says why. `all_nodes` are both."""
+    """What `status()` returns: a pair of the nodes that have answered, including those that do not
+    take this computation, and of the number of jobs that have not ended. `refused` are the nodes to
+    which no connection was ever made; the `reason` of each says why. `all_nodes` are both."""
     refused: List[DispyNode] = []
 
     def __new__(cls, nodes: Sequence[DispyNode], jobs_pending: int) -> 'ClusterStatus':
@@ -1222,7 +1231,7 @@ class ClusterStatus(_NodesAndJobs, metaclass=Listed):
 
     @property
     def all_nodes(self) -> List[DispyNode]:
-        """Nodes that are used, and those that are not."""
+        """The nodes that have answered, and those that have not."""
         return [*self.nodes, *self.refused]
 
 
@@ -1243,7 +1252,7 @@ _OF_GROUP = LazyPattern(r'^  \| (\w[\w.]*: .*)$', re.M)
 
 
 def reason_of(text: str) -> str:
-    """The line of a traceback that names the exception; of another text the first line."""
+    """Return the line of a traceback that names the exception; of another text the first line."""
     at = 0
     for frame in _OF_FRAME.finditer(text):
         at = frame.end()
@@ -1261,7 +1270,8 @@ def reason_of(text: str) -> str:
 
 
 def kind_of_reason(reason: str) -> str:
-    """What reasons that differ in numbers have in common: the class of an exception."""
+    """Return what reasons that differ in numbers have in common, such as the class of an
+    exception."""
     name, colon, _ = reason.partition(': ')
     if colon and re.fullmatch(r'[\w.]+', name):
         return name
@@ -1273,9 +1283,9 @@ _QUOTED = LazyPattern(r"""(['"])(.+?)\1""")
 
 
 def missing_file(text: str, is_here: Callable[[str], bool]) -> Tuple[str, int]:
-    """The relative path that a job has not found and that is here, and where in the text the line
-    ends that says so; ('', 0) if there is none. Also a path that is not quoted, as with numpy, if
-    it looks like the name of a file."""
+    """Return the relative path that a job has not found and that exists here, and the offset in the
+    text where the line that says so ends; ('', 0) if there is none. A path that is not quoted, as
+    in messages of numpy, counts as well if it looks like the name of a file."""
     for line in reversed(list(_NOT_FOUND.finditer(text))):
         message = line.group(1)
         words = []
@@ -1297,7 +1307,8 @@ def missing_file(text: str, is_here: Callable[[str], bool]) -> Tuple[str, int]:
 
 
 def hint_for_missing(path: str, directory: str, is_sent: bool) -> str:
-    """What to do about a relative path that a job has not found, and that is in this directory."""
+    """Return advice about a relative path that a job has not found and that exists in this
+    directory."""
     name = os.path.basename(os.path.normpath(path))
     if is_sent:
         return '%r was sent by depends, and is called %r in the directory of the job' % (path, name)
@@ -1310,8 +1321,8 @@ def hint_for_missing(path: str, directory: str, is_sent: bool) -> str:
 
 
 class Failure:
-    """Why a job has failed, in a line, and where. Until somebody has looked at it, it counts in a
-    row of its cluster's Failures."""
+    """The reason why a job has failed, in one line, and where. Until the program has looked at it,
+    it is counted in the Failures of its cluster."""
     __slots__ = ('reason', 'node', 'row', 'payload', 'is_call')
 
     def __init__(self, reason: str, node: str, row: Optional[List[Any]]) -> None:
@@ -1331,11 +1342,12 @@ class Failure:
             self.is_call = hasattr(job, 'future')
 
     def values(self) -> Optional[Tuple[tuple, Dict[str, Any]]]:
-        """The arguments, if they are here."""
+        """Return the arguments, if they were kept."""
         return values_of(self.payload, self.is_call)
 
     def with_arguments(self, job: 'DispyJob') -> Optional[str]:
-        """The text of the job's `exception`, from now on with its arguments. The user's threads."""
+        """Return the text of the job's `exception`, from now on with its arguments. For threads of
+        the user."""
         with _lock:
             payload = self.payload
             self.payload = None
@@ -1348,7 +1360,7 @@ class Failure:
         return '%s (%s)' % (text, job_in_words(job.id, values))
 
     def seen(self) -> None:
-        """Somebody has looked. Any thread."""
+        """Note that the program has looked at it. Any thread."""
         if self.row is None:
             return
         with _lock:
@@ -1359,8 +1371,8 @@ class Failure:
 
 
 class Failures:
-    """The failed jobs of a cluster at which nobody has looked. `directory` is where its program
-    began, `sent` the names of files that travel. Any thread.
+    """The failed jobs of a cluster at which the program has not looked. `directory` is the working
+    directory in which its program began, `sent` the names of the files that are sent. Any thread.
 
     Jobs are counted and not kept: a job that the program has dropped stays counted.
     """
@@ -1374,8 +1386,8 @@ class Failures:
         self._rows: Dict[str, List[Any]] = {}
 
     def add(self, job: 'DispyJob', node: str = '') -> None:
-        """A job has failed; nobody sees yet that it has ended. Adds to its exception what is known
-        here and not at the node."""
+        """Count a job that has failed; nobody sees yet that it has ended. Adds to its exception
+        what is known here and not on the node."""
         text = source_here.added_to(job.exception or '')
         if 'ModuleNotFoundError' in text:
             text = with_hint_for_module(text, node)
@@ -1403,7 +1415,7 @@ class Failures:
 
     @staticmethod
     def exited(job: 'DispyJob', node: str = '') -> None:
-        """A program has ended with an exit status other than 0."""
+        """Count a program that has ended with an exit status other than 0."""
         reason = status_words(job.result)
         job.failure = Failure(reason, node, None)
         job.failure.keep(job)
@@ -1423,8 +1435,8 @@ class Failures:
         return row
 
     def take(self, submitted: int) -> str:
-        """What is to be said of them, of so many jobs; empty if there are none. Whoever asks again
-        is told of later ones."""
+        """Return the text about these failures among so many jobs; it is empty if there are none.
+        They are reported only once: the next call returns later failures."""
         with _lock:
             rows = []
             for row in self._rows.values():
@@ -1435,7 +1447,8 @@ class Failures:
 
 
 def status_words(status: Any) -> str:
-    """The exit status of a program, with the name of the signal if one has ended it."""
+    """Return the exit status of a program in words, with the name of the signal if one has ended
+    it."""
     name = ''
     if type(status) is int and status < 0:
         with contextlib.suppress(ValueError):
@@ -1452,8 +1465,8 @@ _INSTALL = LazyPattern(
 
 
 def hint_for_module(name: str, node: str, python: str) -> str:
-    """What to do about a module that a node does not have, by what it is here; empty for one that
-    is not here either. `python`: the node's interpreter."""
+    """Return advice about a module that a node does not have, depending on what the module is here;
+    empty if it does not exist here either. `python`: the node's interpreter."""
     if node:
         where = 'node %s' % node
     else:
@@ -1472,7 +1485,8 @@ def hint_for_module(name: str, node: str, python: str) -> str:
 
 
 def with_hint_for_module(text: str, node: str) -> str:
-    """What a node, or a job there, says of an import that failed, with a hint that fits."""
+    """Return the message of a node, or of a job there, about a failed import, with advice if there
+    is any."""
     told = _INSTALL.search(text)
     if told is not None:
         name = told.group(1)
@@ -1491,7 +1505,8 @@ def with_hint_for_module(text: str, node: str) -> str:
 
 
 def failures_text(rows: List[Tuple[int, str, Any]], submitted: int) -> str:
-    """Of rows of (jobs, the reason of the first of them, its id) the sum and the commonest."""
+    """Return a summary of rows of (jobs, the reason of the first of them, its id): their total, and
+    the most frequent reasons."""
     if not rows:
         return ''
     failed = sum(row[0] for row in rows)
@@ -1505,12 +1520,12 @@ def failures_text(rows: List[Tuple[int, str, Any]], submitted: int) -> str:
 
 
 class SourceHere:
-    """Adds to the tracebacks of nodes the lines of source code that these do not have: those of a
-    notebook's cells, of prompts, and of files that are on this host alone."""
+    """Adds to the tracebacks of nodes those lines of source code that the nodes do not have: lines
+    of a notebook's cells, of prompts, and of files that exist on this host alone."""
     _FRAME = LazyPattern(r'^(?P<lead>[ |]*)  File "(?P<file>.*)", line (?P<line>\d+)(?:, in .*)?$')
 
     def added_to(self, text: str) -> str:
-        """The text with them. Any thread."""
+        """Return the text with these lines. Any thread."""
         if '  File "' not in text:
             return text
         lines = text.split('\n')
@@ -1531,7 +1546,7 @@ class SourceHere:
         return '\n'.join(out)
 
     def _of_frame(self, frame: Any, indent: str, shown: List[str]) -> List[str]:
-        """The lines below that of a frame; `shown` are those that the node has given."""
+        """Return the lines below the line of a frame; `shown` are those that the node has added."""
         file = frame.group('file')
         is_own = self.is_own(file)
         if shown and not is_own:
@@ -1546,8 +1561,8 @@ class SourceHere:
 
     @staticmethod
     def is_own(file: str) -> bool:
-        """Whether this program has the text and no other place can: that of its main script, or of
-        what was typed into it."""
+        """Return whether this program has the text and no other process can have it: it is that of
+        its main script, or was typed into it."""
         module = sys.modules.get('__main__')
         if file == getattr(module, '__file__', None):
             return True
@@ -1555,7 +1570,7 @@ class SourceHere:
 
     @staticmethod
     def line(file: str, number: int, is_own: bool) -> str:
-        """A line of a file as it is here, else ''."""
+        """Return a line of a file as it is here, else ''."""
         if not is_own and not file.endswith('.py'):
             return ''
         try:
@@ -1568,8 +1583,8 @@ source_here = SourceHere()
 
 
 def is_cell(file: str) -> bool:
-    """Whether this is no file, but what was typed into a notebook or at a prompt, of which
-    linecache keeps the text."""
+    """Return whether this is not a file, but text that was typed into a notebook or at a prompt,
+    which linecache keeps."""
     entry: Any = linecache.cache.get(file)
     if entry is None:
         return False
@@ -1579,7 +1594,7 @@ def is_cell(file: str) -> bool:
 
 
 class Counts(NamedTuple):
-    """How many jobs of a cluster are in which state."""
+    """The number of jobs of a cluster in each state."""
     done: int
     failed: int
     cancelled: int
@@ -1599,7 +1614,8 @@ _STATE_WORDS = {JobState.CREATED: 'waiting', JobState.PROVISIONAL: 'running',
 
 
 def state_of(job: 'DispyJob') -> Tuple[str, str, str]:
-    """What a job does, in a word; where, unless it has gone well; why it has failed."""
+    """Return the state of a job in a word; unless it succeeded, also the node, and why it
+    failed."""
     state = JobState(job.status)
     words = _STATE_WORDS.get(state, state.name.lower())
     if state == JobState.FINISHED and has_exit_status(job):
@@ -1613,7 +1629,7 @@ def state_of(job: 'DispyJob') -> Tuple[str, str, str]:
 
 
 class JobList(List['DispyJob']):
-    """Jobs, in a list that shows itself as a line, and as a table in a notebook."""
+    """A list of jobs that is displayed as one line, and in a notebook as a table."""
 
     def __repr__(self) -> str:
         words = collections.Counter(state_of(job)[0] for job in self)
@@ -1625,7 +1641,8 @@ class JobList(List['DispyJob']):
 
 
 def html_table(head: Sequence[str], rows: Sequence[Sequence[Any]], others: int = 0) -> str:
-    """A table of texts, which are escaped; `others`: rows that are left out."""
+    """Return an HTML table of texts, which are escaped; `others`: the number of rows that are left
+    out."""
     import html   # here and below, as few programs need it
 
     def row(cells: Sequence[Any], tag: str) -> str:
@@ -1641,7 +1658,7 @@ def html_table(head: Sequence[str], rows: Sequence[Sequence[Any]], others: int =
 
 
 def html_of_jobs(jobs: Sequence['DispyJob']) -> str:
-    """A table of jobs, of the first ones if they are many."""
+    """Return an HTML table of jobs; of many jobs the first ones."""
     rows = []
     for job in jobs[:SHOWN_MOST]:
         words, where, reason = state_of(job)
@@ -1656,7 +1673,7 @@ def html_of_jobs(jobs: Sequence['DispyJob']) -> str:
 
 
 def html_of_nodes(nodes: Sequence['DispyNode']) -> str:
-    """A table of nodes, of the first ones if they are many."""
+    """Return an HTML table of nodes; of many nodes the first ones."""
     rows = []
     for node in nodes[:SHOWN_MOST]:
         if node.port:
@@ -1673,7 +1690,7 @@ def html_of_nodes(nodes: Sequence['DispyNode']) -> str:
 
 
 def html_bar(counts: Counts) -> str:
-    """How far the jobs are: a bar with a part for each state."""
+    """Return a progress bar in HTML, with a part for each state of jobs."""
     whole = max(1, sum(counts))
     colours = {'done': '#2e7d32', 'failed': '#c62828', 'cancelled': '#9e9e9e', 'running': '#1565c0'}
     parts = []
@@ -1687,7 +1704,8 @@ def html_bar(counts: Counts) -> str:
 
 def html_of_cluster(title: str, state: str, counts: Counts, nodes: Optional[Sequence['DispyNode']],
                     page: str) -> str:
-    """State, progress, counts, nodes, and a link to the web page, if there is one."""
+    """Return the state of a cluster in HTML: progress, counts, nodes, and a link to the web page,
+    if there is one."""
     import html
     ended = counts.done + counts.failed + counts.cancelled
     lines = ['<b>%s</b>: %s' % (html.escape(title), html.escape(state))]
@@ -1702,7 +1720,7 @@ def html_of_cluster(title: str, state: str, counts: Counts, nodes: Optional[Sequ
 
 
 def nodes_text(nodes: Sequence['DispyNode']) -> str:
-    """'3 nodes, 9 CPUs': those that can be used."""
+    """Return a text such as '3 nodes, 9 CPUs', which counts the nodes that can be used."""
     ready = []
     for node in nodes:
         if node.state == 'ready':
@@ -1720,7 +1738,8 @@ def nodes_text(nodes: Sequence['DispyNode']) -> str:
 
 # Events.
 class Known(enum.Enum):
-    """What is known of an attempt that was sent to a node or a scheduler, or noted as sent."""
+    """What is known of an attempt that was sent to a node or a scheduler, or was recorded as
+    sent."""
     UNSENT = 'it never left: that it was sent could not be noted, or the link ended before'
     HELD = 'it is there: it waits, runs, or its result is kept'
     UNBEGUN = 'it was there and did not begin: given back, or written down when the node ended'
@@ -1732,7 +1751,7 @@ class Known(enum.Enum):
 
 
 class Occasion(enum.Enum):
-    """When that is asked."""
+    """The occasion on which the fate of an attempt is determined."""
     CONNECTED = 'a program is connected again'
     RECOVERED = 'another program collects the jobs of one that has crashed'
     ENDED = 'the node was away too long, or its process has ended'
@@ -1778,13 +1797,13 @@ KNOWN_TEXTS = {
 
 
 class Account(NamedTuple):
-    """What a node or a scheduler says of attempts of a computation."""
+    """What a node or a scheduler reports about attempts of a computation."""
     held: FrozenSet[int] = frozenset()
     past: AttemptHistory = AttemptHistory()
     whole: bool = True   # its memory is the one that was there when they were sent
 
     def known(self, serial: int) -> Known:
-        """What that means for one that was sent there."""
+        """Return what the report means for an attempt that was sent there."""
         if serial in self.held:
             return Known.HELD
         if serial in self.past.given_up:
@@ -1798,7 +1817,7 @@ class Account(NamedTuple):
         return Known.FORGOTTEN
 
     def verdict(self, serial: int, occasion: Occasion) -> Tuple[Verdict, str]:
-        """What becomes of it, and why, for people."""
+        """Return what becomes of the attempt's job, and why, for people."""
         known = self.known(serial)
         return KNOWN_TABLE[
             known,
@@ -1806,7 +1825,7 @@ class Account(NamedTuple):
 
 
 def known_table() -> str:
-    """The table for people: `python -m dispy states`."""
+    """Return the table of verdicts for people: `python -m dispy states`."""
     name_lengths = [len(known.name) for known in Known]
     width = max(name_lengths)
     message = '%-*s  %s' % (width, '', '  '.join('%-9s' % occasion.name for occasion in Occasion))
@@ -1821,7 +1840,7 @@ def known_table() -> str:
 
 
 class Evidence(enum.Enum):
-    """What speaks for the loss of a node."""
+    """Observations that a node may be lost."""
     BYE = 'it has ended the connection on purpose, and has answered for all that had begun'
     REFUSAL = 'it has ended a computation, and has answered for all of it that had begun'
     CUT = 'the connection has ended; it was heard of a short time ago, or is being dialled'
@@ -1833,7 +1852,7 @@ class Evidence(enum.Enum):
 
 
 class Standing(enum.Enum):
-    """What a node is to this program then."""
+    """What a node is to this program when the evidence is judged."""
     IDLE = 'it has no jobs'
     BUSY = 'it has jobs'
     EMBEDDED = 'it is a part of this program, and ends with its connection'
@@ -1853,7 +1872,7 @@ STANDINGS: Dict[Tuple[str, bool], Standing] = {
 
 
 class Loss(enum.Enum):
-    """What follows from it."""
+    """The consequence of the evidence."""
     STAYS = 'nothing'
     RETURNS = 'what it has not answered for never began there, and waits again'
     AWAY = 'its jobs are lost if it does not come back in time'
@@ -1905,8 +1924,8 @@ LOSS_TABLE: Dict[Tuple[Evidence, Standing], Loss] = {
 
 
 class Opened(NamedTuple):
-    """A computation of a client. CPUs are shared evenly between clients. If it is `remote`, its one
-    node is a scheduler, which sees to attempts that fail."""
+    """A computation of a client begins. CPUs are shared evenly between clients. If it is `remote`,
+    its one node is a scheduler, which handles attempts that fail."""
     comp: str
     client: str
     reentrant: bool
@@ -1917,24 +1936,24 @@ class Opened(NamedTuple):
 
 
 class Submitted(NamedTuple):
-    """New jobs, in order."""
+    """There are new jobs, in order."""
     works: list
 
 
 class CancelAsked(NamedTuple):
-    """The user wants it ended."""
+    """The user wants a job ended."""
     work: ScheduledJob
 
 
 class WithdrawAsked(NamedTuple):
-    """The user wants these cancelled as far as they have not begun. For each of them it is answered
-    by Withdrawn or, if it waited, by JobEnded."""
+    """The user wants those of these jobs cancelled that have not begun. For each of them the answer
+    is Withdrawn or, if it waited, JobEnded."""
     works: list
 
 
 class NodeReady(NamedTuple):
-    """A node is set up for a computation; `held` are the serials it still knows of it; `name` is
-    for people."""
+    """A node is set up for a computation; `held` are the serials that it still knows of the
+    computation; `name` is for people."""
     node: Any
     comp: str
     cpus: int
@@ -1948,15 +1967,16 @@ class NodeReady(NamedTuple):
 
 
 class NodeTold(NamedTuple):
-    """A node has told what it knows of attempts of a computation, which may not be set up there."""
+    """A node has reported what it knows of attempts of a computation, which may not be set up
+    there."""
     node: Any
     comp: str
     account: Account
 
 
 class NodeOffers(NamedTuple):
-    """The CPUs of a node that a computation may use have changed; 0: nothing new is to be sent.
-    `offers` as in NodeReady."""
+    """The number of CPUs of a node that a computation may use has changed; 0 means that no new jobs
+    are to be sent. `offers` is as in NodeReady."""
     node: Any
     comp: str
     cpus: int
@@ -1964,48 +1984,49 @@ class NodeOffers(NamedTuple):
 
 
 class NodeDrains(NamedTuple):
-    """Nothing new of a computation goes there, what has not started is called back; NodeDrained
-    tells the end."""
+    """No new jobs of a computation are to go to a node, and those that have not started are
+    recalled; NodeDrained reports the end."""
     node: Any
     comp: str
 
 
 class NodeResults(NamedTuple):
-    """Rows of Results."""
+    """A node has sent rows of Results."""
     node: Any
     comp: str
     rows: list
 
 
 class NodeStarted(NamedTuple):
-    """Attempts that have begun there: rows of (serial, s that it has run)."""
+    """Attempts have begun on a node: rows of (serial, seconds since its start)."""
     node: Any
     comp: str
     rows: list
 
 
 class Repeat(NamedTuple):
-    """A job that has failed, and was to be asked for, waits again: after so many seconds."""
+    """A job that has failed, and about which the program was asked, waits again, after so many
+    seconds."""
     work: ScheduledJob
     delay: float
 
 
 class RepeatNot(NamedTuple):
-    """It does not: it has ended with this outcome."""
+    """A job about which the program was asked is not repeated: it has ended with this outcome."""
     work: ScheduledJob
     outcome: int
 
 
 class NodeReturned(NamedTuple):
-    """Attempts that were never started there."""
+    """A node returns attempts that were never started there."""
     node: Any
     comp: str
     serials: list
 
 
 class NodeAway(NamedTuple):
-    """The connection broke. What is there goes on, and is lost if there is no other connection
-    until then."""
+    """The connection to a node broke. Its jobs go on there, and are lost if no other connection is
+    made before `until`."""
     node: Any
     name: str
     text: str
@@ -2013,16 +2034,16 @@ class NodeAway(NamedTuple):
 
 
 class NodeTried(NamedTuple):
-    """There is an attempt to reach a node that is away, or a connection on which it has not told
-    what it holds: what is there is not lost before then. An `until` that has passed says that the
-    attempt has failed."""
+    """An attempt to reach a node that is away is in progress, or there is a connection on which it
+    has not reported its jobs: they are not lost before `until`. If `until` has passed, the attempt
+    has failed."""
     node: Any
     until: float
 
 
 class NodeHad(NamedTuple):
-    """When a scheduler starts: jobs that were on a node when it ended; lost if the node does not
-    come until then."""
+    """A scheduler that starts reports the jobs that were on a node when the scheduler ended; they
+    are lost if the node does not come until then."""
     node: Any
     comp: str
     works: list
@@ -2031,8 +2052,8 @@ class NodeHad(NamedTuple):
 
 
 class SecondHad(NamedTuple):
-    """When a scheduler starts, after NodeHad of the same node: a job that ran elsewhere was started
-    there a second time, by an attempt with this serial."""
+    """A scheduler that starts reports, after NodeHad of the same node, that a job which ran
+    elsewhere was started there a second time, by an attempt with this serial."""
     node: Any
     comp: str
     work: Any
@@ -2047,8 +2068,8 @@ class SecondWins(NamedTuple):
 
 
 class NodeLost(NamedTuple):
-    """The node is gone; `name` and `text` for people. `known`: computation -> what is known of it
-    none the less."""
+    """A node is lost; `name` and `text` are for people. `known`: computation -> what is known of it
+    in spite of the loss."""
     node: Any
     name: str
     text: str
@@ -2056,7 +2077,7 @@ class NodeLost(NamedTuple):
 
 
 class NodeDoubted(NamedTuple):
-    """There is evidence that a node is lost; LOSS_TABLE tells what follows. `name` and `text` are
+    """There is evidence that a node is lost; LOSS_TABLE has the consequence. `name` and `text` are
     for people."""
     node: Any
     name: str
@@ -2069,7 +2090,7 @@ class NodeDoubted(NamedTuple):
 
 
 class NodeLeft(NamedTuple):
-    """The node is not used for a computation any more; it was told before to end it."""
+    """A node is not used for a computation any more; it was told before to end the computation."""
     node: Any
     comp: str
     name: str
@@ -2077,25 +2098,25 @@ class NodeLeft(NamedTuple):
 
 
 class Unloadable(NamedTuple):
-    """No node can load the code of a computation, for this reason; an empty text: perhaps one
-    can."""
+    """No node can load the code of a computation, for this reason; with an empty text, a node may
+    be able to."""
     comp: str
     text: str
 
 
 class Closed(NamedTuple):
-    """The computation is over; what has not ended is cancelled."""
+    """The computation has ended; jobs that have not ended are cancelled."""
     comp: str
 
 
 class RulesChanged(NamedTuple):
-    """Users have other limits and shares from now on."""
+    """From now on users have other limits and shares."""
     rules: 'UserRules'
 
 
 # Actions.
 class SendJobs(NamedTuple):
-    """Send attempts, rows of works."""
+    """Send attempts of these jobs to a node."""
     node: Any
     comp: str
     works: list
@@ -2109,16 +2130,16 @@ class SendSecond(NamedTuple):
 
 
 class SecondOver(NamedTuple):
-    """A second attempt counts no more; what it has sent is dropped."""
+    """A second attempt is discarded, together with what it has sent."""
     node: Any
     comp: str
     second: 'SecondAttempt'
 
 
 class SecondCounts(NamedTuple):
-    """A second attempt is that of its job from now on: it has finished, or the first has failed.
-    What it has sent takes the place of what the first has sent. `ran` as in NodeStarted, None if it
-    is not known to have begun."""
+    """A second attempt becomes that of its job from now on: it has finished, or the first one has
+    failed. What it has sent replaces what the first one has sent. `ran` is as in NodeStarted, None
+    if it is not known to have begun."""
     node: Any
     comp: str
     second: 'SecondAttempt'
@@ -2133,37 +2154,39 @@ class SendCancel(NamedTuple):
 
 
 class SendRecall(NamedTuple):
-    """Ask a node for those of these attempts that have not begun."""
+    """Ask a node to return those of these attempts that have not begun."""
     node: Any
     comp: str
     serials: list
 
 
 class LimitNode(NamedTuple):
-    """A computation that may use so many CPUs over all nodes has this many of a node now."""
+    """A computation that may use a limited number of CPUs over all nodes has this many of a node
+    now."""
     node: Any
     comp: str
     cpus: int
 
 
 class SendAck(NamedTuple):
-    """Results are here; the node may forget them. No haste: they are kept and dropped if they come
-    again."""
+    """Tell a node that these results were received, so that it may forget them. This is not urgent:
+    results are kept, and dropped if they come again."""
     node: Any
     comp: str
     serials: list
 
 
 class JobsEnded(NamedTuple):
-    """Results came: pairs of (work, row). Works are in their final states, or provisional."""
+    """Results have come: pairs of (job, row). The jobs are in their final states, or
+    provisional."""
     node: Any
     comp: str
     pairs: list
 
 
 class JobFailedOnce(NamedTuple):
-    """An attempt of a job has failed that may be repeated: the program is to say whether it is, by
-    Repeat or RepeatNot."""
+    """An attempt of a job has failed that may be repeated: the program must decide whether it is,
+    by Repeat or RepeatNot."""
     node: Any
     comp: str
     work: ScheduledJob
@@ -2171,19 +2194,19 @@ class JobFailedOnce(NamedTuple):
 
 
 class JobStays(NamedTuple):
-    """Answers RepeatNot for a job that still waited for it."""
+    """This answers RepeatNot for a job that still waited for the decision."""
     work: ScheduledJob
 
 
 class JobsStarted(NamedTuple):
-    """Jobs have begun: pairs of (work, s that it has run)."""
+    """Jobs have begun: pairs of (job, seconds since its start)."""
     node: Any
     comp: str
     pairs: list
 
 
 class Withdrawn(NamedTuple):
-    """The answer to WithdrawAsked: whether the job will never begin."""
+    """This answers WithdrawAsked: whether the job will never begin."""
     work: Any
     gone: bool
 
@@ -2195,7 +2218,7 @@ class NodeDrained(NamedTuple):
 
 
 class NodeGone(NamedTuple):
-    """A node was away too long."""
+    """A node was away for too long."""
     node: Any
 
 
@@ -2205,13 +2228,14 @@ class JobWaits(NamedTuple):
 
 
 class JobParked(NamedTuple):
-    """A job wants more CPUs than any node has; it waits beside the queue until there is one."""
+    """A job needs more CPUs than any node has; it waits beside the queue until there is a larger
+    node."""
     work: Any
     text: str
 
 
 class JobsHeld(NamedTuple):
-    """Jobs of a computation wait because of a limit of its user, which is said once."""
+    """Jobs of a computation wait because of a limit of its user, which is reported once."""
     comp: str
     text: str
 
@@ -2223,7 +2247,8 @@ class JobEnded(NamedTuple):
 
 
 class Repeats:
-    """When a job that has failed by itself is repeated: `dispy_retry_on`, `dispy_retry_delay`."""
+    """Whether and when a job that has failed by itself is repeated: `dispy_retry_on`,
+    `dispy_retry_delay`."""
     __slots__ = ('on', 'delay', 'most', 'is_program', 'failures')
 
     def __init__(self, on: Any, delay: float, most: int) -> None:
@@ -2234,12 +2259,12 @@ class Repeats:
         self.failures = 0     # so far
 
     def may_be(self, outcome: int, lost: int) -> bool:
-        """Whether a job with this outcome may be repeated, which was lost so many times."""
+        """Return whether a job with this outcome may be repeated after this number of losses."""
         failed = outcome in _OUTCOMES_FAILED or (self.is_program and outcome in RETURNED)
         return failed and self.failures + lost < self.most
 
     def next_delay(self, error: Optional[BaseException]) -> Optional[float]:
-        """Seconds until it is tried again after this failure; None if it is not."""
+        """Return the seconds until it is tried again after this failure; None if it is not."""
         if error is None:
             return None
         if not (self.on is True or isinstance(error, self.on)):
@@ -2444,7 +2469,7 @@ class ScarceJobs:
 
 
 def _comes_before(work: ScheduledJob, other: ScheduledJob) -> bool:
-    """Whether a job has a CPU before another: by priority, then in order."""
+    """Return whether a job has a CPU before another: by priority, then in order."""
     rank = (-priority_of(work), work.serial >> 16)
     return rank < (-priority_of(other), other.serial >> 16)
 
@@ -2541,7 +2566,7 @@ class SecondAttempts:
 
 
 class UserRule(NamedTuple):
-    """What a user, or a group of users, may have at once, and the part of what there is."""
+    """The limits of a user, or of a group of users, and their share of the CPUs."""
     share: float = 1.0          # in proportion to the shares of others
     priority: int = 0           # the jobs of who has a higher one go first
     cpus: float = math.inf      # CPUs that the jobs on nodes may have
@@ -2559,12 +2584,12 @@ class UserRules(NamedTuple):
 
     @property
     def are_empty(self) -> bool:
-        """Whether nobody is limited and users are not looked at."""
+        """Return whether there are no limits and CPUs are not shared among users."""
         return self == UserRules()
 
 
 class UserLoad:
-    """A user, or a group of users, in the schedule."""
+    """The load of a user, or of a group of users, in the schedule."""
     __slots__ = ('name', 'rule', 'group', 'cpus', 'jobs', 'running', 'recent', 'past', 'at')
 
     def __init__(self, name: str, rule: UserRule, group: Optional['UserLoad'] = None) -> None:
@@ -2582,21 +2607,22 @@ class UserLoad:
 
     @property
     def claim(self) -> float:
-        """What it has of the CPUs and has had, in proportion to its share: who has least is
-        next. With half a CPU more neither large nor small shares gain by the rounding to whole
-        CPUs."""
+        """Return the CPUs that the user has and has had, in proportion to the share: the user with
+        the lowest value is next. Half a CPU is added so that the rounding to whole CPUs favours
+        neither large nor small shares."""
         present = (self.recent + self.cpus + 0.5) / 2
         return (self.past + present) / self.rule.share
 
     def rank(self) -> Tuple[float, ...]:
-        """Who has the least of this is next: by priority, then by the claims of the group and of
-        the user."""
+        """Return the sort key: the user with the lowest one is next, by priority, then by the
+        claims of the group and of the user."""
         if self.group is None:
             return -self.rule.priority, self.claim, 0.0
         return -self.rule.priority, self.group.claim, self.claim
 
     def admits(self, cpus: int, jobs: int = 1) -> bool:
-        """Whether a job with so many CPUs, or several, may go to nodes now."""
+        """Return whether a job with this number of CPUs, or several of them, may go to nodes
+        now."""
         rule = self.rule
         if self.cpus + cpus > rule.cpus:
             return False
@@ -2605,7 +2631,8 @@ class UserLoad:
         return self.group is None or self.group.admits(cpus, jobs)
 
     def why_not(self, cpus: int) -> str:
-        """Why a job with so many CPUs may not go to a node now, for people; empty if it may."""
+        """Return why a job with this number of CPUs may not go to a node now, for people; empty if
+        it may."""
         rule = self.rule
         if self.jobs >= rule.jobs:
             have = many(self.jobs, 'job')
@@ -2620,7 +2647,8 @@ class UserLoad:
         return ''
 
     def never(self, cpus: int) -> str:
-        """Why no job with so many CPUs may ever go to a node, for people; empty if one may."""
+        """Return why a job with this number of CPUs may never go to a node, for people; empty if it
+        may."""
         if cpus > 1 and cpus > self.rule.cpus:
             return 'it needs %d CPUs (dispy_cpus), and the limit of %s is %d (--limit)' % (
                 cpus, self.name, self.rule.cpus)
@@ -2629,7 +2657,8 @@ class UserLoad:
         return ''
 
     def take(self, cpus: int, jobs: int) -> None:
-        """Jobs go to nodes; with negative numbers they are back or have ended."""
+        """Note that jobs go to nodes; negative numbers mean that jobs have come back or have
+        ended."""
         self.cpus += cpus
         self.jobs += jobs
         if self.group is not None:
@@ -2637,14 +2666,14 @@ class UserLoad:
 
 
 def _mean(before: float, since: float, half_lives: float) -> float:
-    """A mean of the past, after so many half-lives in which the value was `since`."""
+    """Return a mean of the past, after this number of half-lives in which the value was `since`."""
     kept = 0.5 ** half_lives
     return before * kept + since * (1.0 - kept)
 
 
 class UserLoads:
-    """The users whose jobs a schedule has, their limits, and what they have used. No user has a
-    load while there are no rules."""
+    """The users whose jobs a schedule has, their limits, and what they have used. Without rules, no
+    user has a load."""
 
     def __init__(self, rules: UserRules) -> None:
         self.rules = rules
@@ -2654,11 +2683,12 @@ class UserLoads:
 
     @property
     def by_user(self) -> bool:
-        """Whether CPUs are shared among users."""
+        """Return whether CPUs are shared among users."""
         return self.rules.by_user
 
     def load_of(self, name: str) -> Optional[UserLoad]:
-        """The load of a user, who may be new; None without a name or without rules."""
+        """Return the load of a user, which is created for a new one; None without a name or without
+        rules."""
         if not name or self.rules.are_empty:
             return None
         user = self._users.get(name)
@@ -2670,7 +2700,7 @@ class UserLoads:
         return user
 
     def _group_of(self, name: str) -> Optional[UserLoad]:
-        """The load of the group of a user, if he is in one."""
+        """Return the load of the group of a user; None if the user belongs to none."""
         group_name = self.rules.members.get(name)
         if group_name is None:
             return None
@@ -2681,7 +2711,7 @@ class UserLoads:
         return group
 
     def loads(self) -> Dict[str, UserLoad]:
-        """The loads of users by their names, and those of groups as @NAME."""
+        """Return the loads of users by their names, and those of groups as @NAME."""
         found = dict(self._users)
         for name, load in self._groups.items():
             found['@' + name] = load
@@ -2690,14 +2720,14 @@ class UserLoads:
     # -- use over the past -------------------------------------------------------------------------
 
     def ran(self, user: UserLoad, cpus: int, now: float) -> None:
-        """Jobs of a user run on so many CPUs more, or less."""
+        """Note that jobs of a user run on this many CPUs more; a negative number means fewer."""
         self._advance(user, now)
         user.running += cpus
         if user.group is not None:
             self.ran(user.group, cpus, now)
 
     def charge(self, user: UserLoad, seconds: float, now: float) -> None:
-        """A user has used CPUs for so many seconds, and it was not known that he did."""
+        """Note that a user has used CPUs for this many seconds, which was not known before."""
         self._advance(user, now)
         used = seconds * math.log(2)
         user.recent += used / RECENT_TIME
@@ -2707,7 +2737,7 @@ class UserLoads:
             self.charge(user.group, seconds, now)
 
     def advance(self, now: float) -> None:
-        """Time goes by: what was used counts less, and what is used counts more."""
+        """Let time pass: past use counts less, and present use is added."""
         if now - self._advanced_at < RECENT_APART:
             return
         self._advanced_at = now
@@ -2716,7 +2746,8 @@ class UserLoads:
                 self._advance(load, now)
 
     def _advance(self, load: UserLoad, now: float) -> None:
-        """Means, with the weight 2 ** -(age / half-life) for each moment of the past."""
+        """Update the means, which give each moment of the past the weight 2 ** -(age /
+        half-life)."""
         age = now - load.at
         load.at = now
         if age <= 0:
@@ -2726,7 +2757,7 @@ class UserLoads:
             load.past = _mean(load.past, load.running, age / self.rules.half_life)
 
     def used(self, now: float) -> Dict[str, float]:
-        """The CPUs that users have used in the mean of the past, by their names."""
+        """Return the mean number of CPUs that users have used in the past, by their names."""
         self._advanced_at = -math.inf
         self.advance(now)
         used = {}
@@ -2736,7 +2767,7 @@ class UserLoads:
         return used
 
     def keep(self, names: AbstractSet[str]) -> None:
-        """Forget the users who have used nearly nothing, but these."""
+        """Forget the users who have used nearly nothing, except these."""
         for name, user in list(self._users.items()):
             if name in names:
                 continue
@@ -2744,7 +2775,7 @@ class UserLoads:
                 del self._users[name]
 
     def restore(self, used: Dict[str, float], now: float) -> None:
-        """Take over what users had used when the process before this one has ended."""
+        """Take over what users had used when the previous process ended."""
         for name, past in used.items():
             user = self.load_of(name)
             if user is None:
@@ -2755,7 +2786,7 @@ class UserLoads:
                     load.past += past
 
     def change(self, rules: UserRules, comps: Iterable['ComputationLoad'], now: float) -> None:
-        """Let other rules hold, for these computations too."""
+        """Replace the rules, for these computations too."""
         used = self.used(now)
         self.rules = rules
         self._users = {}
@@ -5021,7 +5052,7 @@ SITE_DIRECTORIES = frozenset(('site-packages', 'dist-packages'))
 
 
 class ModuleKind(enum.Enum):
-    """Where a module comes from, which decides how a node gets it."""
+    """The origin of a module, which determines how a node gets it."""
     STANDARD = 'built in, frozen, or of the standard library'
     INSTALLED = 'of an installed distribution, or of dispy'
     OWN = "the user's own: its file travels"
@@ -5038,8 +5069,7 @@ class NameKind(enum.Enum):
 
 
 class NameBinding:
-    """A name that a source text binds. `value` is there only for what is bound once, to a
-    constant."""
+    """A name that a source text binds. It has a `value` only if it is bound once, to a constant."""
     __slots__ = ('kind', 'value', 'origin', 'origins', 'from_file')
     value: Any
 
@@ -5075,7 +5105,8 @@ class ImportedModule(NamedTuple):
     certain: bool             # whether it is done whenever the text is run
 
     def members(self) -> List[str]:
-        """What is imported from it, by the names that these have if they are modules."""
+        """Return the names that are imported from it, as the names that they have if they are
+        modules."""
         return ['%s.%s' % (self.module, name) for name in self.names if name != '*']
 
 
@@ -5091,9 +5122,9 @@ _ODD_ESCAPE = LazyPattern(rb'\\[^\\\'"abfnrtvxNuU0-7\r\n]')
 
 def _statements(body: Sequence[Any], inward: bool,
                 certain: bool = True) -> Iterator[Tuple[Any, bool]]:
-    """Statements of a block and of the blocks in it, each with whether it is run whenever the
-    block is. Those of functions and classes only with `inward`. Handlers of exceptions and cases
-    of `match` are among them."""
+    """Yield the statements of a block and of the blocks in it, each with whether it is always
+    executed when the block is. Statements of functions and classes are included only with `inward`.
+    Exception handlers and the cases of `match` are included."""
     for node in body:
         yield node, certain
         kind = type(node)
@@ -5111,7 +5142,7 @@ def _statements(body: Sequence[Any], inward: bool,
 
 
 def _names_in(target: Any) -> Iterator[str]:
-    """Names that an assignment to this target binds."""
+    """Yield the names that an assignment to this target binds."""
     if isinstance(target, ast.Name):
         yield target.id
     elif isinstance(target, (ast.Tuple, ast.List)):
@@ -5122,7 +5153,7 @@ def _names_in(target: Any) -> Iterator[str]:
 
 
 def _fits(target: Any, value: Any) -> bool:
-    """Whether the targets of `a, b = 1, 2` get one value each."""
+    """Return whether each target of `a, b = 1, 2` gets one value."""
     displays = (ast.Tuple, ast.List)
     if not isinstance(target, displays):
         return False
@@ -5135,7 +5166,8 @@ def _fits(target: Any, value: Any) -> bool:
 
 
 def _expressions_of(node: Any) -> Iterator[Any]:
-    """Expressions in one statement, without those of the blocks and of the lambdas in it."""
+    """Yield the expressions in one statement, without those of the blocks and of the lambdas in
+    it."""
     waiting: List[Any] = [part for part in ast.iter_child_nodes(node)
                           if isinstance(part, (ast.expr, ast.withitem))]
     while waiting:
@@ -5152,7 +5184,8 @@ def _is_constant(value: Any) -> bool:
 
 
 def _constant(node: Any) -> Tuple[Any, ...]:
-    """The value of a literal that cannot change, in a tuple of one; () if this is none."""
+    """Return the value of a literal that is immutable, in a tuple of one element; () for other
+    expressions."""
     if isinstance(node, ast.Constant):
         return (node.value,)
     if not isinstance(node, (ast.Tuple, ast.UnaryOp, ast.BinOp)):
@@ -5174,7 +5207,7 @@ _tree_lock = threading.Lock()
 
 
 def _parse(text: Union[str, bytes]) -> ast.Module:
-    """Raises SyntaxError, ValueError, RecursionError or MemoryError."""
+    """Parse a source text. Raises SyntaxError, ValueError, RecursionError or MemoryError."""
     with _tree_lock:
         return _parse_alone(text)
 
@@ -5308,8 +5341,8 @@ class _ScopeNames:
                 self.add(name, NameKind.COMPUTED)
 
     def _read_expressions(self, node: Any) -> None:
-        """Names bound by := in the expressions of one statement; blocks in it are read as
-        statements."""
+        """Collect the names that := binds in the expressions of one statement; the blocks in it are
+        read as statements."""
         for part in _expressions_of(node):
             if isinstance(part, ast.NamedExpr):
                 self._compute(part.target)
@@ -5335,7 +5368,7 @@ _CALLERS = frozenset(('map', 'filter'))
 
 
 def _dotted(node: Any) -> str:
-    """'a.b.c' of an expression that is written so, otherwise ''."""
+    """Return 'a.b.c' for an expression of that form, otherwise ''."""
     parts: List[str] = []
     while isinstance(node, ast.Attribute):
         parts.append(node.attr)
@@ -5346,8 +5379,8 @@ def _dotted(node: Any) -> str:
 
 
 def _locals_of(function: Any) -> FrozenSet[str]:
-    """Names of parameters and of variables of a function or lambda. What it imports is not among
-    them: that is followed as if the module had imported it."""
+    """Return the names of the parameters and of the variables of a function or lambda. Names that
+    it imports are not included: these are followed as if the module had imported them."""
     rows = function.args
     parameters = rows.args + rows.kwonlyargs + rows.posonlyargs + [rows.vararg, rows.kwarg]
     found = set()
@@ -5365,8 +5398,8 @@ def _locals_of(function: Any) -> FrozenSet[str]:
 
 
 def _uses(node: Any, local: FrozenSet[str] = frozenset()) -> Set[str]:
-    """What the value of an expression, or what a call of a function, depends on: names, with their
-    attributes ('config', 'config.ROOT'), and what is called ('load()')."""
+    """Return what the value of an expression, or the result of a function, depends on: names, with
+    their attributes ('config', 'config.ROOT'), and what is called ('load()')."""
     found: Set[str] = set()
     waiting: List[Tuple[Any, FrozenSet[str]]] = [(node, local)]
     while waiting:
@@ -5406,8 +5439,9 @@ def _called(call: ast.Call, local: FrozenSet[str]) -> Iterator[str]:
 
 
 class _FileUse:
-    """Which names of a module depend on where files lie. `C.x` is attribute x of class C, `f()`
-    and `C.f()` are what calls of functions depend on, `C()` what an instance does."""
+    """Finds out which names of a module depend on the location of files. `C.x` is attribute x of
+    class C, `f()` and `C.f()` stand for what calls of functions depend on, `C()` for what an
+    instance depends on."""
 
     def __init__(self, tree: ast.Module, source: 'ModuleSource',
                  resolve: Callable[[Any], str]) -> None:
@@ -5422,7 +5456,7 @@ class _FileUse:
             self._read_link(node)
 
     def dependents(self, seeds: Sequence[str]) -> FrozenSet[str]:
-        """All names that depend on these, these included."""
+        """Return all names that depend on these, including these."""
         found = set(seeds)
         waiting = list(found)
         while waiting:
@@ -5433,7 +5467,8 @@ class _FileUse:
         return frozenset(found)
 
     def roots(self) -> List[str]:
-        """What gives paths of files, by the names that it has in this module."""
+        """Return the functions and variables that yield paths of files, by the names that they have
+        in this module."""
         found = [*_FILE_NAMES, *_FILE_MODULES]
         for here, module, there in self.links:
             if module in _FILE_MODULES or '%s.%s' % (module, there) in _FILE_MODULES:
@@ -5463,7 +5498,7 @@ class _FileUse:
             user.add(key)
 
     def _read_body(self, body: Sequence[Any], scope: str) -> None:
-        """The statements of a module, or of the class that `scope` names."""
+        """Read the statements of a module, or of the class that `scope` names."""
         for node, _ in _statements(body, False):
             if isinstance(node, _FUNCTIONS):
                 self._read_function(node, scope)
@@ -5509,7 +5544,7 @@ class _FileUse:
                 self._assign(part.target, part.value, scope)
 
     def _read_call(self, call: Any, scope: str) -> None:
-        """`paths.append(ROOT)` makes `paths` depend on ROOT."""
+        """Note that `paths.append(ROOT)` makes `paths` depend on ROOT."""
         method = getattr(call, 'func', None)
         if not isinstance(method, ast.Attribute):
             return
@@ -5548,7 +5583,7 @@ class _FileUse:
 
 
 def _renamed(names: FrozenSet[str], there: str, here: str) -> Iterator[str]:
-    """'N', 'N.x' and 'N()' for what a module has imported as N."""
+    """Return 'N', 'N.x' and 'N()' for names that a module has imported as N."""
     for name in names:
         if name == there or name.startswith((there + '.', there + '()')):
             yield here + name[len(there):]
@@ -5595,8 +5630,8 @@ class ModuleSource:
             self._read_file_use(tree)
 
     def file_names_with(self, others: Callable[[str], FrozenSet[str]]) -> FrozenSet[str]:
-        """`file_names` if other modules have names that depend on files as well, which `others`
-        says of each."""
+        """Return `file_names` if other modules have names that depend on files as well; `others`
+        returns these for a module."""
         if self.error:
             return self.file_names
         if self._file_use is None:
@@ -5627,7 +5662,7 @@ class ModuleSource:
                 binding.from_file = '%s.%s' % (qualified, name) in self.file_names
 
     def has(self, *words: str) -> bool:
-        """Whether any of these stands in the text."""
+        """Return whether any of these occurs in the text."""
         if isinstance(self._text, bytes):
             for word in words:
                 if word.encode() in self._text:
@@ -5651,7 +5686,7 @@ class ModuleSource:
         return self._absolute(node.level, node.module or '')
 
     def _absolute(self, level: int, module: str) -> str:
-        """'' for what leads out of the package."""
+        """Return the absolute name of an imported module; '' if it is outside of the package."""
         if not level:
             return module
         if self._package:
@@ -5767,7 +5802,8 @@ def _as_roots(paths: Sequence[Optional[str]]) -> Tuple[str, ...]:
 
 @functools.lru_cache(maxsize=None)
 def _standard_roots() -> Tuple[str, ...]:
-    """Where the standard library is, that of the base installation of a venv included."""
+    """Return the directories of the standard library, including that of the base installation of a
+    venv."""
     paths: List[Optional[str]] = []
     for base in {sys.prefix, sys.base_prefix, sys.exec_prefix, sys.base_exec_prefix}:
         there = {'base': base, 'platbase': base, 'installed_base': base, 'installed_platbase': base}
@@ -5787,7 +5823,7 @@ def _standard_roots() -> Tuple[str, ...]:
 
 @functools.lru_cache(maxsize=None)
 def _site_roots() -> Tuple[str, ...]:
-    """Where distributions are installed, whatever these directories are called."""
+    """Return the directories in which distributions are installed, whatever their names are."""
     site = sys.modules.get('site')
     user = module_dict(site).get('USER_SITE')
     path = sysconfig.get_path('purelib')
@@ -5795,8 +5831,8 @@ def _site_roots() -> Tuple[str, ...]:
 
 
 def archive_of(path: str) -> Tuple[str, str]:
-    """(archive, name in it with '/') of the path of a file in an archive; ('', '') if it is in
-    none."""
+    """Return (archive, name in it with '/') for the path of a file in an archive; ('', '') if it is
+    in none."""
     archive = path
     while archive and not os.path.lexists(archive):
         shorter = os.path.dirname(archive)
@@ -5810,17 +5846,17 @@ def archive_of(path: str) -> Tuple[str, str]:
 
 
 class Installations:
-    """What distributions say that they have put into a directory, or into an archive. Each is read
-    once, and again when it has changed."""
+    """The files that distributions say they have put into a directory, or into an archive. Each is
+    read once, and again when it has changed."""
 
     def __init__(self) -> None:
         # directory -> (time of its last change, file below it -> metadata directory)
         self._tables: Dict[str, Tuple[int, Dict[str, str]]] = {}
 
     def owner(self, holder: str, path: str) -> str:
-        """The metadata directory, such as 'numpy-1.26.4.dist-info', of the distribution that has
-        put a file, by its name below the directory and with '/', or the package that it is in,
-        into a directory; '' if none says so."""
+        """Return the metadata directory, such as 'numpy-1.26.4.dist-info', of the distribution that
+        has put a file, given by its name below the directory with '/', or the package that contains
+        it, into a directory; '' if there is none."""
         table = self._table(holder)
         found = table.get(path)
         if found is None:
@@ -5829,7 +5865,7 @@ class Installations:
         return found or ''
 
     def owner_of_name(self, holder: str, name: str) -> str:
-        """The same for a top-level module or package."""
+        """Return the same for a top-level module or package."""
         table = self._table(holder)
         for path in (name + '/__init__.py', name + '.py'):
             if path in table:
@@ -5877,7 +5913,7 @@ _METADATA_FILES = {'.dist-info': 'RECORD', '.egg-info': 'installed-files.txt'}
 
 
 def _directory_metadata(directory: str) -> Iterator[Tuple[str, str, str]]:
-    """(metadata directory, name of the list of files, its text) of each distribution."""
+    """Yield (metadata directory, name of the list of files, its text) of each distribution."""
     for name in sorted(os.listdir(directory)):
         _, suffix = os.path.splitext(name)
         file = _METADATA_FILES.get(suffix)
@@ -5909,7 +5945,7 @@ def _archive_metadata(archive: str, prefix: str) -> Iterator[Tuple[str, str, str
 
 
 class ModuleFinder:
-    """Says where a module is and of which kind it is. Loaded modules are asked first, then
+    """Finds out where a module is and of which kind it is. Loaded modules are asked first, then
     finders; nothing is imported."""
 
     def __init__(self) -> None:
@@ -5919,7 +5955,7 @@ class ModuleFinder:
         self._kept: Dict[str, Tuple[Any, float, Whereabouts]] = {}
 
     def look(self, name: str) -> Whereabouts:
-        """Find out where a module is. Any thread."""
+        """Return what is known of a module. Any thread."""
         module = sys.modules.get(name, self)
         kept = self._kept.get(name)
         if kept is not None and kept[0] is module and self._is_valid(kept):
@@ -5939,8 +5975,8 @@ class ModuleFinder:
 
     @staticmethod
     def _is_by_value(name: str, module: Any) -> bool:
-        """What may change at any time: what the main module is, and what the user has
-        registered."""
+        """Return whether a module travels by value. The answer may change at any time: it depends
+        on what the main module is, and on what the user has registered."""
         if module is sys.modules.get('__main__') or name in _MAIN_NAMES:
             return name.partition('.')[0] not in NOT_OWN
         registered = cloudpickle.list_registry_pickle_by_value()
@@ -5971,7 +6007,7 @@ class ModuleFinder:
         return found
 
     def _look_at(self, name: str, module: Any) -> Whereabouts:
-        """A module that is loaded."""
+        """Return what is known of a module that is loaded."""
         spec = module_dict(module).get('__spec__')
         if not issubclass(type(spec), importlib.machinery.ModuleSpec):
             spec = None
@@ -5994,7 +6030,8 @@ class ModuleFinder:
         return Whereabouts(kind, path, locations, loader)
 
     def _look_for(self, name: str) -> Whereabouts:
-        """A module that is not loaded, or something else under its name."""
+        """Return what is known of a module that is not loaded, or of something else under its
+        name."""
         spec = self._search(name)
         if spec is None:
             return Whereabouts(ModuleKind.MISSING)
@@ -6042,8 +6079,8 @@ class ModuleFinder:
 
     def _kind_without_file(self, name: str, spec: Any,
                            locations: Optional[Tuple[str, ...]]) -> ModuleKind:
-        """Of a module that a package made while it was imported the kind is that of the package,
-        if every node that has the package makes it too."""
+        """Return the kind of a module without a file. A module that a package made while it was
+        imported has the kind of the package, if every node that has the package makes it too."""
         if spec is not None and locations:
             kind = self._kind_of_namespace(name, locations)
             if kind is not ModuleKind.OWN:
@@ -6064,7 +6101,7 @@ class ModuleFinder:
         return ModuleKind.BY_VALUE
 
     def _kind_of_namespace(self, name: str, locations: Tuple[str, ...]) -> ModuleKind:
-        """A part of it that is the user's own travels."""
+        """Return the kind of a namespace package: a part of it that is the user's own travels."""
         files = []
         for path in locations:
             absolute_path = os.path.abspath(path)
@@ -6085,8 +6122,8 @@ class ModuleFinder:
         return ModuleKind.OWN
 
     def _kind_of_file(self, name: str, path: str) -> ModuleKind:
-        """By its path, and where that leaves it open by the metadata beside its top-level
-        module."""
+        """Return the kind of a module by its path; if the path does not determine it, by the
+        metadata beside its top-level module."""
         real_path = os.path.realpath(path)
         real = os.path.normcase(real_path)
         if _is_below(real, _site_roots()):
@@ -6112,7 +6149,8 @@ class ModuleFinder:
         return ModuleKind.OWN
 
     def _leads_to(self, name: str, path: str) -> bool:
-        """Whether an import of this name, elsewhere and by the same rules, would load this file."""
+        """Return whether an import of this name, elsewhere and by the same rules, would load this
+        file."""
         if self._below_parent(name) is ModuleKind.BY_VALUE:
             return False
         spec = self._search(name)
@@ -6126,8 +6164,8 @@ class ModuleFinder:
         return real_path == os.path.realpath(path)
 
     def _search(self, name: str) -> Any:
-        """The spec of a module, by the finders. `importlib.util.find_spec` would import the
-        packages that it is in."""
+        """Return the spec of a module from the finders. `importlib.util.find_spec` would import the
+        packages that contain it."""
         parent = name.rpartition('.')[0]
         if not parent:
             return self._ask(sys.meta_path, name, None)
@@ -6143,7 +6181,7 @@ class ModuleFinder:
 
     @staticmethod
     def _ask_entries(name: str, locations: Sequence[str]) -> Any:
-        """Ask the entries of a path, as PathFinder does."""
+        """Return the spec from the entries of a path, as PathFinder does."""
         portions: List[str] = []
         for location in locations:
             try:
@@ -6180,29 +6218,29 @@ class ModuleFinder:
 
 
 class FileStamp(NamedTuple):
-    """What tells a file from what it was before, without reading it."""
+    """Metadata that tells a file from an earlier version of it, without reading it."""
     mtime_ns: int
     size: int
     inode: int = 0
 
 
 class FileOfModule(NamedTuple):
-    """A file that travels: of a module, or of the data of a package."""
+    """A file that is sent to nodes: that of a module, or data of a package."""
     target: str        # its name on the node, with '/'
     path: str          # where it is read from; inside of an archive `loader` reads it
     loader: Any = None
 
     def read(self) -> bytes:
-        """Its content as it is now. Raises OSError."""
+        """Return its content as it is now. Raises OSError."""
         return _read_at_once(self.path, self.loader)[0]
 
     def stamp(self) -> FileStamp:
-        """Raises OSError."""
+        """Return its metadata. Raises OSError."""
         return _stamp_of(self.path)
 
 
 class ModuleFile(NamedTuple):
-    """A module that travels, and its file."""
+    """A module that is sent to nodes, and its file."""
     name: str
     path: str                        # where it is read from; inside of an archive `loader` reads it
     target: str                      # its name on the node, with '/'
@@ -6216,11 +6254,11 @@ class ModuleFile(NamedTuple):
         return FileOfModule(self.target, self.path, self.loader)
 
     def read(self) -> bytes:
-        """Its content as it is now. Raises OSError."""
+        """Return its content as it is now. Raises OSError."""
         return self.file().read()
 
     def stamp(self) -> FileStamp:
-        """Raises OSError."""
+        """Return its metadata. Raises OSError."""
         return self.file().stamp()
 
 
@@ -6236,8 +6274,8 @@ def _stamp_of(path: str) -> FileStamp:
 
 
 def _read_at_once(path: str, loader: Any) -> Tuple[bytes, Optional[FileStamp], int]:
-    """Content, stamp and mode of a file, all of one moment; no stamp if the file never kept still.
-    Raises OSError."""
+    """Return content, stamp and mode of a file, all from one moment; there is no stamp if the file
+    changed all the time. Raises OSError."""
     archive, member = archive_of(path)
     if archive:
         stamp = _stamp_of(path)
@@ -6256,7 +6294,8 @@ def _read_at_once(path: str, loader: Any) -> Tuple[bytes, Optional[FileStamp], i
 
 
 def _read_member(archive: str, member: str, path: str, loader: Any) -> bytes:
-    """A file in an archive, by the loader of its module if that can read it."""
+    """Return the content of a file in an archive, read by the loader of its module if that can do
+    it."""
     import zipfile
     try:
         if not zipfile.is_zipfile(archive):
@@ -6276,8 +6315,8 @@ def _read_member(archive: str, member: str, path: str, loader: Any) -> bytes:
 
 
 def _is_settled(stamp: FileStamp) -> bool:
-    """Whether a later change of the file would change its stamp too: file systems count time in
-    steps."""
+    """Return whether a later change of the file would change its stamp too: file systems count time
+    in steps."""
     if stamp.mtime_ns % 1_000_000_000:
         step = 50_000_000
     else:
@@ -6286,18 +6325,19 @@ def _is_settled(stamp: FileStamp) -> bool:
 
 
 class ModuleDigests:
-    """Digests of the files of modules; none is read twice while it is the same."""
+    """Digests of the files of modules; no file is read twice while it is unchanged."""
 
     def __init__(self) -> None:
         # path -> stamp, (size, digest, mode)
         self._kept: Dict[str, Tuple[FileStamp, Tuple[int, bytes, int]]] = {}
 
     def note(self, path: str, content: bytes, stamp: Optional[FileStamp], mode: int) -> None:
-        """What was read for another purpose."""
+        """Note the content of a file that was read for another purpose."""
         self._keep(path, stamp, (len(content), hashlib.sha256(content).digest(), mode))
 
     def of(self, file: FileOfModule) -> Tuple[FileStamp, Tuple[int, bytes, int]]:
-        """Stamp of a file, and its size, digest and mode, all of one read. Raises OSError."""
+        """Return the stamp of a file, and its size, digest and mode, all from one read. Raises
+        OSError."""
         path = file.path
         stamp = _stamp_of(path)
         kept = self._kept.get(path)
@@ -6375,7 +6415,8 @@ class _ModuleWalk:
         return False
 
     def _reach_members(self, imported: ImportedModule, chain: Tuple[str, ...]) -> None:
-        """What is imported from a package may be a module in it."""
+        """Follow the names that are imported from a package, each of which may be a module in
+        it."""
         module = imported.module
         where = self._finder.look(module)
         if where.kind is not ModuleKind.OWN:
@@ -6392,7 +6433,7 @@ class _ModuleWalk:
                 self._reach(full, chain)
 
     def _starred(self, package: str, where: Whereabouts) -> Sequence[str]:
-        """Names of submodules that `from package import *` may reach."""
+        """Return the names of submodules that `from package import *` may reach."""
         if where.path:
             source = self._file_of(package, where).source
         else:
@@ -6406,7 +6447,7 @@ class _ModuleWalk:
 
 
 class DataFiles:
-    """Finds the data files of packages: what lies beside the modules and is no code."""
+    """Finds the data files of packages: files beside the modules that are not code."""
 
     def __init__(self) -> None:
         self._warned: Set[str] = set()
@@ -6414,7 +6455,7 @@ class DataFiles:
         self._extensions: Dict[str, Tuple[Tuple[int, int], bool]] = {}
 
     def of(self, package: ModuleFile) -> List[FileOfModule]:
-        """In the order of their names, as far as they are not too large together."""
+        """Return the data files of a package in the order of their names, up to a total size."""
         name = package.name
         archive, member = archive_of(package.path)
         if archive:
@@ -6451,7 +6492,7 @@ class DataFiles:
             package, PACKAGE_DATA >> 20, len(left), count, size, left[0][0])
 
     def _in_directory(self, root: str) -> Iterator[Tuple[str, str, int]]:
-        """(name below the package with '/', path, size)."""
+        """Yield (name below the package with '/', path, size)."""
         waiting = [('', root)]
         looked_at = 0
         while waiting:
@@ -6492,7 +6533,7 @@ class DataFiles:
         return sorted(shown, key=lambda entry: entry.name)
 
     def _is_data(self, entry: Any) -> bool:
-        """Of links it counts where they lead."""
+        """Return whether a file is data. For links, their target counts."""
         if entry.name.endswith(_CODE_SUFFIXES):
             return False
         if not _may_travel(entry.name):
@@ -6506,7 +6547,7 @@ class DataFiles:
             return False
 
     def _is_extension(self, entry: Any) -> bool:
-        """Whether this is an extension module, and no other shared library."""
+        """Return whether this is an extension module, and not another shared library."""
         suffix = next(filter(entry.name.endswith, importlib.machinery.EXTENSION_SUFFIXES), '')
         if suffix:
             stem = entry.name[:-len(suffix)]
@@ -6583,7 +6624,7 @@ def _is_shown(name: str) -> bool:
 
 
 def _may_travel(name: str) -> bool:
-    """Whether a node would take a file or directory of this name."""
+    """Return whether a node would take a file or directory of this name."""
     try:
         check_name(name)
     except ValueError as exc:   # a name that a node would refuse
@@ -6593,13 +6634,13 @@ def _may_travel(name: str) -> bool:
 
 
 def _of_files(names: FrozenSet[str]) -> FrozenSet[str]:
-    """Without what every module has."""
+    """Return the names that depend on files, without those that every module has."""
     return names - _FILE_NAMES - _FILE_MODULES
 
 
 class OwnModules:
-    """Which modules are the user's own, and what travels for them. One is enough for a process,
-    for it remembers what it has read. Any thread."""
+    """Determines which modules are the user's own, and what is sent for them. A process needs only
+    one instance, because it remembers what it has read. Any thread."""
 
     def __init__(self) -> None:
         self._finder = ModuleFinder()
@@ -6611,8 +6652,8 @@ class OwnModules:
         self._versions: Dict[str, str] = {}
 
     def distribution_of(self, module: str) -> str:
-        """The name by which pip knows what holds a module, with the module's where they differ:
-        'PyYAML (yaml)'."""
+        """Return the name by which pip knows the distribution that contains a module, with the name
+        of the module if they differ: 'PyYAML (yaml)'."""
         for directory in filter(os.path.isdir, sys.path):
             owner = self._finder.installations.owner_of_name(directory, module)
             name = owner.partition('-')[0]
@@ -6623,23 +6664,23 @@ class OwnModules:
         return module
 
     def kind(self, name: Any) -> ModuleKind:
-        """What decides how an object of this module goes to a node."""
+        """Return the kind of this module, which determines how its objects are sent to a node."""
         if isinstance(name, str):
             return self._finder.look(name).kind
         return ModuleKind.MISSING
 
     def closure(self, names: Sequence[str], shipped: Sequence[str] = ()) -> List[ModuleFile]:
-        """The user's own modules among these, with all that they import and the packages that they
-        are in, in the order in which they are reached. `shipped` are modules that travel
-        otherwise, with all below them."""
+        """Return those of these modules that are the user's own, with all that they import and the
+        packages that contain them, in the order in which they are reached. `shipped` are modules
+        that are sent in another way, with everything below them."""
         walk = _ModuleWalk(self._finder, self._file_of, shipped)
         sorted_names = sorted(set(names))
         walk.run(iter(sorted_names))
         return walk.found
 
     def files(self, closure: Sequence[ModuleFile]) -> Dict[str, FileOfModule]:
-        """What travels, by the names that it has on the node: code, and the data files of
-        packages."""
+        """Return the files that are sent, by the names that they have on the node: code, and the
+        data files of packages."""
         found = {module.target: module.file() for module in closure}
         for module in closure:
             if module.is_package:
@@ -6648,7 +6689,7 @@ class OwnModules:
         return found
 
     def rows(self, files: Dict[str, FileOfModule]) -> List[Tuple[str, int, bytes, int]]:
-        """(name, size, digest, mode) of each file. Raises OSError."""
+        """Return (name, size, digest, mode) of each file. Raises OSError."""
         rows = []
         for target, file in files.items():
             _, (size, digest, mode) = self._digests.of(file)
@@ -6656,8 +6697,8 @@ class OwnModules:
         return rows
 
     def digests(self, closure: Sequence[ModuleFile]) -> Dict[str, bytes]:
-        """The digest of each module's file as it is now, by its path. A file that cannot be read is
-        left out: there is no other text that could be sent."""
+        """Return the current digest of each module's file, by its path. A file that cannot be read
+        is left out: there is no other text that could be sent."""
         found = {}
         for module in closure:
             try:
@@ -6667,7 +6708,7 @@ class OwnModules:
         return found
 
     def changed(self, closure: Sequence[ModuleFile], before: Dict[str, bytes]) -> List[ModuleFile]:
-        """Modules whose files are not as they were when `before` was taken, as `digests`."""
+        """Return the modules whose files have changed since `before` was returned by `digests`."""
         now = self.digests(closure)
         modules: List[ModuleFile] = []
         for module in closure:
@@ -6678,7 +6719,7 @@ class OwnModules:
         return modules
 
     def _file_of(self, name: str, where: Whereabouts) -> ModuleFile:
-        """The file of a module of the user's. The text of a loaded module is read once."""
+        """Return the file of a module of the user's. The text of a loaded module is read once."""
         module = sys.modules.get(name)
         spec = module_dict(module).get('__spec__')
         kept = self._files.get(name)
@@ -6731,7 +6772,8 @@ class OwnModules:
         return file, stamp
 
     def file_names(self, closure: Sequence[ModuleFile]) -> Dict[str, FrozenSet[str]]:
-        """`ModuleSource.file_names` of each, with what they import from each other."""
+        """Return `ModuleSource.file_names` of each module, including what the modules import from
+        each other."""
         sources = {}
         for module in closure:
             if module.source is not None:
@@ -6757,7 +6799,7 @@ class OwnModules:
         return found
 
     def uses_dispy(self, closure: Sequence[ModuleFile]) -> bool:
-        """Whether one of these imports a module of dispy."""
+        """Return whether one of these imports a module of dispy."""
         ours = NOT_OWN - {'cloudpickle', 'psutil'}
         for _, imported in self._imports(closure):
             if imported.module.partition('.')[0] in ours:
@@ -6773,8 +6815,9 @@ class OwnModules:
 
     def packages(self,
                  closure: Sequence[ModuleFile]) -> Dict[str, Tuple[str, bool, Tuple[str, ...]]]:
-        """The installed packages that these import: version here ('' if that is unknown), whether
-        an import of it is certain, and the chain of imports that leads to it."""
+        """Return the installed packages that these modules import: their version here ('' if it is
+        unknown), whether they are certainly imported, and the chain of imports that leads to
+        them."""
         found: Dict[str, Tuple[str, bool, Tuple[str, ...]]] = {}
         for module, imported in self._imports(closure):
             for name in self._installed(imported):
@@ -6786,7 +6829,7 @@ class OwnModules:
         return found
 
     def _installed(self, imported: ImportedModule) -> List[str]:
-        """Top-level packages. Below a namespace package these are what is in it, of which each may
+        """Return top-level packages. For a namespace package these are its parts, each of which may
         be installed or not."""
         parts = imported.module.split('.')
         if parts[0] in NOT_OWN:
@@ -6844,17 +6887,17 @@ class _CannotTravel(Exception):
 
 def _state_pickler(numbers: Dict[int, int]) -> Any:
     class StatePickler(client_pickler()):  # type: ignore[misc]
-        """Objects that keep their identity on the node go as numbers."""
+        """A pickler that replaces objects which keep their identity on the node by numbers."""
 
         def persistent_id(self, obj: Any) -> Optional[int]:
-            """Called by the pickler for every object."""
+            """Return the number of an object, or None. The pickler calls this for every object."""
             return numbers.get(id(obj))
     return StatePickler
 
 
 class StateCapture:
-    """Collects what the variables of modules hold. A module whose state cannot be carried whole is
-    left out whole, since what is left of it would not fit together."""
+    """Collects the values of the variables of modules. A module whose state cannot be sent
+    completely is left out, since a part of its state would be inconsistent."""
 
     def __init__(self) -> None:
         self.rows: List[StateRow] = []
@@ -6864,8 +6907,8 @@ class StateCapture:
         self._values: Dict[Tuple[str, str, str], Any] = {}
 
     def add(self, file: ModuleFile, placed: Iterable[str] = ()) -> None:
-        """A module that the client has loaded, if its source is known. `placed` are the names whose
-        values depend on where files lie: on the node these lie elsewhere."""
+        """Add a module that the client has loaded, if its source is known. `placed` are the names
+        whose values depend on the location of files, which differs on the node."""
         source = file.source
         module = sys.modules.get(file.name)
         if module is None:
@@ -6914,7 +6957,7 @@ class StateCapture:
 
     def _consider(self, source: ModuleSource, key: Tuple[str, str, str], value: Any,
                   binding: Optional[NameBinding], found: List[Tuple[StateRow, Any]]) -> None:
-        """A variable, if the node's own import would not give it the same value."""
+        """Add a variable, if the import on the node would not give it the same value."""
         module, owner, name = key
         if name.startswith('__'):
             return
@@ -6960,8 +7003,8 @@ class StateCapture:
 
     @staticmethod
     def _is_made_by_module(module: str, value: Any) -> bool:
-        """Whether a function or class, which the source does not name, came of running the module
-        all the same."""
+        """Return whether a function or class that the source does not name was nevertheless made by
+        running the module."""
         if not isinstance(value, (type, types.FunctionType)):
             return False
         return value.__module__ == module
@@ -6973,8 +7016,8 @@ class StateCapture:
         return number
 
     def pickled(self) -> Tuple[List[Tuple[str, str]], bytes, AbstractSet[str]]:
-        """Classes of the numbered objects, the state, and the modules that opening it imports.
-        Raises what pickling raises."""
+        """Return the classes of the numbered objects, the state, and the modules that opening the
+        state imports. Raises what pickling raises."""
         if not self.rows:
             return [], b'', set()
         # All there at once: their ids must differ
@@ -6989,8 +7032,7 @@ class StateCapture:
 
 
 class Bundle(NamedTuple):
-    """Modules that travel together: their files, and how they were set when they first
-    travelled."""
+    """Modules that are sent together: their files, and their state when they were first sent."""
     number: int
     closure: Tuple[ModuleFile, ...]
     files: Dict[str, FileOfModule]    # those that no earlier bundle has, by their names on the node
@@ -6998,12 +7040,12 @@ class Bundle(NamedTuple):
 
     @property
     def name(self) -> str:
-        """The name of its own file on the node."""
+        """Return the name of its own file on the node."""
         return BUNDLES + BUNDLE % self.number
 
 
 class ModuleBundles:
-    """The modules of one computation that have travelled, or will. Number 0 is what its code needs.
+    """The modules of one computation that were sent, or will be. Number 0 is what its code needs.
     Any thread; no lock is held while objects of the user's are pickled."""
 
     def __init__(self, name: str) -> None:
@@ -7025,8 +7067,8 @@ class ModuleBundles:
 
     def pack_code(self, computation: Any, setup: Any, cleanup: Any, objects: Dict[str,
                                                                                   Any]) -> bytes:
-        """The code of the computation, with bundle 0. One pickle for all, so that they share their
-        variables on the node."""
+        """Pickle the code of the computation, with bundle 0. All functions are in one pickle, so
+        that they share their variables on the node."""
         labels = [('the computation', computation), ('setup', setup), ('cleanup', cleanup)]
         for name, value in objects.items():
             labels.append(('depends, %s' % name, value))
@@ -7037,8 +7079,8 @@ class ModuleBundles:
 
     def packed(self, value: Any, labels: Iterable[Tuple[str, Any]], exact: bool = False,
                share: Optional[Callable[[list, list], Any]] = None) -> Any:
-        """A payload that says which bundles have to be there before it is opened; `share` as in
-        `dumps`. Raises what pickling raises."""
+        """Return a payload that says which bundles must be present before it is opened; `share` is
+        as in `dumps`. Raises what pickling raises."""
         sealed = pack(value, labels, exact, share)
         numbers = self.numbers(sealed.modules)
         if not numbers:
@@ -7049,7 +7091,8 @@ class ModuleBundles:
         return payload
 
     def numbers(self, modules: AbstractSet[str]) -> Set[int]:
-        """The bundles that have these modules, but for number 0. New modules make a new one."""
+        """Return the numbers of the bundles that contain these modules, except number 0. For new
+        modules, a bundle is made."""
         if modules <= self._plain:
             return set()
         new = set()
@@ -7077,7 +7120,7 @@ class ModuleBundles:
         return True
 
     def _make(self, number: int, modules: AbstractSet[str]) -> None:
-        """A bundle with these modules, unless another thread has just made one."""
+        """Make a bundle with these modules, unless another thread has just made one."""
         new, capture, kinds, state = self._capture(modules)
         closure = [file for file in new if self._is_own(file.name)]
         for text in capture.warnings:
@@ -7111,8 +7154,8 @@ class ModuleBundles:
     def _capture(
         self, modules: AbstractSet[str]
     ) -> Tuple[List[ModuleFile], StateCapture, List[Tuple[str, str]], bytes]:
-        """The modules with all that they import, and their state. The state may refer to more
-        modules, which may have state."""
+        """Return the modules with all that they import, and their state. The state may refer to
+        more modules, which may have state as well."""
         wanted = set(modules)
         while True:
             # Modules that travel as files of depends have state like the others.
@@ -7158,8 +7201,8 @@ class ModuleBundles:
     # -- what nodes get ----------------------------------------------------------------------------
 
     def rows(self, embedded: bool) -> List[Tuple[str, int, bytes, int]]:
-        """Rows of all files that a node gets: those of all bundles and, if it is not a part of this
-        program, of the modules. Raises OSError."""
+        """Return the rows of all files that a node gets: those of all bundles and, if the node is
+        not embedded in this program, those of the modules. Raises OSError."""
         with self._lock:
             bundles = list(self._bundles)
         rows = [self._row_of(bundle) for bundle in bundles if bundle.content]
@@ -7180,8 +7223,8 @@ class ModuleBundles:
         return [(MODULES + name, size, digest, mode) for name, size, digest, mode in rows]
 
     def more(self, request: Any, embedded: bool) -> List[Tuple[str, int, bytes, int]]:
-        """Rows for what a job has asked for: a bundle by number, or a module by name. Raises
-        ModuleNotFoundError."""
+        """Return the rows of what a job has asked for: a bundle by its number, or a module by its
+        name. Raises ModuleNotFoundError."""
         if isinstance(request, int):
             with self._lock:
                 if 0 < request < len(self._bundles):
@@ -7206,8 +7249,8 @@ class ModuleBundles:
         return self._file_rows(files)
 
     def source_of(self, name: str) -> Any:
-        """Where a file that a node asks for is read from: its content, or a FileOfModule. None for
-        a name not offered."""
+        """Return the content of a file that a node asks for, or a FileOfModule from which it is
+        read; None for a name that was not offered."""
         with self._lock:
             if name == BEHIND:
                 return _THIS_FILE
@@ -7225,8 +7268,8 @@ class ModuleBundles:
     # -- files that change -------------------------------------------------------------------------
 
     def changed(self, every: float = LOOK_EVERY) -> List[str]:
-        """Names of modules whose files have changed since they travelled. Looks at most once in so
-        many seconds."""
+        """Return the names of modules whose files have changed since they were sent. Files are
+        examined at most once in this number of seconds."""
         now = time.monotonic()
         if now - self._looked_at >= every and not self._has_changed:
             self._looked_at = now
@@ -7252,17 +7295,18 @@ _CANNOT = (TypeError, AttributeError, ValueError, RuntimeError, NotImplementedEr
 
 
 def client_pickler() -> Any:
-    """The pickler of a program, a class: modules that a node can import go by their names."""
+    """Return the class of the pickler for arguments: modules that a node can import are pickled by
+    their names."""
     return _client_pickler(value_pickler())
 
 
 @functools.lru_cache(maxsize=2)
 def _client_pickler(base: Any) -> Any:
     class ClientPickler(base):  # type: ignore[misc, valid-type]
-        """Pickles arguments."""
+        """The pickler for arguments."""
 
         def importable(self, module: str) -> bool:
-            """Whether nodes have the module, or get its file."""
+            """Return whether nodes have the module, or get its file."""
             return own_modules.kind(module) not in _NOT_BY_NAME
 
         def _special(self, kind: type) -> Any:
@@ -7281,16 +7325,16 @@ def _client_pickler(base: Any) -> Any:
 @functools.lru_cache(maxsize=2)
 def _code_pickler(base: Any) -> Any:
     class CodePickler(base):  # type: ignore[misc, valid-type]
-        """Of code, whose variables are to be as they are in the program."""
+        """The pickler for code, whose variables are to be as they are in the program."""
         exact = True
     return CodePickler
 
 
 def pack(value: Any, labels: Iterable[Tuple[str, Any]], exact: bool = False,
          share: Optional[Callable[[list, list], Any]] = None) -> Sealed:
-    """Pickle what goes to a node. Where that fails the error names the path to the culprit;
-    `labels` are the parts of the value, with what they are called; `share` as in `dumps`. Raises
-    what pickling raises."""
+    """Pickle a value that is sent to a node. If that fails, the error names the path to the object
+    that cannot be pickled; `labels` are the parts of the value with their names; `share` is as in
+    `dumps`. Raises what pickling raises."""
     try:
         if exact:
             pickler = _code_pickler(client_pickler())
@@ -7305,8 +7349,8 @@ def pack(value: Any, labels: Iterable[Tuple[str, Any]], exact: bool = False,
 
 
 def explain_unpicklable(labels: Iterable[Tuple[str, Any]], exc: BaseException) -> str:
-    """Which part of a value cannot be pickled, and what can be done. Empty if no single part is to
-    blame."""
+    """Return which part of a value cannot be pickled, and what can be done. The text is empty if no
+    single part is the cause."""
     for label, value in labels:
         if not _can_be_packed(value):
             path, culprit, module = _find_culprit(label, value)
@@ -7333,8 +7377,8 @@ def _can_be_packed(value: Any) -> bool:
 
 
 def _find_culprit(path: str, value: Any) -> Tuple[str, Any, str]:
-    """Follow the parts that cannot be pickled: (path, the last of them, module of the function or
-    class it was met in)."""
+    """Follow the parts that cannot be pickled. Returns (path, the last of them, module of the
+    function or class in which it was found)."""
     module = ''
     seen = {id(value)}
     for _ in range(30):
@@ -7358,7 +7402,7 @@ def _find_culprit(path: str, value: Any) -> Tuple[str, Any, str]:
 
 
 def _parts_of(value: Any) -> Iterator[Tuple[str, Any]]:
-    """What a pickle of a value would hold next, with names for it."""
+    """Yield the parts that a pickle of a value would contain next, with names for them."""
     if isinstance(value, functools.partial):
         yield 'function', value.func
         yield from (('argument %d' % number, part) for number, part in enumerate(value.args, 1))
@@ -7412,12 +7456,12 @@ class Value:
 
 
 class SharedPayload(bytes):
-    """Packed arguments, some parts of which are values. These stay in the program as long as it
-    does."""
+    """Packed arguments of which some parts are values. These stay in the program as long as the
+    payload does."""
     values: Tuple[Value, ...] = ()
 
     def rows(self) -> tuple:
-        """Size and digest of each value."""
+        """Return size and digest of each value."""
         return tuple(value.row for value in self.values)
 
     def total(self) -> int:
@@ -7426,9 +7470,9 @@ class SharedPayload(bytes):
 
 
 class SharedValues:
-    """The values of this program that nodes know by their digests, each once, as long as a job or a
-    ref needs it. A buffer that the program may change is compared with the copy that was made of
-    it; only another content is copied and digested. Any thread."""
+    """The values of this program that nodes know by their digests. Each is kept once, as long as a
+    job or a reference needs it. A buffer that the program may change is compared with the copy that
+    was made of it; only new content is copied and digested. Any thread."""
     # Places of a buffer, and bytes at each, by which the copy is found
     SAMPLES = 16
     SAMPLE = 64
@@ -7442,7 +7486,7 @@ class SharedValues:
         self._others = dispynode.known_values
 
     def payload(self, pieces: Sequence[Any], buffers: Sequence[Any]) -> Optional[SharedPayload]:
-        """A payload of these; None if there are no values among them."""
+        """Return a payload of these pieces and buffers; None if there are no values among them."""
         values: List[Value] = []
 
         def known(part: Any) -> Any:
@@ -7461,13 +7505,13 @@ class SharedValues:
 
     @staticmethod
     def with_values(payload: bytes, values: Iterable[Value]) -> SharedPayload:
-        """A payload that keeps these values."""
+        """Return a payload that keeps these values alive."""
         found = SharedPayload(payload)
         found.values = tuple(dict.fromkeys(values))
         return found
 
     def _kept(self, part: Any) -> Optional[Value]:
-        """The value whose own memory this is, all of it."""
+        """Return the value that owns this memory entirely, or None."""
         if type(part) is memoryview:
             whole = part.obj
         else:
@@ -7479,7 +7523,7 @@ class SharedValues:
         return None
 
     def of(self, part: Any) -> Value:
-        """The value with this content."""
+        """Return the value with this content."""
         value = self._kept(part)
         if value is not None:
             return value
@@ -7505,7 +7549,7 @@ class SharedValues:
               digest: bytes,
               data: Union[bytes, bytearray],
               sample: Optional[tuple] = None) -> Value:
-        """The value with this digest; `data` is its content if it is new."""
+        """Return the value with this digest; `data` is its content if it is new."""
         with self._lock:
             value = self._by_digest.get(digest)
             if value is None:
@@ -7516,12 +7560,12 @@ class SharedValues:
             return value
 
     def find(self, digest: bytes) -> Optional[Value]:
-        """A value, while it is needed."""
+        """Return a value, as long as it is needed; else None."""
         with self._lock:
             return self._by_digest.get(digest)
 
     def open(self, size: int, digest: bytes) -> Any:
-        """A copy of a value. Raises LookupError."""
+        """Return a copy of a value. Raises LookupError."""
         value = self.find(digest)
         if value is not None:
             return bytearray(value.data)
@@ -7530,7 +7574,7 @@ class SharedValues:
         return self._others.open(size, digest)
 
     def after_fork(self) -> None:
-        """In a forked child: another thread of the parent may have held the lock."""
+        """Replace the lock in a forked child: another thread of the parent may have held it."""
         self._lock = threading.Lock()
 
 
@@ -7539,12 +7583,12 @@ dispynode.known_values = shared_values
 
 
 class ValueRef:
-    """A value that `JobCluster.put` has taken. Where it stands in the arguments of a job, the job
-    gets the value, opened anew. It stays in the program as long as this object, or a job that has
-    it, is there."""
+    """A value that `JobCluster.put` has taken. If it is an argument of a job, or a part of one, the
+    job gets the value, opened anew. The value stays in the program as long as this object exists,
+    or a job that uses it."""
 
     def __init__(self, value: Any, labels: Iterable[Tuple[str, Any]]) -> None:
-        """Raises what pickling raises."""
+        """Pack the value. Raises what pickling raises."""
         parts: List[Any] = []
 
         def take(pieces: list, buffers: list) -> bytes:
@@ -7564,11 +7608,11 @@ class ValueRef:
 
     @property
     def size(self) -> int:
-        """Bytes of the value, packed."""
+        """The size of the packed value in bytes."""
         return sum(map(len, self._parts))
 
     def get(self) -> Any:
-        """The value, opened anew here. Raises what opening it raises."""
+        """Return the value, opened anew here. Raises what opening it raises."""
         return open_pieces(*self._parts[:1], *map(bytearray, self._parts[1:]))
 
     def _reduced(self) -> tuple:
@@ -7584,9 +7628,9 @@ class ValueRef:
 
 def pack_arguments(args: tuple, kwargs: dict, bundles: 'ModuleBundles',
                    depends: Sequence[Any] = (), returns: tuple = ()) -> Any:
-    """Arguments as they are now: what the caller changes later does not reach the job. Raises what
-    pickling raises. `depends` are files and objects for this job alone; files are read now.
-    `returns` as of WantedOutput.of."""
+    """Pack the current arguments: what the caller changes later does not reach the job. Raises what
+    pickling raises. `depends` are files and objects for this job alone; the files are read now.
+    `returns` is as in WantedOutput.of."""
     if not depends and not kwargs:
         if ATOMS.issuperset(map(type, args)):
             return pickle.dumps((args, kwargs), 5)
@@ -7607,31 +7651,33 @@ def pack_arguments(args: tuple, kwargs: dict, bundles: 'ModuleBundles',
 
 
 def own_memory(payload: Any) -> Any:
-    """A payload no part of which is the caller's own memory."""
+    """Return a payload that contains none of the caller's own memory."""
     if type(payload) is tuple:
         return tuple(piece if type(piece) is bytes else bytes(piece) for piece in payload)
     return payload
 
 
 class JobFile(NamedTuple):
-    """A file of a job, and what the job knows it by: a path below its directory."""
+    """A file of a job, and its name for the job: a path below its directory."""
     path: str
     name: str
 
 
 class OwnDirectory(List[JobFile]):
-    """The files of a job that has a directory of its own, also if it has no files."""
+    """The files of a job that has a directory of its own; there may be no files."""
 
     def __bool__(self) -> bool:
         return True
 
 
 class WantedOutput:
-    """Which files of a program's jobs come back, and where to: `returns` and `dest`."""
+    """Which files of a program's jobs are returned, and where they are put: `returns` and
+    `dest`."""
     ID = '{id}'
 
     def __init__(self, patterns: Sequence[str], dest: Optional[str], directory: str) -> None:
-        """`directory` is the program's. What `dest` names is made. Raises OSError."""
+        """`directory` is that of the program. The directory that `dest` names is created. Raises
+        OSError."""
         self._patterns = patterns
         start, mark, end = (dest or '').partition(self.ID)
         root, _, begin = start.rpartition('/') if mark else (start, '', '')
@@ -7648,7 +7694,7 @@ class WantedOutput:
 
     @staticmethod
     def checked(returns: Any, dest: Any) -> Tuple[str, ...]:
-        """The patterns. Raises TypeError or ValueError."""
+        """Return the patterns. Raises TypeError or ValueError."""
         if isinstance(returns, str):
             raise TypeError("returns=%.80r must be a list of names, such as ['out_*.dat']"
                             % returns)
@@ -7668,8 +7714,9 @@ class WantedOutput:
         return patterns
 
     def of(self, number: Any) -> tuple:
-        """What the node is told of the job with this id: what stands before the names that its
-        files have here, and patterns of them. Nothing if none come back."""
+        """Return what the node is told of the job with this id: the prefix of the names that its
+        files have here, and patterns for the files. The result is empty if no files are
+        returned."""
         if not self._patterns:
             return ()
         # Signs that no name of a file has, on whatever system
@@ -7682,7 +7729,8 @@ class WantedOutput:
         return before, [pattern.replace(self.ID, glob.escape(name)) for pattern in self._patterns]
 
     def note(self, job: DispyJob, name: str) -> None:
-        """A file of a job comes. Warn, once, if one of another job is replaced."""
+        """Note that a file of a job comes. A warning is logged once if it replaces a file of
+        another job."""
         if not self._may_clash or self._has_told:
             return
         other = self._came.setdefault(name, job.id)
@@ -7695,7 +7743,7 @@ class WantedOutput:
 def _job_depends(
         depends: Sequence[Any],
         globals_: Sequence[Dict[str, Any]]) -> Tuple[List[Tuple[str, int, bytes]], Dict[str, Any]]:
-    """(name, mode, content) of files, and objects by their names."""
+    """Return (name, mode, content) of files, and objects by their names."""
     if not isinstance(depends, (list, tuple)):
         raise TypeError('dispy_job_depends must be a list, not %s' % type(depends).__name__)
     paths: Dict[str, str] = {}
@@ -7717,9 +7765,9 @@ def _job_depends(
 
 
 def _names_of(item: Any, globals_: Sequence[Dict[str, Any]], where: str) -> Dict[str, Any]:
-    """An object of depends with the names by which jobs find it: its own, or those that it has in
-    the global variables of the computation and of the main module. An instance brings its class
-    along, as in dispy 4. Raises TypeError."""
+    """Return an object of `depends` with the names by which jobs find it: its own, or those that it
+    has in the global variables of the computation and of the main module. An instance comes
+    together with its class, as in dispy 4. Raises TypeError."""
     if isinstance(item, types.ModuleType):
         return {item.__name__.rpartition('.')[2]: item}
     if isinstance(item, (type, types.FunctionType, types.BuiltinFunctionType)) or (
@@ -7741,8 +7789,8 @@ def _names_of(item: Any, globals_: Sequence[Dict[str, Any]], where: str) -> Dict
 
 
 class PackedComputation(NamedTuple):
-    """A computation, packed: the spec of `Compute` but for what depends on the node, and where its
-    files lie."""
+    """A packed computation: the spec of `Compute` except for what depends on the node, and the
+    paths of its files."""
     spec: dict
     paths: Dict[str, str]
     is_program: bool
@@ -7752,7 +7800,8 @@ class PackedComputation(NamedTuple):
 
 def _sort_depends(depends: Sequence[Any], paths: Dict[str, str],
                   globals_: Sequence[Dict[str, Any]]) -> Tuple[Dict[str, Any], List[str]]:
-    """Objects by name, and names of modules that travel as files; files go into `paths`."""
+    """Return objects by name, and the names of modules that are sent as files; the files are added
+    to `paths`."""
     objects: Dict[str, Any] = {}
     shipped: List[str] = []
     for item in depends:
@@ -7768,8 +7817,8 @@ def _sort_depends(depends: Sequence[Any], paths: Dict[str, str],
 def pack_computation(computation: Any, depends: Sequence[Any], setup: Any, cleanup: Any,
                      dest_path: Optional[str], max_jobs: Optional[int], name: str,
                      bundles: 'ModuleBundles') -> PackedComputation:
-    """Raises TypeError, ValueError, FileNotFoundError or what pickling raises, naming what was
-    wrong."""
+    """Pack a computation. Raises TypeError, ValueError, FileNotFoundError or what pickling raises,
+    and names what is wrong."""
     paths: Dict[str, str] = {}
     program, code, objects, cleaner = '', b'', {}, cleanup if callable(
         cleanup) else None   # type: Tuple[str, bytes, Dict[str, Any], Any]
@@ -7834,8 +7883,8 @@ def _file_rows(paths: Dict[str, str], program: str = '') -> List[Tuple[str, int,
 
 
 def is_executable(path: str, start: bytes) -> bool:
-    """Whether the system runs a file that begins so. Windows tells by its name and beginning: all
-    files are executable there."""
+    """Return whether the system executes a file with this beginning. Windows decides by its name
+    and beginning: all files are executable there."""
     if os.name != 'nt':
         return os.access(path, os.X_OK)
     pathext = os.environ.get('PATHEXT', '.COM;.EXE;.BAT;.CMD')
@@ -7870,8 +7919,8 @@ def _program_path(program: str) -> str:
 
 
 def _module_files(module: types.ModuleType, paths: Dict[str, str]) -> List[str]:
-    """A module's file, or a package's files below the name that it is imported by. Returns the
-    modules' names."""
+    """Add a module's file, or a package's files below the name that the package is imported by.
+    Returns the names of the modules."""
     origin = module_dict(module).get('__file__')
     if not isinstance(origin, str) or not origin.endswith('.py') or not os.path.isfile(origin):
         if own_modules.kind(module.__name__) in (ModuleKind.OWN, ModuleKind.BY_VALUE):
@@ -7920,7 +7969,8 @@ def _add_path(path: str, paths: Dict[str, str]) -> None:
 
 @functools.lru_cache(maxsize=None)
 def _support_files() -> Dict[str, bytes]:
-    """cloudpickle itself, for nodes that have none or another version. It may lie in an archive."""
+    """Return the files of cloudpickle, for nodes that have no cloudpickle or another version. It
+    may be in an archive."""
     import importlib.resources
     found = {}
     if hasattr(importlib.resources, 'files'):
@@ -7941,15 +7991,15 @@ def _support_files() -> Dict[str, bytes]:
 # --------------------------------------------------------------------------------------------------
 
 def _refer_depend(picker: 'SourcePicker', name: str, obj: Any) -> Tuple[str, str]:
-    """(module, name) of an object of depends."""
+    """Return (module, name) of an object of depends."""
     if isinstance(obj, types.ModuleType):
         return obj.__name__, ''
     return picker.refer(obj, name + ' in depends')
 
 
 def _is_named(obj: Any, module: str, name: str) -> bool:
-    """Whether an object is what its module has under a qualified name. A bound method is made anew
-    by each look."""
+    """Return whether a module has this object under its qualified name. Each look-up of a bound
+    method makes a new object."""
     if isinstance(obj, types.MethodType):
         try:
             name_parts = name.split('.')
@@ -7960,12 +8010,12 @@ def _is_named(obj: Any, module: str, name: str) -> bool:
 
 
 class NoSource(Exception):
-    """What stands in the way, in words."""
+    """A function cannot be sent as source; the text says why."""
 
 
 class SourcePicker:
-    """Finds functions and classes in their files, and all that they use there. `shipped` are
-    modules that travel as files."""
+    """Finds functions and classes in their files, and everything that they use there. `shipped` are
+    modules that are sent as files."""
 
     def __init__(self, shipped: Sequence[str] = ()) -> None:
         self._shipped = frozenset(shipped)
@@ -7977,8 +8027,8 @@ class SourcePicker:
         self._cell_of = functools.lru_cache(maxsize=None)(cell_of)        # of (module, name)
 
     def refer(self, obj: Any, what: str) -> Tuple[str, str]:
-        """(module, name) by which a node will find a function or class. `what` it is begins the
-        text of NoSource."""
+        """Return (module, name) by which a node will find a function or class. `what` describes it
+        at the beginning of the text of NoSource."""
         module = getattr(obj, '__module__', None)
         name = getattr(obj, '__qualname__', None)
         if not isinstance(module, str) or not isinstance(name, str):
@@ -8001,8 +8051,8 @@ class SourcePicker:
         return module, name
 
     def classes(self) -> List[Tuple[str, str, list]]:
-        """The other classes of the files, for arguments of jobs: rows of (module, class, rows as of
-        `rows`)."""
+        """Return the other classes of the files, for arguments of jobs: rows of (module, class,
+        rows as in `rows`)."""
         found = []
         for module in list(self._taken):
             for node in self._statements(module):
@@ -8025,7 +8075,8 @@ class SourcePicker:
         return found
 
     def _statements(self, module: str) -> List[Any]:
-        """Those at the top level of a module's file, and of the cells that define its classes."""
+        """Yield the top-level statements of a module's file, and of the cells that define its
+        classes."""
         classes = []
         for name, obj in vars(sys.modules[module]).items():
             if not isinstance(obj, type):
@@ -8043,8 +8094,8 @@ class SourcePicker:
     def rows(
             self,
             without: Dict[str, Dict[str, Any]]) -> List[Tuple[str, str, str, Dict[str, Any], list]]:
-        """What was taken, but for what is in `without`: rows of (module, file, text, values,
-        links), in the order in which they can be run."""
+        """Return everything that was taken, except what is in `without`: rows of (module, file,
+        text, values, links), in the order in which they can be run."""
         order: List[str] = []
 
         def visit(module: str) -> None:
@@ -8072,8 +8123,8 @@ class SourcePicker:
 
     def _rows_of(self, module: str, taken: Dict[str, Any]
                  ) -> List[Tuple[str, str, str, Dict[str, Any], list]]:
-        """One row for the file, if there is one; one for each cell, in the order in which they were
-        run. Values come first."""
+        """Return one row for the file, if there is one, and one for each cell, in the order in
+        which the cells were run. Values come first."""
         parts: Dict[str, Dict[str, Any]] = {'': {}}
         for name, what in taken.items():
             if isinstance(what, range):
@@ -8112,7 +8163,8 @@ class SourcePicker:
 
     @staticmethod
     def _read_file(module: str, cell: str) -> Tuple[List[str], ast.Module, List[Any]]:
-        """Lines, tree and imports from __future__ of a module's file, or of one of its cells."""
+        """Return lines, tree and the imports from __future__ of a module's file, or of one of its
+        cells."""
         try:
             if cell:
                 lines = linecache.getlines(cell)
@@ -8132,7 +8184,7 @@ class SourcePicker:
         return lines, tree, nodes
 
     def _take(self, module: str, name: str, what: str) -> None:
-        """A function or class, with all that it uses."""
+        """Take a function or class, with everything that it uses."""
         cell = self._cell_of(module, name)
         _, tree, future = self._read(module, cell)
         taken = self._taken.setdefault(module, {})
@@ -8192,8 +8244,8 @@ class SourcePicker:
             raise NoSource(message)
 
     def _imports(self, module: str, name: str, value: Any) -> Iterator[Tuple[str, str, str]]:
-        """Links for the import statements of a file, also of those within `if` and `try`, that have
-        given a name its value."""
+        """Add links for those import statements of a file that have given a name its value,
+        including those within `if` and `try`."""
         try:
             content = self._read(module, '')[1]
             nodes: List[Any] = [content]
@@ -8211,7 +8263,7 @@ class SourcePicker:
 
     def _links_of_import(self, node: ast.Import, name: str,
                          value: Any) -> Iterator[Tuple[str, str, str]]:
-        """Links for `import a`, `import a.b` and `import a.b as c`."""
+        """Return links for `import a`, `import a.b` and `import a.b as c`."""
         for alias in node.names:
             first = alias.name.partition('.')[0]
             if name != (alias.asname or first):
@@ -8230,7 +8282,7 @@ class SourcePicker:
 
     def _links_of_import_from(self, module: str, node: ast.ImportFrom, name: str,
                               value: Any) -> Iterator[Tuple[str, str, str]]:
-        """Links for `from a import b`, `from a import b as c` and `from a import *`."""
+        """Return links for `from a import b`, `from a import b as c` and `from a import *`."""
         origin = self._origin_of(module, node)
         for alias in node.names:
             if alias.name == '*':
@@ -8248,7 +8300,7 @@ class SourcePicker:
 
     @staticmethod
     def _origin_of(module: str, node: ast.ImportFrom) -> str:
-        """The module that `from ... import` names; relative ones are resolved."""
+        """Return the module that `from ... import` names; relative names are resolved."""
         if not node.level:
             return node.module or ''
         package = sys.modules[module].__package__ or ''
@@ -8256,14 +8308,14 @@ class SourcePicker:
 
 
 def _attribute_of(module: str, name: str) -> Any:
-    """An attribute of a module that has been imported; an object that nothing else is if there is
-    none."""
+    """Return an attribute of a module that was imported; if it does not exist, an object that is
+    equal to nothing else."""
     missing = object()
     return getattr(sys.modules.get(module), name, missing)
 
 
 def _values_and_links(taken: Dict[str, Any]) -> Tuple[Dict[str, Any], list]:
-    """Of what a SourcePicker has taken of a module."""
+    """Return the values and links of what a SourcePicker has taken of a module."""
     values = {}
     links = []
     for name, found in taken.items():
@@ -8275,9 +8327,9 @@ def _values_and_links(taken: Dict[str, Any]) -> Tuple[Dict[str, Any], list]:
 
 
 def cell_of(module: str, name: str) -> str:
-    """The name by which linecache has the cell of a notebook, or what was typed at a prompt, that
-    defines a function or class; '' for one of a file. A class without methods is looked for in
-    all of them, the latest first."""
+    """Return the name by which linecache knows the cell of a notebook, or the text typed at a
+    prompt, that defines a function or class; '' for one of a file. A class without methods is
+    looked for in all of them, the latest first."""
     obj = vars(sys.modules[module]).get(name)
     functions = [obj, *(vars(obj).values() if isinstance(obj, type) else ())]
     files = []
@@ -8327,8 +8379,8 @@ def _is_plain(value: Any) -> bool:
 
 
 def _is_as_written(obj: Any, file: Optional[str], codes: List[types.CodeType]) -> bool:
-    """Whether a function, or the methods of a class, can have come of these code objects. They need
-    not be equal: test and coverage tools write more into what runs."""
+    """Return whether a function, or the methods of a class, can have resulted from these code
+    objects. They need not be equal: test and coverage tools modify the code that runs."""
     functions = [inspect.unwrap(obj), *(vars(obj).values() if isinstance(obj, type) else ())]
     for function in functions:
         if not isinstance(function, types.FunctionType):
@@ -8342,7 +8394,7 @@ def _is_as_written(obj: Any, file: Optional[str], codes: List[types.CodeType]) -
 
 
 def _may_have_become(code: types.CodeType, running: types.CodeType) -> bool:
-    """Whether the code object of a function that runs can have come of another."""
+    """Return whether the code object of a function that runs can have resulted from another one."""
     if code.co_name != running.co_name:
         return False
     if code.co_firstlineno != running.co_firstlineno:
@@ -8359,8 +8411,8 @@ def _may_have_become(code: types.CodeType, running: types.CodeType) -> bool:
 
 def pack_source(computation: Any, setup: Any, cleanup: Any, objects: Dict[str, Any],
                 shipped: Sequence[str]) -> Tuple[bytes, str]:
-    """A computation of functions as arguments of `load_source`, or what stands in the way of
-    that."""
+    """Return a computation of functions as arguments for `load_source`, or the text that says why
+    this is impossible."""
     if isinstance(computation, Calls):
         return b'', 'the functions of an executor travel pickled'
     picker = SourcePicker(shipped)
@@ -8419,13 +8471,14 @@ class NodeAllocate:
 
     @property
     def ip_addr(self) -> Optional[str]:
-        """The address of `host`; None if the name is not known. A pattern is returned as it is."""
+        """The address of `host`; None if the name is not known. A pattern is returned unchanged."""
         if not hasattr(self, '_ip_addr'):
             self._ip_addr = address_of(self.host)
         return self._ip_addr
 
     @ip_addr.setter
     def ip_addr(self, address: Optional[str]) -> None:
+        """The address of `host`; None if the name is not known. A pattern is returned unchanged."""
         self._ip_addr = address
 
     def allocate(self,
@@ -8435,16 +8488,17 @@ class NodeAllocate:
                  cpus: int,
                  avail_info: Any = None,
                  platform: str = '') -> int:
-        """How many jobs to run there at once: 0 refuses the node, more than `cpus`, the number it
-        offers, is allowed, a negative number leaves so many free. May set self.depends and
-        self.setup_args. Called once a connection of the node, in a thread of the cluster's. If it
-        is not overridden, `cpus` of the constructor counts as in `nodes`."""
+        """Return how many jobs to run on the node at once: 0 refuses the node; more than `cpus`,
+        the number that it offers, is permitted; a negative number leaves so many free. The method
+        may set self.depends and self.setup_args. It is called once for each connection of the node,
+        in a thread of the cluster. If it is not overridden, `cpus` of the constructor counts as in
+        `nodes`."""
         return limited(cpus, self.cpus)
 
 
 def address_of(host: str) -> Optional[str]:
-    """An address of a host, IPv4 before IPv6; None for a name that is not known. Waits for the
-    resolver."""
+    """Return an address of a host, IPv4 before IPv6; None for a name that is not known. This waits
+    for the resolver."""
     if '*' in host:
         return host
     try:
@@ -8457,16 +8511,16 @@ def address_of(host: str) -> Optional[str]:
 
 
 def limited(offered: int, cpus: int) -> int:
-    """CPUs to use of those that a node offers: at most so many; if that is negative, all but so
-    many; if it is 0, all."""
+    """Return how many of the CPUs that a node offers are to be used: at most `cpus`; if that is
+    negative, all but so many; if it is 0, all."""
     if cpus > 0:
         return min(offered, cpus)
     return max(0, offered + cpus)
 
 
 def matches(pattern: str, word: str) -> bool:
-    """Whether a word fits a pattern in which `*` stands for any characters. Each part is looked for
-    once, where it comes first: a regular expression could try for hours."""
+    """Return whether a word matches a pattern in which `*` stands for any characters. Each part is
+    searched once, at its first occurrence: a regular expression could take hours."""
     if '\n' in word:   # no name has one
         return False
     first, *parts = pattern.split('*')
@@ -8499,11 +8553,11 @@ class NodeSpec(NamedTuple):
 
     @property
     def wild(self) -> bool:
-        """Whether this means all nodes that answer and fit."""
+        """Return whether this means all nodes that answer and match."""
         return '*' in self.host
 
     def fits(self, *words: str) -> bool:
-        """Whether one of these is what is meant: `*` stands for any characters, all else for
+        """Return whether one of these matches: `*` stands for any characters, everything else for
         itself."""
         wanted = _plain_host(self.host)
         if not self.wild:
@@ -8515,7 +8569,7 @@ class NodeSpec(NamedTuple):
         return False
 
     def may_fit(self, address: str) -> bool:
-        """Whether a node at this address may be meant; it may also be meant by its name, which is
+        """Return whether a node at this address may match; it may also match by its name, which is
         not known yet."""
         if self.fits(address):
             return True
@@ -8524,7 +8578,7 @@ class NodeSpec(NamedTuple):
 
 
 def _plain_host(word: str) -> str:
-    """Names and addresses in the one form in which they are compared."""
+    """Return a name or an address in the form in which they are compared."""
     try:
         address = ipaddress.ip_address(word.partition('%')[0])
         return str(address)
@@ -8533,7 +8587,7 @@ def _plain_host(word: str) -> str:
 
 
 class Allocation(NamedTuple):
-    """What a NodeAllocate has said, packed."""
+    """What a NodeAllocate has decided, packed."""
     cpus: int
     setup_args: bytes
     files: List[Tuple[str, int, bytes, int]]
@@ -8542,8 +8596,8 @@ class Allocation(NamedTuple):
 
 def ask_allocator(allocator: NodeAllocate, cluster: Any, peer: Union['NodeConnection',
                                                                      'NodeInfo']) -> Allocation:
-    """Ask the user's allocator for a JobCluster. Raises what it raises, and TypeError if what it
-    returns is no number."""
+    """Ask the user's allocator on behalf of a JobCluster. Raises what it raises, and TypeError if
+    it does not return a number."""
     fact = peer.facts.get('available', {})
     available = DispyNodeAvailInfo(*map(fact.get, DispyNodeAvailInfo._fields))
     cpus = allocator.allocate(cluster,
@@ -8574,7 +8628,7 @@ def ask_allocator(allocator: NodeAllocate, cluster: Any, peer: Union['NodeConnec
 
 
 def check_setup_args(size: int, remote: bool) -> None:
-    """Raise ValueError for setup_args that are too large; a scheduler takes less of them."""
+    """Raise ValueError for setup_args that are too large; the limit of a scheduler is lower."""
     if remote:
         most = SHARED_ARGS_MOST
     else:
@@ -8586,8 +8640,8 @@ def check_setup_args(size: int, remote: bool) -> None:
 
 
 def parse_nodes(nodes: Any, port: int, elsewhere: bool = False) -> List[NodeSpec]:
-    """What was written as `nodes`, not None; `elsewhere`: wildcards are not for this process to
-    look for. Raises TypeError or ValueError naming the element."""
+    """Parse the parameter `nodes`, which is not None; `elsewhere` says that another process looks
+    for wildcards. Raises TypeError or ValueError, naming the element."""
     if _is_one_node(nodes):
         nodes = [nodes]
     if not isinstance(nodes, collections.abc.Iterable):
@@ -8601,7 +8655,7 @@ def parse_nodes(nodes: Any, port: int, elsewhere: bool = False) -> List[NodeSpec
 
 
 def any_node(nodes: Any) -> bool:
-    """Whether no nodes are named: None, or, as in dispy 4, an empty list."""
+    """Return whether no nodes are named: the parameter is None or, as in dispy 4, an empty list."""
     if nodes is None:
         return True
     if not isinstance(nodes, (list, tuple, set)):
@@ -8610,8 +8664,8 @@ def any_node(nodes: Any) -> bool:
 
 
 def _is_one_node(nodes: Any) -> bool:
-    """Whether this is an element of `nodes` and no list of them. A tuple may be either: ('host',
-    port) or ('host1', 'host2')."""
+    """Return whether this is an element of `nodes` and not a list of elements. A tuple may be
+    either: ('host', port) or ('host1', 'host2')."""
     if not isinstance(nodes, tuple):
         return isinstance(nodes, (str, dict, DispyNode, NodeAllocate))
     if not nodes:
@@ -8626,7 +8680,8 @@ def _is_one_node(nodes: Any) -> bool:
 
 
 def _allocator_of(node: Any) -> Optional[NodeAllocate]:
-    """Of an element with `depends` or `setup_args`, as dispy 4 took it; None for another."""
+    """Return the allocator for an element with `depends` or `setup_args`, as dispy 4 permitted;
+    None for another element."""
     if isinstance(node, (tuple, list)):
         if 4 <= len(node) <= 5:
             return NodeAllocate(*node)
@@ -8663,7 +8718,7 @@ def _parse_node(node: Any, port: int, elsewhere: bool) -> NodeSpec:
 
 
 def _parts_of_node(node: Any, port: int) -> Sequence[Any]:
-    """Host and, where they are given, port and CPUs of an element of `nodes`."""
+    """Return host and, if they are given, port and CPUs of an element of `nodes`."""
     if isinstance(node, NodeAllocate):
         return node.host, node.port, node.cpus
     if isinstance(node, str):
@@ -8694,7 +8749,7 @@ def _is_one_word(text: Any) -> bool:
 
 
 def _check_host(host: Any, elsewhere: bool) -> str:
-    """The host of an element of `nodes`. Raises ValueError."""
+    """Return the host of an element of `nodes`. Raises ValueError."""
     if not _is_one_word(host):
         raise ValueError('nodes: %.80r is not a host; give several hosts as a list' % (host,))
     host = plain_text(host)
@@ -8718,8 +8773,8 @@ def _check_host(host: Any, elsewhere: bool) -> str:
 # --------------------------------------------------------------------------------------------------
 
 def check_own_file(path: str, what: str) -> None:
-    """Raise DispyError for a file that is there and that others can have written: what is in it may
-    be code."""
+    """Raise DispyError for an existing file that other users can have written: its contents may be
+    code."""
     try:
         status = os.lstat(path)
     except FileNotFoundError:
@@ -8749,8 +8804,8 @@ def _check_status(status: os.stat_result, path: str, what: str) -> None:
 
 
 def open_own_file(path: str, what: str, flags: int = 0, make: bool = True) -> int:
-    """Open a file of this user's for reading and writing, or `make` it; no link of anybody's is
-    followed. Returns the descriptor. Raises DispyError, OSError."""
+    """Open a file of this user for reading and writing, or `make` it; links are not followed.
+    Returns the descriptor. Raises DispyError or OSError."""
     flags |= os.O_RDWR
     if make:
         flags |= os.O_CREAT
@@ -8770,14 +8825,14 @@ def open_own_file(path: str, what: str, flags: int = 0, make: bool = True) -> in
 
 
 def own_process() -> Tuple[str, int, str]:
-    """This process for others on the same machine, who may ask whether it has ended: machine, PID,
-    when it began."""
+    """Return the identity of this process for other processes on the same machine, which may check
+    whether it has ended: machine, PID, start time."""
     return _machine(), os.getpid(), start_of(os.getpid())
 
 
 def has_ended(process: Tuple[str, int, str]) -> Optional[bool]:
-    """Whether a process of this machine, as of `own_process`, has ended. None if that cannot be
-    known: it is of another machine or another container."""
+    """Return whether a process of this machine, as returned by `own_process`, has ended. Returns
+    None if this cannot be determined: the process is of another machine or another container."""
     machine, pid, start = process
     if not start:
         return None
@@ -8788,7 +8843,7 @@ def has_ended(process: Tuple[str, int, str]) -> Optional[bool]:
 
 @functools.lru_cache(maxsize=None)
 def _machine() -> str:
-    """This machine, since it was started; of containers each is one of its own."""
+    """Return the identity of this machine since its boot; each container has one of its own."""
     try:
         return '%s %s' % (machine(), os.readlink('/proc/self/ns/pid'))
     except OSError:   # no Linux
@@ -8796,8 +8851,8 @@ def _machine() -> str:
 
 
 class Database:
-    """A SQLite file in WAL mode, held by one process at a time. What happens is noted, and written
-    in one transaction a turn, statement after statement in the order of STATEMENTS."""
+    """A SQLite file in WAL mode that one process at a time holds. Changes are noted, and written in
+    one transaction for each turn, statement after statement in the order of STATEMENTS."""
     MARK = VERSION = 0         # SQLite's application_id and user_version
     TABLES = ''
     STATEMENTS: Sequence[str] = ()
@@ -8805,8 +8860,8 @@ class Database:
     SYNC = 'NORMAL'
 
     def __init__(self, path: str, what: str) -> None:
-        """Raises DispyError for a file that is in use, or none of ours; OSError. `what` is its name
-        for people."""
+        """`what` is the name of the file for people. Raises DispyError for a file that is in use,
+        or that is not of this kind; OSError."""
         self.path = os.path.abspath(path)
         self._what = what
         if os.path.islink(self.path) and hasattr(os, 'geteuid'):
@@ -8868,8 +8923,8 @@ class Database:
 
     @contextlib.contextmanager
     def damages(self) -> Iterator[None]:
-        """What is read within this may be damaged: whatever is raised then becomes a DispyError,
-        and the file is left alone."""
+        """Turn all exceptions in the `with` block into DispyError, because what is read there may
+        be damaged; the file is not touched then."""
         try:
             yield
         except OSError:
@@ -8883,12 +8938,12 @@ class Database:
             raise DispyError(message) from exc
 
     def note(self, statement: int, *row: Any) -> None:
-        """A row for a statement of the next transaction."""
+        """Note a row for a statement of the next transaction."""
         self._notes[statement].append(row)
 
     def commit(self) -> bool:
-        """Write all that was noted; whether that went well. A failure is told once, and tried again
-        with the next."""
+        """Write all that was noted. Returns whether this succeeded. A failure is logged once, and
+        the next transaction tries again."""
         if not any(self._notes):
             return True
         try:
@@ -8906,7 +8961,7 @@ class Database:
         return True
 
     def _write(self, statements: Sequence[int]) -> None:
-        """The rows of some statements in one transaction, all or none of them."""
+        """Write the rows of some statements in one transaction, all or none of them."""
         try:
             self._db.execute('BEGIN')
             for number in statements:
@@ -8919,8 +8974,8 @@ class Database:
             raise
 
     def _drop_unfit(self, exc: Exception) -> None:
-        """Forget the rows that SQLite does not take, such as of texts that are not Unicode. At
-        least one goes."""
+        """Forget the rows that SQLite does not accept, such as those with texts that are not
+        Unicode. At least one is forgotten."""
         logger.error('%s %s: a row cannot be written and is left out: %s', self._what, self.path,
                      exc)
         for number, rows in enumerate(self._notes):
@@ -8950,8 +9005,8 @@ class Database:
 
 
 def _is_end(found: Any) -> bool:
-    """Whether an object is what a Journal says of a job that has ended: a text, or most of a row of
-    Results."""
+    """Return whether an object is what a Journal has for a job that has ended: a text, or most of a
+    row of Results."""
     if isinstance(found, str):
         return True
     if found is None:
@@ -8962,13 +9017,13 @@ def _is_end(found: Any) -> bool:
 
 
 class Journal(Database):
-    """A row a job; and beside the file, in FILE-new, the jobs whose rows are not in a transaction
-    yet: `submit` itself writes them there, so that a job is not lost that it has returned. The loop
-    commits what happened in a turn before anything of the turn is sent. No secret is in it.
-
-    A job is known by its number, which is its serial without the attempt. What it holds is pickled:
-    arguments and results as they travel, and the user's ids; it is opened only by the user's
-    program.
+    """The recover_file of a cluster. It has one row for each job. Beside it, the file FILE-new has
+    the jobs whose rows are not in a transaction yet: `submit` itself writes them there, so that no
+    job is lost that it has returned. The loop commits the events of a turn before it sends anything
+    of the turn. The file contains no secret.
+    A job is known by its number, which is its serial without the attempt. The contents are pickled:
+    arguments and results as they are sent, and the user's ids; only the user's program opens
+    them.
     """
     MARK = 0x64735035
     VERSION = 3
@@ -9002,7 +9057,8 @@ class Journal(Database):
     _LOG = RecordLog(_HEAD, 4)
 
     def __init__(self, path: str, must_exist: bool = False) -> None:
-        """As Database; FileNotFoundError if it must be there."""
+        """The parameters are those of Database. Raises FileNotFoundError if the file must exist and
+        does not."""
         if must_exist and not os.path.exists(path):
             message = 'recover_file: there is no file %s (in %s)' % (path, os.getcwd())
             raise FileNotFoundError(message)
@@ -9031,8 +9087,8 @@ class Journal(Database):
             raise
 
     def _check_new(self) -> None:
-        """FILE-new is ours if it begins so, or was made now. Raises DispyError for a file of the
-        user's, which is left alone."""
+        """Check that FILE-new has the right beginning, or create it. Raises DispyError for a file
+        of the user, which is not touched."""
         os.lseek(self._new, 0, os.SEEK_SET)   # what is written is added at the end all the same
         head = os.read(self._new, len(self.NEW_MARK))
         # Made now, or torn when it was made
@@ -9045,8 +9101,8 @@ class Journal(Database):
                 % self.path)
 
     def _take_new(self) -> None:
-        """Jobs that had been submitted and were in no transaction when the program ended; a torn
-        one was never returned."""
+        """Take the jobs that had been submitted and were in no transaction when the program ended;
+        a truncated one was never returned by `submit`."""
         with open(self.path + '-new', 'rb') as file:
             file.seek(len(self.NEW_MARK))
             contents = self._LOG.read(file)
@@ -9076,16 +9132,16 @@ class Journal(Database):
               program: bool,
               host: Optional[Tuple[str, int]],
               key: bytes = b'') -> None:
-        """A computation whose jobs come now."""
+        """Note a computation whose jobs follow."""
         with self.damages():
             self._db.execute(
                 'INSERT OR REPLACE INTO comps VALUES (?, ?, ?, ?, ?, ?)',
                 (comp, name, reentrant, program, '%s:%d' % host if host else None, key))
 
     def submitted(self, job: KeptJob) -> None:
-        """A job, before `submit` returns; gives it its number. The user's thread, with the
-        cluster's lock held. Raises OSError, and what pickling its id raises; the job is not
-        submitted then."""
+        """Record a job before `submit` returns, and give it its number. The user's thread calls
+        this with the cluster's lock held. Raises OSError, and what pickling its id raises; in that
+        case the job is not submitted."""
         number = self.last + 1
         ident = pickle.dumps(job.id)
         payload = in_one_piece(job.payload)
@@ -9110,7 +9166,8 @@ class Journal(Database):
         job.journal = self
 
     def _keep_values(self, values: Sequence[Value]) -> None:
-        """Values come before the first job that needs them. With `_guard` held. Raises OSError."""
+        """Record values before the first job that needs them. `_guard` must be held. Raises
+        OSError."""
         for value in values:
             if value.digest not in self._written:
                 self._append(self.VALUE, 0, 0.0, value.digest, value.data)
@@ -9119,7 +9176,7 @@ class Journal(Database):
         self._needed.update(value.digest for value in values)
 
     def _free_values(self) -> None:
-        """Note that those go that no job needs."""
+        """Note that values which no job needs are to be removed."""
         with self._guard:
             free = {digest for digest in self._written if not self._needed.get(digest)}
             self._written -= free
@@ -9127,8 +9184,8 @@ class Journal(Database):
             self.note(self.FREE, digest)
 
     def renamed(self, job: KeptJob) -> None:
-        """A job has got another id. What cannot be pickled is told, and then the one before
-        counts. Any thread."""
+        """Note that a job has another id. An id that cannot be pickled is reported, and the
+        previous one remains. Any thread."""
         try:
             ident = pickle.dumps(job.id)
         except Exception as exc:  # of the user's object
@@ -9146,7 +9203,8 @@ class Journal(Database):
                 self._add(self.RENAME, row)
 
     def _append(self, kind: int, number: int, submitted: float, *parts: Any) -> None:
-        """A record into FILE-new, whole or not at all. With `_guard` held. Raises OSError."""
+        """Write a record to FILE-new, completely or not at all. `_guard` must be held. Raises
+        OSError."""
         part_lengths = [len(part) for part in parts]
         sizes = part_lengths + [0] * (4 - len(parts))
         head = self._HEAD.pack(kind, number, submitted, *sizes)
@@ -9161,23 +9219,24 @@ class Journal(Database):
             raise
 
     def sent(self, works: Sequence[ScheduledJob], node: str, memory: str = '') -> None:
-        """Jobs on their way to a node, and what its memory is known by."""
+        """Note that jobs are sent to a node, and the identifier of the node's memory."""
         where = '%s#%s' % (node, memory[:8])
         for work in works:
             self.note(self.MOVE, work.comp, self.SENT, work.serial, where, job_number(work.serial))
 
     def second_sent(self, second: SecondAttempt, node: str, memory: str, files: str) -> None:
-        """A second attempt is on its way to a node; the directory is where its files are kept."""
+        """Note that a second attempt is sent to a node; the directory is where its files are
+        kept."""
         where = '%s#%s' % (node, memory[:8])
         self.note(self.SECOND, job_number(second.serial), second.serial, where, files)
 
     def second_over(self, second: SecondAttempt) -> None:
-        """A second attempt counts no more, or is that of its job."""
+        """Note that a second attempt is discarded, or is that of its job now."""
         self.note(self.SECOND_OVER, job_number(second.serial), second.serial)
 
     def seconds(self) -> Dict[int, Tuple[int, str, str]]:
-        """Number of a job that was sent -> serial, node and directory of its second attempt. Raises
-        DispyError for a file that is damaged."""
+        """Return serial, node and directory of the second attempt of each job that was sent, by the
+        number of the job. Raises DispyError for a file that is damaged."""
         with self.damages():
             rows = self._db.execute(
                 'SELECT number, serial, node, files FROM seconds WHERE number IN '
@@ -9185,12 +9244,13 @@ class Journal(Database):
         return {number: (serial, node, files) for number, serial, node, files in rows}
 
     def waits(self, work: ScheduledJob) -> None:
-        """It came back without having been started, or may be run again."""
+        """Note that a job came back without having been started, or may be run again."""
         self.note(self.MOVE, work.comp, self.WAITING, work.serial, None, job_number(work.serial))
 
     def ended(self, work: ScheduledJob, result: Any) -> None:
-        """A row of Results, or the text of one that ended without. A result that is too large for
-        the file is known until this program ends, and not to the next."""
+        """Note the end of a job: a row of Results, or the text of one that ended without a result.
+        A result that is too large for the file is known until this program ends, and not to the
+        next one."""
         state = work.state
         if not isinstance(result, str) and size_of(result[4]) > JOURNAL_MOST:
             size = size_of(result[4])
@@ -9207,7 +9267,7 @@ class Journal(Database):
         self.note(self.END, self.ENDED, int(state), pickle.dumps(plain, 5), job_number(work.serial))
 
     def _needs_no_more(self, work: ScheduledJob) -> None:
-        """Forget what a job needs, which has ended."""
+        """Forget what a job needs, because it has ended."""
         if work.options:
             rows = work.options.get('values', ())
         else:
@@ -9219,7 +9279,7 @@ class Journal(Database):
                     del self._needed[digest]
 
     def commit(self) -> bool:
-        """As Database, with what was submitted."""
+        """Write all that was noted, as Database does, and what was submitted."""
         if len(self._written) > len(self._needed):
             self._free_values()
         while self._rows:
@@ -9232,7 +9292,7 @@ class Journal(Database):
         return done
 
     def trim(self) -> None:
-        """Empty FILE-new if all in it is in the database. Any thread."""
+        """Empty FILE-new if everything in it is in the database. Any thread."""
         with self._guard:
             if self._committed == self._added:
                 status = os.fstat(self._new)
@@ -9242,35 +9302,35 @@ class Journal(Database):
     # -- after a crash -----------------------------------------------------------------------------
 
     def comps(self) -> List[tuple]:
-        """Rows (comp, name, reentrant, program, host, key) of computations of which nodes may have
-        something."""
+        """Return rows (comp, name, reentrant, program, host, key) of the computations of which
+        nodes may have something."""
         return self._db.execute(
             'SELECT * FROM comps WHERE comp IN (SELECT comp FROM jobs WHERE node IS NOT NULL)'
         ).fetchall()
 
     def holders(self) -> Set[str]:
-        """Nodes that may keep results which have been noted: that they need not was perhaps not
-        said any more."""
+        """Return the nodes that may keep results which have been recorded: possibly they were not
+        told that they may forget these."""
         rows = self._db.execute(
             'SELECT DISTINCT node FROM jobs WHERE state = ? AND node IS NOT NULL AND NOT delivered',
             (self.ENDED, ))
         return {node.rpartition('#')[0] for node, in rows}
 
     def is_program(self) -> bool:
-        """Whether the jobs are runs of a program."""
+        """Return whether the jobs are runs of a program."""
         cursor = self._db.execute('SELECT max(program) FROM comps')
         return bool(cursor.fetchone()[0])
 
     def known(self) -> List[Tuple[KeptJob, int, str, Any]]:
-        """All of `jobs`. Raises DispyError for a file that is damaged."""
+        """Return all of `jobs` as a list. Raises DispyError for a file that is damaged."""
         with self.damages():
             found = list(self.jobs())
             self._written.update(digest for digest, in self._db.execute('SELECT digest FROM vals'))
         return found
 
     def jobs(self) -> Iterator[Tuple[KeptJob, int, str, Any]]:
-        """(job, state, node, result) of all jobs that have not been handed to the user since a
-        crash."""
+        """Yield (job, state, node, result) of all jobs that have not been handed to the user since
+        a crash."""
         cursor = self._db.execute(
             'SELECT number, comp, id, payload, options, submitted, arguments, state, '
             'serial, node, status, result FROM jobs WHERE NOT delivered')
@@ -9300,8 +9360,8 @@ class Journal(Database):
             yield job, state, node or '', found
 
     def _with_values(self, payload: bytes, rows: Sequence[Tuple[int, bytes]]) -> SharedPayload:
-        """Arguments of a job that has not ended, with their values. Raises ValueError if one is not
-        here."""
+        """Return the arguments of a job that has not ended, with their values. Raises ValueError if
+        a value is missing."""
         values = []
         for size, digest in rows:
             value = shared_values.find(digest)
@@ -9317,7 +9377,7 @@ class Journal(Database):
         return SharedValues.with_values(payload, values)
 
     def delivered(self, jobs: Sequence[DispyJob]) -> None:
-        """These were handed to the user; not again."""
+        """Note that these jobs were handed to the user, so that they are not handed out again."""
         with self.damages():
             self._db.execute('BEGIN')
             self._db.executemany('UPDATE jobs SET delivered = 1, result = NULL WHERE number = ?',
@@ -9325,8 +9385,8 @@ class Journal(Database):
             self._db.execute('COMMIT')
 
     def close(self, remove: bool = False) -> None:
-        """Let go of the file; with `remove`, or if no job is left in it, remove it. One that is
-        damaged is left alone."""
+        """Close the file; with `remove`, or if it has no jobs, remove it. A damaged file is left
+        alone."""
         left = 1
         try:
             self.commit()
@@ -9347,24 +9407,25 @@ class Journal(Database):
 
 
 class BegunNotes:
-    """Which attempts of a computation had begun in the node that was a part of a program, when that
-    was killed: in FILE-begun-COMPUTATION beside the recover_file. While the program runs, the
-    computation's directory stands there. When it is killed the runner, which has seen what began,
-    replaces that by the attempts, before it removes the directory.
-
-    A runner that is killed as well leaves no notes, and then all that was sent may have begun.
+    """Notes of which attempts of a computation had begun on the node embedded in a program when the
+    program was killed: the file FILE-begun-COMPUTATION beside the recover_file. While the program
+    runs, the file contains the directory of the computation. When the program is killed, the
+    runner, which knows which attempts began, replaces that by the attempts before it removes the
+    directory.
+    A runner that is killed as well leaves no notes, and then all attempts that were sent may have
+    begun.
     """
     PATIENCE = 5.0      # s that a runner may take to end workers, and to write
     EVERY = 0.02        # s between two looks
 
     @staticmethod
     def path_of(journal: Journal, comp: str) -> str:
-        """Where they are."""
+        """Return the path of the notes."""
         return '%s-begun-%s' % (journal.path, comp)
 
     @classmethod
     def all_of(cls, journal: Journal) -> List[str]:
-        """Those of all computations of a recover_file."""
+        """Return the paths for all computations of a recover_file."""
         start = cls.path_of(journal, '')
         directory = os.path.dirname(start)
         paths = [os.path.join(directory, name) for name in os.listdir(directory)]
@@ -9372,7 +9433,8 @@ class BegunNotes:
 
     @classmethod
     def begin(cls, journal: Journal, comp: str, directory: str) -> str:
-        """Jobs of a computation are sent from now on. Returns the path. Raises OSError."""
+        """Begin the notes, because jobs of a computation will be sent. Returns the path. Raises
+        OSError."""
         path = cls.path_of(journal, comp)
         with open(open_own_file(path, 'recover_file', os.O_TRUNC), 'w') as file:
             json.dump({'directory': directory}, file)
@@ -9380,7 +9442,8 @@ class BegunNotes:
 
     @classmethod
     def wait(cls, journal: Journal, comp: str) -> AttemptHistory:
-        """What is known of a computation when its runner has ended. An opener."""
+        """Wait until the runner of a computation has ended, and return what is known of it. An
+        opener."""
         path = cls.path_of(journal, comp)
         until = time.monotonic() + cls.PATIENCE
         found: Any = {}
@@ -9423,7 +9486,7 @@ CANCEL_LOST = '`python -m dispy --cancel-lost`'
 
 
 def state_directory() -> str:
-    """Where files of this user lie that outlive a program."""
+    """Return the directory for files of this user that outlive a program."""
     if os.name == 'nt':
         localappdata = os.environ.get('LOCALAPPDATA')
         base = localappdata or os.path.expanduser('~')
@@ -9438,7 +9501,8 @@ def state_directory() -> str:
 
 
 def _make_state_directory() -> str:
-    """The same, made if need be. Raises DispyError, OSError."""
+    """Return the same directory, which is created if it does not exist. Raises DispyError or
+    OSError."""
     path = state_directory()
     if not has_place(path):
         raise DispyError('this user has no home')
@@ -9452,8 +9516,8 @@ def _make_state_directory() -> str:
 
 
 def own_script() -> str:
-    """The path of the program that runs here; empty at a prompt and with `python -c`. It is not
-    known any more when the program has come to its end."""
+    """Return the path of the program that runs here; empty at a prompt and with `python -c`. When
+    the program has come to its end, the path is not known any more."""
     module = sys.modules.get('__main__')
     path = getattr(module, '__file__', None)
     if isinstance(path, str):
@@ -9462,10 +9526,11 @@ def own_script() -> str:
 
 
 class ComputationNotes:
-    """The file of one cluster: whose jobs they are, the key by which nodes give their results, and
-    after that a line for each node that may have some. Made with the first such node, so that a
-    cluster without one has none; locked while the program lives; removed when the cluster is
-    closed. Nothing is written for a job. The driver's thread."""
+    """The trail file of one cluster: it identifies the program, has the key by which nodes give out
+    their results, and then has a line for each node that may have some. It is created for the first
+    such node, so that a cluster without nodes has none; locked while the program lives; and removed
+    when the cluster is closed. Nothing is written for a job. The driver's thread uses this
+    class."""
 
     def __init__(self, head: 'weakref.WeakMethod[Any]', name: str, comp: str) -> None:
         self._head = head
@@ -9478,7 +9543,7 @@ class ComputationNotes:
         self.path = ''         # while there is one
 
     def add(self, place: str) -> bool:
-        """A node is about to get jobs. Whether the file was made now."""
+        """Note a node that is about to get jobs. Returns whether the file was created now."""
         if place in self._places:
             return False
         self._places.add(place)
@@ -9499,7 +9564,7 @@ class ComputationNotes:
         return is_new
 
     def _make(self) -> bytes:
-        """Raises OSError, DispyError."""
+        """Create the file. Raises OSError or DispyError."""
         path = os.path.join(_make_state_directory(), '%s-%s%s' % (
             time.strftime('%Y%m%d-%H%M%S'), self._comp[:12], TRAIL_END))
         own_file = open_own_file(path, 'recovery file', os.O_APPEND)
@@ -9519,8 +9584,8 @@ class ComputationNotes:
         return dumped.encode()
 
     def end(self, untold: Set[str]) -> None:
-        """The cluster is closed. If some nodes could not be told so, the file stays, so that they
-        are told when somebody looks for what programs have left."""
+        """Note that the cluster is closed. If some nodes could not be told so, the file remains, so
+        that they are told when a program looks for what others have left."""
         is_needed = self._file is not None and not self._places.isdisjoint(untold)
         if is_needed:
             try:
@@ -9530,13 +9595,13 @@ class ComputationNotes:
         self.close(remove=not is_needed)
 
     def leave(self, untold: Set[str]) -> None:
-        """A cluster that had a recovery file, and no other one, is closed: the same."""
+        """Do the same for a cluster that had a recovery file and no trail file."""
         for place in sorted(untold):
             self.add(place)
         self.end(untold)
 
     def close(self, remove: bool = True) -> None:
-        """Let go of the file. Without `remove` it says that nodes may have something."""
+        """Close the file. Without `remove` it says that nodes may have something."""
         file = self._file
         path = self.path
         self._file = None
@@ -9545,7 +9610,8 @@ class ComputationNotes:
             _close_trail(file, path, remove)
 
     def after_fork(self) -> None:
-        """In a forked child: the lock is the parent's, and ends with that."""
+        """Close the file in a forked child: the lock belongs to the parent, and ends with the
+        parent."""
         self.close(remove=False)
 
 
@@ -9617,7 +9683,8 @@ _HEAD_KINDS: Dict[str, Any] = {
 
 
 class RecoverableFiles:
-    """A trail of a program that has ended, with its lock, which keeps others off until `close`."""
+    """A trail file of a program that has ended. It is locked until `close`, so that no other
+    process uses it."""
 
     def __init__(self, file: Any, path: str, head: Dict[str, Any], places: Sequence[str],
                  over: bool) -> None:
@@ -9635,7 +9702,8 @@ class RecoverableFiles:
                                head['began'], head['code'], nodes)
 
     def note_over(self) -> None:
-        """Its results are told; nodes that could not be told so may have them still."""
+        """Note that its results were delivered; nodes that could not be told so may have them
+        still."""
         try:
             file = open_own_file(self.path, 'recovery file', os.O_APPEND, make=False)
             with os.fdopen(file, 'ab', 0) as end:
@@ -9644,7 +9712,7 @@ class RecoverableFiles:
             logger.info('%s cannot be written: %s', self.path, exc)
 
     def close(self, remove: bool = False) -> None:
-        """Let go of it; with `remove` nothing is left of it on the nodes."""
+        """Close it; with `remove` nothing of it is left on the nodes."""
         file = self._file
         self._file = None
         if file is not None:
@@ -9652,9 +9720,9 @@ class RecoverableFiles:
 
     @classmethod
     def find(cls, path: str) -> Optional['RecoverableFiles']:
-        """What such a file says; None if its program lives, or another collects it. What is old,
-        or says nothing of any node, is removed. Raises DispyError for a file that others can have
-        written, or that is damaged; OSError."""
+        """Return the contents of such a file; None if its program lives, or another one collects
+        the results. A file that is old, or that names no node, is removed. Raises DispyError for a
+        file that other users can have written, or that is damaged; OSError."""
         own_file = open_own_file(path, 'recovery file', make=False)
         file = os.fdopen(own_file, 'rb', 0)
         try:
@@ -9695,7 +9763,7 @@ class RecoverableFiles:
 
 
 def _json(line: bytes) -> Any:
-    """A line of a trail; None for one that is torn."""
+    """Return a line of a trail file; None for a truncated line."""
     try:
         return json.loads(line.decode())
     except ValueError:
@@ -9730,7 +9798,8 @@ def _paths_of_trails() -> List[str]:
 
 
 def programs_left() -> List[RecoverableFiles]:
-    """All that dead programs of this user have left, newest first; each is to be closed."""
+    """Return all trail files that programs of this user which have ended have left, newest first;
+    each must be closed."""
     found = []
     for path in _paths_of_trails():
         try:
@@ -9744,7 +9813,7 @@ def programs_left() -> List[RecoverableFiles]:
 
 
 def remove_old_trails() -> None:
-    """Done once by a program that makes such a file."""
+    """Remove old trail files. A program that creates such a file does this once."""
     for path in _paths_of_trails():
         with contextlib.suppress(OSError, DispyError):
             if time.time() - os.lstat(path).st_mtime > TRAIL_KEPT:
@@ -9754,7 +9823,7 @@ def remove_old_trails() -> None:
 
 
 def remedy_for_source(spec: dict) -> str:
-    """What to do about a computation that does not go to nodes as source."""
+    """Return what to do about a computation that cannot be sent to nodes as source."""
     same = 'un dispynode there with %s' % python_of(spec['python'])
     if 'most' in spec:   # of an executor
         return 'R' + same
@@ -9763,8 +9832,8 @@ def remedy_for_source(spec: dict) -> str:
 
 
 def how_to_share(holder: Holder) -> str:
-    """Return what a program can do that wants a node which another process has, to be appended to
-    what the node says."""
+    """Return what a program can do to use a node which another process holds, to be appended to the
+    message of the node."""
     if holder.port:
         if holder.port == SCHEDULER_PORT:
             port = ''
@@ -9779,8 +9848,8 @@ def how_to_share(holder: Holder) -> str:
 
 
 def who_holds(holder: Holder, place: str) -> str:
-    """Return which program of this user it was that has a node and has ended, and what to do about
-    it; empty if it is another's, or has not ended. `place` is that of the node."""
+    """Return which program of this user holds a node although it has ended, and what to do about
+    it; empty if the program is another user's, or has not ended. `place` is that of the node."""
     if not holder.is_away:
         return ''
     for left in programs_left():
@@ -9802,7 +9871,7 @@ def who_holds(holder: Holder, place: str) -> str:
 # --------------------------------------------------------------------------------------------------
 
 class ConnectionSettings(NamedTuple):
-    """How a driver speaks to nodes; clusters with the same share a driver."""
+    """How a driver connects to nodes; clusters with the same settings share a driver."""
     secret: bytes
     certfile: Optional[str]
     keyfile: Optional[str]
@@ -9812,13 +9881,13 @@ class ConnectionSettings(NamedTuple):
 
 
 class Pool:
-    """A few daemon threads for what may block. Unlike concurrent.futures' they do not hold up the
-    interpreter's exit.
+    """A few daemon threads for tasks that may block. Unlike those of concurrent.futures they do not
+    delay the exit of the interpreter.
 
-    With `patience`, one thread does all as long as nothing takes longer than so many seconds, and
-    others begin, for what waits now, only then: short callbacks are called one after the other, as
-    dispy 4 called all of them, and programs whose callbacks share variables without a lock, or
-    hold one of its thread, rely on that.
+    With `patience`, one thread does all tasks as long as none of them takes longer than so many
+    seconds; only then other threads begin with the tasks that wait. So short callbacks are called
+    one after the other, as dispy 4 called all of them. Programs whose callbacks share variables
+    without a lock, or hold a lock of their thread, rely on that.
     """
 
     def __init__(self, name: str, most: int, patience: float = 0.0) -> None:
@@ -9835,7 +9904,7 @@ class Pool:
         self._closed = False
 
     def run(self, call: Callable[..., Any], *args: Any) -> None:
-        """Call it in one of the threads. One thread only (the driver's)."""
+        """Call a function in one of the threads. Only one thread (the driver's) may call this."""
         self._tasks.put((call, args))   # before the look at who is there, see `_help`
         with self._guard:
             self._given += 1
@@ -9852,7 +9921,7 @@ class Pool:
             self._looks = False   # the next task tries again
 
     def _start(self, target: Callable[[], None], name: str) -> bool:
-        """Whether there is a thread to be had."""
+        """Start a thread if it is needed. Returns whether there is any thread."""
         try:
             thread = threading.Thread(target=target, name='%s-%s' % (self.name, name), daemon=True)
             thread.start()
@@ -9861,7 +9930,7 @@ class Pool:
         return True
 
     def _begin(self) -> None:
-        """Another thread. If there is none to be had, those that there are do it; raises
+        """Start another thread. If none can be started, the existing threads do the work; raises
         RuntimeError if there are none."""
         with self._guard:   # it may end at once
             self._count += 1
@@ -9877,8 +9946,8 @@ class Pool:
                 raise RuntimeError('no thread can be started')
 
     def _look(self) -> None:
-        """While tasks wait: begin another thread when those that there are have got on with
-        none."""
+        """Start another thread while tasks wait and the existing threads have finished none since
+        the last look."""
         while True:
             done = self._done
             time.sleep(self._patience)
@@ -9899,7 +9968,7 @@ class Pool:
             del task
 
     def _help(self) -> None:
-        """As `_work`, until nothing waits."""
+        """Do as `_work` does, until no task waits."""
         while True:
             with self._guard:   # what `run` puts from here on has somebody else
                 if self._closed or self._tasks.empty():
@@ -9928,7 +9997,7 @@ class Pool:
             self._done += 1
 
     def close(self) -> None:
-        """Let threads end when they have done what is queued."""
+        """Let the threads end when they have done what is queued."""
         with self._guard:
             self._closed = True
             if not self._patience:
@@ -9943,8 +10012,8 @@ _OUR_FILES = frozenset((__file__, dispynode.__file__))
 
 
 def report_callback(call: Any, about: str, exc: BaseException) -> None:
-    """A function of the user's that was called by a thread of ours has raised: log it without
-    frames of ours."""
+    """Log the exception that a function of the user has raised in one of dispy's threads, without
+    dispy's own frames."""
     trace = exc.__traceback__
     func = getattr(call, '__func__', call)
     code = getattr(func, '__code__', None)
@@ -9965,14 +10034,14 @@ def report_callback(call: Any, about: str, exc: BaseException) -> None:
 
 
 class RunInDriver(NamedTuple):
-    """Call this in the driver's thread; posted by `Driver.ask`, who waits for `future`, or by a
-    helper, without one."""
+    """A function is to be called in the driver's thread. `Driver.ask`, which waits for `future`,
+    posts this, or a helper without a future."""
     call: Callable[[], Any]
     future: Optional['concurrent.futures.Future[Any]']
 
 
 class StatusCallback(NamedTuple):
-    """Posted for cluster_status: a node or a job has changed."""
+    """cluster_status is to be called, because a node or a job has changed."""
     callbacks: 'UserCallbacks'
     status: int
     peer: 'Union[NodeConnection, NodeInfo, None]'
@@ -9980,13 +10049,13 @@ class StatusCallback(NamedTuple):
 
 
 class JobCallback(NamedTuple):
-    """Posted when a job with a callback has ended."""
+    """A job with a callback has ended."""
     callbacks: 'UserCallbacks'
     job: DispyJob
 
 
 class NodeInfo(NamedTuple):
-    """A node and a cluster as they are told to others."""
+    """A node and a cluster in the form in which other threads and processes get them."""
     key: Any
     ip_addr: str
     port: int
@@ -9999,7 +10068,7 @@ class NodeInfo(NamedTuple):
     facts: dict
 
     def facts_now(self) -> dict:
-        """Return what is known of the node, as a NodeConnection does."""
+        """Return the facts of the node, as NodeConnection does."""
         return self.facts
 
 
@@ -10010,31 +10079,32 @@ def describe_node(peer: 'Union[NodeConnection, NodeInfo]',
                   busy: int,
                   done: int = 0,
                   seconds: float = 0.0) -> DispyNode:
-    """A node as users get it."""
+    """Return a node in the form that users get."""
     return DispyNode(peer.ip_addr, peer.name, cpus, peer.port, state, reason, peer.offered, busy,
                      done, seconds, peer.facts_now())
 
 
 class Monitor:
-    """Who watches a cluster, see `LiveOutput.add_monitor`. Called by the driver's thread and its
-    openers: must be quick."""
+    """An observer of a cluster, see `LiveOutput.add_monitor`. The driver's thread and its openers
+    call these methods, which must be quick."""
     page = ''   # the link to where it shows the cluster
 
     def failed(self, job: DispyJob, payload: Any) -> None:
-        """A job has ended without a result; `payload` are its arguments, packed."""
+        """Take note that a job has ended without a result; `payload` are its packed arguments."""
 
     def ended(self, jobs: List[Tuple[DispyJob, Any]], peer: Any) -> None:
-        """Jobs have ended, each with its packed arguments; `peer` is the node that they were at,
-        None if they were at none."""
+        """Take note that jobs have ended, each with its packed arguments; `peer` is the node on
+        which they were, None if they were on none."""
 
     def printed(self, job: DispyJob, stream: int, offset: int, data: bytes) -> None:
-        """A running job has printed, to stdout (1) or stderr (2), from byte `offset` of it."""
+        """Take note that a running job has printed something to stdout (1) or stderr (2), from byte
+        `offset` on."""
 
 
 class Outgoing:
-    """Jobs of clusters with a journal on their way to nodes: they leave when it has been noted that
-    they do. While that cannot be noted they wait again, no more are sent, and results are not
-    acknowledged. The driver's thread."""
+    """Jobs of clusters with a journal that are to be sent to nodes: they are sent when the journal
+    has recorded that they are. While that cannot be recorded they wait again, no more jobs are
+    sent, and results are not acknowledged. The driver's thread uses this class."""
     AGAIN = 1.0   # s between attempts to write to a disk that was full
 
     def __init__(self) -> None:
@@ -10043,16 +10113,17 @@ class Outgoing:
         self.held_up: Set[str] = set()           # computations whose journals cannot be written
 
     def has(self, comp: str) -> bool:
-        """Whether a computation has a journal."""
+        """Return whether a computation has a journal."""
         return comp in self.journals
 
     def add(self, comp: str, peer: 'NodeConnection', frames_: Iterable[Any]) -> None:
-        """Frames of jobs for a node."""
+        """Add frames of jobs for a node."""
         waiting = self._frames.setdefault(comp, [])
         waiting.extend((peer, frame, [row[0] for row in frame.rows]) for frame in frames_)
 
     def drop(self, peer: 'NodeConnection') -> List[Tuple[str, List[int]]]:
-        """The link to a node has ended: computations and serials of what has not left."""
+        """Drop what was not sent, because the link to a node has ended. Returns the computations
+        and serials."""
         dropped = []
         for comp, frames_ in self._frames.items():
             dropped += [(comp, serials) for other, _, serials in frames_ if other is peer]
@@ -10060,7 +10131,7 @@ class Outgoing:
         return dropped
 
     def forget(self, comp: str) -> None:
-        """A computation is over."""
+        """Forget a computation, because it has ended."""
         self.journals.pop(comp, None)
         self._frames.pop(comp, None)
         self.held_up.discard(comp)
@@ -10068,8 +10139,8 @@ class Outgoing:
     def commit(
         self
     ) -> Tuple[List[Tuple['NodeConnection', Any]], List[Tuple['NodeConnection', str, List[int]]]]:
-        """The end of a turn: what may leave now, and what may not, as (node, computation, serials).
-        Sets `held_up`."""
+        """Return, at the end of a turn, what may be sent now, and what may not, as (node,
+        computation, serials). Sets `held_up`."""
         leaving: List[Tuple['NodeConnection', Any]] = []
         staying: List[Tuple['NodeConnection', str, List[int]]] = []
         for comp, journal in self.journals.items():
@@ -10085,7 +10156,7 @@ class Outgoing:
 
 
 class NodeAssignment:
-    """A node and a cluster. Driver thread only."""
+    """The relation of a node and a cluster. Driver thread only."""
     __slots__ = ('state', 'spec', 'reason', 'allocation', 'wanted', 'acks', 'then', 'told',
                  'passes', 'unloadable', 'seat_told', 'holder_hint')
 
@@ -10105,12 +10176,12 @@ class NodeAssignment:
         self.unloadable = False                      # the node cannot load the code, and said why
 
     def move(self, event: str) -> None:
-        """The one place where its state changes."""
+        """Change the state; this is the only place that does so."""
         self.state = ASSIGNMENT_TABLE[self.state, event]
 
     @property
     def offered(self) -> bool:
-        """Whether the node has been told of the computation."""
+        """Return whether the computation was offered to the node."""
         return self.state in (AssignmentState.SETTING_UP, AssignmentState.READY)
 
 
@@ -10188,12 +10259,12 @@ class NodeConnection:
         self.directory = ''
 
     def move(self, event: str) -> None:
-        """The one place where a node's state changes."""
+        """Change the state of the node; this is the only place that does so."""
         self.state = NODE_TABLE[self.state, event]
 
     def is_better_called(self, host: str) -> bool:
-        """Whether a node that was found by its IPv6 address, and not dialled yet, is dialled at
-        this IPv4 address instead."""
+        """Return whether a node that was found by its IPv6 address, and was not dialled yet, is to
+        be dialled at this IPv4 address instead."""
         if self.state is not NodeState.FOUND:
             return False
         if self.listed:
@@ -10209,7 +10280,8 @@ class NodeConnection:
 
     @property
     def state_word(self) -> str:
-        """Its state for people: for one that was not reached, why, also while it is tried again."""
+        """Return its state for people: for a node that was not reached the reason, even while
+        another attempt is made."""
         if self.state is NodeState.UNREACHED or (self.state is NodeState.DIALLING
                                                  and self.failures):
             # Lost: it has been connected before
@@ -10231,8 +10303,8 @@ class NodeConnection:
             self.directory = ''
 
     def facts_now(self) -> dict:
-        """What is known of it, with the bytes that went over its links and when it was heard
-        last."""
+        """Return its facts, with the bytes that its links have carried and when it was last
+        heard."""
         link = self.link
         used = {name: self.taken.get(name, 0) for name in resources_of(self.facts)}
         if link is None:
@@ -10246,14 +10318,14 @@ class NodeConnection:
                     resources_used=used)
 
     def count_link(self) -> None:
-        """Its link has ended, or ends now."""
+        """Add the bytes of a link that has ended, or ends now."""
         facts = self.facts_now()
         self.tx = facts['tx']
         self.rx = facts['rx']
         self.heard_last = facts['heard']
 
     def is_meant(self, node: Any) -> bool:
-        """Whether a user's word for a node means this one."""
+        """Return whether a user's word for a node means this one."""
         if node == self.key:
             return True
         if isinstance(node, DispyNode):
@@ -10282,13 +10354,14 @@ class NodeConnection:
         return ''
 
     def limit(self, comp: str) -> int:
-        """CPUs that a computation may use here."""
+        """Return how many CPUs a computation may use here."""
         if comp in self.blocked:
             return 0
         return min(self.allowed(comp), self.most)
 
     def allowed(self, comp: str) -> int:
-        """The same, were no other computation alone here."""
+        """Return how many CPUs a computation might use if no other computation used the node
+        exclusively."""
         use = self.uses[comp]
         if use.wanted is not None:
             # The program's own may have more processes than CPUs
@@ -10307,7 +10380,8 @@ class NodeConnection:
 
     @property
     def place(self) -> str:
-        """Where it is reached, for a journal; one that dials us is known by its name."""
+        """Return how it is reached, for a journal; a node that dials this program is identified by
+        its name."""
         if self.port:
             return '@' * self.scheduler + format_address(self.host, self.port)
         return ' %s' % self.name
@@ -10329,8 +10403,9 @@ LOCAL_PREFIX = 'dispy-local-'    # of the names of directories of such nodes
 
 
 def offer_here() -> Offer:
-    """What the embedded node offers beside CPUs: what DISPY_RESOURCES in the environment says, such
-    as 'gpu=2 licence=1', and otherwise the devices of this machine. Raises StartError."""
+    """Return what the embedded node offers besides CPUs: the contents of the environment variable
+    DISPY_RESOURCES, such as 'gpu=2 licence=1', and otherwise the devices of this machine. Raises
+    StartError."""
     words = os.environ.get('DISPY_RESOURCES')
     if words is None:
         return find_offer(['gpu=auto'], quick=True)
@@ -10341,11 +10416,11 @@ def offer_here() -> Offer:
 
 
 class EmbeddedNode:
-    """The node of this program: it runs in the driver's loop, behind a link in memory, and has its
-    turns between those of the driver. The driver's thread."""
+    """The node of this program: it runs in the driver's loop, connected by a link in memory, and
+    has its turns between those of the driver. The driver's thread uses this class."""
 
     def __init__(self, driver: 'Driver') -> None:
-        """Raises StartError, OSError."""
+        """Create the node. Raises StartError or OSError."""
         import tempfile
         python = own_python()
         root = tempfile.mkdtemp(prefix=LOCAL_PREFIX)
@@ -10370,13 +10445,14 @@ class EmbeddedNode:
         self._end, self.link = MemoryLink.pair(self._host.instance, driver.instance, driver.now)
 
     def connect(self) -> None:
-        """The driver has attached its end of the link."""
+        """Begin, because the driver has attached its end of the link."""
         self._end.owner = self._host
         self._driver.attach(self._end)
         self._host.link_up(self._end)
 
     def keep_notes(self, comp: str, journal: 'Journal') -> None:
-        """Have it noted beside a recover_file which jobs have begun when this program is killed."""
+        """Have the runner note beside a recover_file which jobs have begun if this program is
+        killed."""
         directory = self._host.directory
         try:
             notes = BegunNotes.begin(journal, comp, directory.private_of(comp))
@@ -10388,16 +10464,16 @@ class EmbeddedNode:
 
     @property
     def has_messages(self) -> bool:
-        """Whether the driver has sent something."""
+        """Return whether the driver has sent something."""
         return self._end.has_messages
 
     @property
     def is_due(self) -> bool:
-        """Whether a turn of the node has something to do."""
+        """Return whether a turn of the node has something to do."""
         return self._host.is_due or self._end.has_messages or not self._is_whole
 
     def turn(self) -> None:
-        """Take what the driver has sent, and what processes have, and decide."""
+        """Handle what the driver and the processes have sent, and decide."""
         self._is_whole = False
         if self._end.has_messages:
             self._driver.receive(self._end)
@@ -10405,13 +10481,13 @@ class EmbeddedNode:
         self._is_whole = True
 
     def next_timer(self) -> Optional[float]:
-        """When there is something to do for either side."""
+        """Return when there is something to do for either side."""
         if self._end.has_messages or self.link.has_messages:
             return self._host.now
         return self._host.next_timer()
 
     def after_fork(self) -> None:
-        """In a forked child: nothing of it is ours."""
+        """Let go of the node in a forked child: it belongs to the parent."""
         self._host.after_fork()
 
     def close(self) -> None:
@@ -10423,8 +10499,8 @@ class EmbeddedNode:
 
 
 def remove_abandoned_directories() -> None:
-    """Remove directories of nodes whose programs were killed together with all their runners, which
-    would have removed them."""
+    """Remove directories of embedded nodes whose programs were killed together with all their
+    runners, which would have removed them."""
     import tempfile
     above = tempfile.gettempdir()
     with contextlib.suppress(OSError):   # somebody else has removed one of them
@@ -10439,26 +10515,28 @@ def remove_abandoned_directories() -> None:
 
 
 class SecondsOfUser:
-    """What a NodeUser does about second attempts of its jobs; see NodeUser for the methods."""
+    """What a NodeUser does about second attempts of its jobs; see NodeUser for the rules of these
+    methods."""
 
     def send(self, peer: 'NodeConnection', seconds: Sequence[SecondAttempt]) -> None:
         """Send these to a node."""
 
     def counts(self, peer: 'NodeConnection', second: SecondAttempt, ran: float) -> None:
-        """One that is at a node and has run for so many seconds is that of its job from now on."""
+        """Note that one which is on a node and has run for so many seconds is that of its job from
+        now on."""
 
     def over(self, second: SecondAttempt) -> None:
-        """One counts no more."""
+        """Note that one is discarded."""
 
     def files_of(self, second: SecondAttempt) -> 'HeldFiles':
-        """Return where the files are kept that one sends."""
+        """Return where the files are kept that a second attempt sends."""
         raise PeerError('a file that was not asked for')
 
 
 class NodeUser:
-    """What a driver uses nodes for: a cluster, or something that only looks at nodes. The driver
+    """What a driver uses nodes for: a cluster, or an object that only examines nodes. The driver
     reads these attributes, and calls these methods when something has happened. They are called in
-    the driver's thread, must be quick, and do nothing here unless the docstring says what."""
+    the driver's thread, must be quick, and do nothing here unless the docstring says so."""
     comp = ''                                   # the name of its computation, to nodes
     name = ''                                   # for people
     client = ''                                 # whose claims on CPUs it shares
@@ -10483,13 +10561,14 @@ class NodeUser:
     closed = False                              # nothing can be submitted any more
 
     def cpus_in_all(self) -> Optional[int]:
-        """CPUs that it may use over all nodes; a scheduler sees to that itself."""
+        """Return how many CPUs it may use over all nodes; a scheduler enforces this itself."""
         if self.remote or self.cargo is None:
             return None
         return self.cargo.spec.get('most') or None
 
     def spec_of(self, peer: 'NodeConnection') -> Optional[NodeSpec]:
-        """What of `specs` means a node. One that has dialled us has no port."""
+        """Return the element of `specs` that matches a node, or None. A node that has dialled this
+        program has no port."""
         if not peer.port:
             if peer.name in self.callers:
                 return NodeSpec(peer.host, 0)
@@ -10505,70 +10584,74 @@ class NodeUser:
     # -- whether the program still needs it --------------------------------------------------------
 
     def is_idle(self) -> bool:
-        """Whether it is a cluster that has no jobs."""
+        """Return whether it is a cluster that has no jobs."""
         return False
 
     def is_replaced(self, others: Iterable['NodeUser']) -> bool:
-        """Whether a cluster of the same function was made later."""
+        """Return whether a cluster of the same function was made later."""
         return False
 
     # -- for monitors; any thread ------------------------------------------------------------------
 
     def jobs_counted(self) -> Tuple[int, int, int, int]:
-        """How many jobs were submitted, have ended as they should, have failed, were cancelled."""
+        """Return how many jobs were submitted, have succeeded, have failed, and were cancelled."""
         return 0, 0, 0, 0
 
     def jobs_at_nodes(self) -> Dict[str, Tuple[Any, int, float]]:
-        """ADDRESS:NAME -> the node, the jobs that have ended there, the seconds that they ran."""
+        """Return by ADDRESS:NAME the node, the number of jobs that have ended there, and the
+        seconds that they ran."""
         return {}
 
     # -- nodes -------------------------------------------------------------------------------------
 
     def node_connected(self, peer: 'NodeConnection') -> None:
-        """A node is connected, and has told what it is. Called if this only looks."""
+        """Note that a node is connected, and has sent its facts. This is called for an object that
+        only examines nodes."""
 
     def node_ready(self, peer: 'NodeConnection') -> None:
-        """The computation is set up at a node."""
+        """Note that the computation is set up on a node."""
 
     def node_changed(self, status: int, peer: 'NodeConnection') -> None:
-        """A node is ready, has told what is free there, or is used no more, by the status, which is
-        one of DispyNode."""
+        """Note that a node is ready, has reported its free resources, or is not used any more; the
+        status is one of DispyNode's."""
 
     def node_unreachable(self, peer: 'NodeConnection', text: str) -> None:
-        """A node cannot be reached, for this reason."""
+        """Note that a node cannot be reached, for this reason."""
 
     def node_told(self, status: int, row: 'NodeInfo') -> None:
-        """As `node_changed`, of a node of the scheduler."""
+        """Do as `node_changed`, for a node of the scheduler."""
 
     def warn(self, text: str) -> None:
-        """Something that the user should know. It is logged here."""
+        """Tell the user something. It is logged here."""
         logger.warning('%s', text)
 
     # -- setting up a node -------------------------------------------------------------------------
 
     def ask_source(self, peer: 'NodeConnection', link: Link) -> None:
-        """Find out what the source of the computation is, and call `ComputationSetup.source_found`
-        or `source_missing`."""
+        """Find the source of the computation, and call `ComputationSetup.source_found` or
+        `source_missing`."""
 
     def ask_allocator(self, allocator: Any, peer: 'NodeConnection', link: Link) -> None:
         """Ask the user's allocator, and call `ComputationSetup.allocated`."""
 
     def support_for(self, peer: 'NodeConnection') -> Dict[str, bytes]:
-        """cloudpickle, if the node does not have the same."""
+        """Return cloudpickle, if the node does not have the same version."""
         return {}
 
     def modules_for(self, peer: 'NodeConnection') -> Dict[str, Any]:
-        """What a node gets of the program's modules."""
+        """Return what a node gets of the program's modules."""
         return {}
 
     def module_source(self, name: str) -> Any:
-        """Where a file of a module is read from: a path, a FileOfModule, its content, or None."""
+        """Return where a file of a module is read from: a path, a FileOfModule, its content, or
+        None."""
 
     def value_source(self, digest: bytes) -> Any:
-        """Where a value is read from: its content, or a path."""
+        """Return where a value is read from: its content, or a path."""
 
     def asked(self, peer: 'NodeConnection', message: Call) -> None:
-        """A node or scheduler asks what only the program can tell; it gets a Return."""
+        """Answer a question of a node or scheduler that only the program can answer; the answer is
+        a Return."""
 
     # -- jobs --------------------------------------------------------------------------------------
 
@@ -10576,50 +10659,51 @@ class NodeUser:
         """Send these to a node."""
 
     def jobs_started(self, peer: 'NodeConnection', pairs: Sequence[Tuple[Any, float]]) -> None:
-        """Jobs run at a node, each since so many seconds."""
+        """Note that jobs run on a node, each since so many seconds."""
 
     def jobs_ended(self, peer: 'NodeConnection', pairs: List[Tuple[Any, tuple]]) -> None:
-        """Jobs and their rows of Results; also those that are provisional."""
+        """Take jobs and their rows of Results, including provisional ones."""
 
     def job_ended(self, work: Any, text: str) -> None:
-        """A job has ended without a row of Results."""
+        """Note that a job has ended without a row of Results."""
 
     def job_waits(self, work: Any) -> None:
-        """A job that was sent waits again."""
+        """Note that a job that was sent waits again."""
 
     def jobs_held(self, text: str) -> None:
-        """Jobs wait because of a limit of their user, for this reason."""
+        """Note that jobs wait because of a limit of their user, for this reason."""
 
     def job_parked(self, work: Any, text: str) -> None:
-        """A job waits for a node that is large enough."""
+        """Note that a job waits for a node that is large enough."""
 
     def job_moved(self, work: Any, node: tuple) -> None:
-        """A scheduler says where a job is."""
+        """Note that a scheduler has reported where a job is."""
         raise PeerError('a node is no scheduler')
 
     def job_goes_on(self, work: Any) -> None:
-        """A job that was to be cancelled if it has not begun has begun, or has ended."""
+        """Note that a job which was to be cancelled if it had not begun has begun, or has ended."""
 
     def output(self, peer: 'NodeConnection', work: Any, message: Output) -> None:
-        """What a running job prints or logs."""
+        """Take what a running job prints or logs."""
 
     def file_piece(self, peer: 'NodeConnection', work: Any, message: FilePiece) -> None:
-        """A piece of a file that a running job sends."""
+        """Take a piece of a file that a running job sends."""
 
     # -- faults ------------------------------------------------------------------------------------
 
     def jobs_owed(self) -> List[Any]:
-        """Jobs for whose end the driver answers."""
+        """Return the jobs for whose end the driver is responsible."""
         return []
 
     def fail_job(self, work: Any, text: str) -> None:
-        """End a job that is nowhere any more."""
+        """End a job that is neither in the queue nor on a node any more."""
 
     def call_back(self, job: Any) -> None:
-        """Call the user's function for a job that has ended. In a thread of the driver's pool."""
+        """Call the user's function for a job that has ended. This runs in a thread of the driver's
+        pool."""
 
     def driver_failed(self, text: str) -> None:
-        """The driver's thread is ending for a fault of ours."""
+        """Note that the driver's thread ends because of a fault of dispy."""
 
 
 START_NODE = ('Run `python dispynode.py` on a host that has the same secret, and list that host in '
@@ -10627,51 +10711,53 @@ START_NODE = ('Run `python dispynode.py` on a host that has the same secret, and
 
 
 class NodePolicy:
-    """What whoever runs a driver says to the use of nodes, and is told of it. This one, that of a
-    program, lets everything happen. The driver's thread."""
+    """What the owner of a driver decides about the use of nodes, and learns of it. This class,
+    which is that of a program, permits everything. The driver's thread calls its methods."""
     start_node = START_NODE   # what to do where no node answers
 
     def introduction(self) -> str:
-        """Who this is, for those who run the node and for others who want it."""
+        """Return who this is, for those who run the node and for others who want to use it."""
         return '%s@%s PID %d' % (_user_name(), socket.gethostname(), os.getpid())
 
     def process(self) -> tuple:
-        """Return the same for programs: a row of ClientHello."""
+        """Return the same for programs: a row as in ClientHello."""
         return socket.gethostname(), os.getpid(), 0
 
     def about_holder(self, holder: Holder, place: str) -> str:
-        """Return what to do about a node that serves another, to be appended to what it says.
-        `place` is that of the node."""
+        """Return what to do about a node that serves another client, to be appended to the node's
+        message. `place` is that of the node."""
         return who_holds(holder, place) or how_to_share(holder)
 
     def addresses_of(self, peer: 'NodeConnection') -> Optional[Callable[[str], bool]]:
-        """Which addresses of a node may be connected to; None: all. A dial thread."""
+        """Return the addresses of a node to which connections may be made; None means all. A dial
+        thread calls this."""
         return None
 
     def may_set_up(self, peer: 'NodeConnection', comp: str) -> bool:
-        """Whether a computation may be offered to a node."""
+        """Return whether a computation may be offered to a node."""
         return True
 
     def node_met(self, peer: 'NodeConnection') -> None:
-        """A node is connected, and has told what it is."""
+        """Note that a node is connected, and has sent its facts."""
 
     def becomes_ready(self, peer: 'NodeConnection', comp: str) -> None:
-        """A computation is about to be ready at a node."""
+        """Note that a computation is about to be ready on a node."""
 
     def node_drained(self, peer: 'NodeConnection') -> None:
-        """The last job of a computation that sends no more has ended there."""
+        """Note that the last job of a computation that sends no more jobs has ended on a node."""
 
     def node_freed(self, peer: 'NodeConnection') -> None:
-        """A computation has left a node, or was refused there."""
+        """Note that a computation has left a node, or was refused there."""
 
 
 def new_comp() -> str:
-    """Return a name for a computation, which no other has."""
+    """Return a unique name for a computation."""
     return uuid.uuid4().hex
 
 
 def _specs_of_places(places: Iterable[str]) -> List[NodeSpec]:
-    """Nodes to dial, of places as `NodeConnection.place` has them; not those that will dial us."""
+    """Return the nodes to dial, from places as in `NodeConnection.place`, without those that will
+    dial this program."""
     specs = []
     for where in sorted(places):
         if where.startswith(' '):
@@ -10683,8 +10769,8 @@ def _specs_of_places(places: Iterable[str]) -> List[NodeSpec]:
 
 
 class Collector(NodeUser):
-    """Asks nodes for what they have of computations whose program has ended. To the driver it is a
-    cluster that only looks. The driver's thread.
+    """Asks nodes which jobs and results they have of computations whose program has ended. For the
+    driver it is a cluster that only examines nodes. The driver's thread uses this class.
 
     met - the nodes that have been connected
     """
@@ -10696,9 +10782,9 @@ class Collector(NodeUser):
                  calling: Iterable[str],
                  listens: Sequence[str],
                  new_name: Callable[[], str] = new_comp) -> None:
-        """`places` are those of the nodes, as `NodeConnection.place` has them. Among `calling` are
-        the nodes that will dial us, where a program has listened: one of `listens`, HOST:PORT.
-        `new_name` names what is a cluster to the driver."""
+        """`places` are those of the nodes, as in `NodeConnection.place`. If nodes that will dial
+        this program are among `calling`, it listens where their program has listened: at one of
+        `listens`, HOST:PORT. `new_name` returns a name for what is a cluster to the driver."""
         self.comp = new_name()
         self.port = NODE_PORT
         self.specs = _specs_of_places(places)
@@ -10715,40 +10801,41 @@ class Collector(NodeUser):
         driver.open(self, False)
 
     def node_connected(self, peer: NodeConnection) -> None:
-        """Note a node, to be asked for what it has."""
+        """Note a node that is to be asked."""
         if peer not in self.met:
             self.met.append(peer)
 
     def held(self, peer: NodeConnection, comp: str, serials: Sequence[int],
              past: AttemptHistory) -> None:
-        """A node has told what it knows."""
+        """Take the report of a node about the attempts that it knows."""
         raise NotImplementedError
 
     def where(self, comp: str, serials: Sequence[int], node: tuple) -> None:
-        """A scheduler says which jobs are on a node, or wait."""
+        """Take the report of a scheduler about which jobs are on a node, or wait."""
         raise NotImplementedError
 
     def returned(self, peer: NodeConnection, comp: str, serials: Sequence[int]) -> None:
-        """A node gives back what has not begun."""
+        """Take jobs that a node returns because they have not begun."""
         raise NotImplementedError
 
     def results(self, peer: NodeConnection, comp: str, rows: Sequence[tuple]) -> None:
-        """Results came; some perhaps for the second time."""
+        """Take results, some of which may have come before."""
         raise NotImplementedError
 
     def refused(self, peer: NodeConnection, comp: str, text: str) -> None:
-        """The program is connected to a node still, or again."""
+        """Note that the program itself is still connected to the node, or is connected again."""
         raise NotImplementedError
 
     def cancel(self, job: DispyJob) -> None:
-        """End a job that runs."""
+        """End a running job."""
         raise NotImplementedError
 
 
 class Recovery(Collector):
-    """Collects what nodes have of jobs that are written down in a journal. `done(job, row, peer)`
-    is told a result, `lost(job, text)` a job that has begun and is lost, `again(job)` one that has
-    not begun and waits again, `over()` that none is left. The driver's thread."""
+    """Collects from nodes the results of jobs that are recorded in a journal. `done(job, row,
+    peer)` is called for a result, `lost(job, text)` for a job that has begun and is lost,
+    `again(job)` for one that has not begun and waits again, and `over()` when none is left. The
+    driver's thread uses this class."""
 
     def __init__(self,
                  journal: Journal,
@@ -10760,7 +10847,7 @@ class Recovery(Collector):
                  over: Callable[[], None],
                  cancel: bool = False,
                  parts: Optional['DriverParts'] = None) -> None:
-        """`parts` are those of the driver that it will have, where they are not the usual ones."""
+        """`parts` are those of its driver, if they are not the usual ones."""
         parts = parts or DriverParts()
         rows = journal.comps()
         self._journal = journal
@@ -10785,7 +10872,7 @@ class Recovery(Collector):
         self._cancel = cancel
 
     def node_connected(self, peer: NodeConnection) -> None:
-        """It is asked for what it has."""
+        """Ask a node that is connected for what it has."""
         super().node_connected(peer)
         self._unmet.discard(peer.place)
         self.driver.recoveries.reclaim(peer, self, self.old)
@@ -10793,15 +10880,15 @@ class Recovery(Collector):
 
     def held(self, peer: NodeConnection, comp: str, serials: Sequence[int],
              past: AttemptHistory) -> None:
-        """A node has told what it knows. That of this program knows nothing: what its predecessor
-        had begun is in a file, which may still be written."""
+        """Take the report of a node. The embedded node of this program knows nothing: which
+        attempts its predecessor had begun is in a file, which may still be written."""
         if peer.embedded:
             self.driver.openers.run(self._read_notes, peer, comp)
             return
         self._settle(peer, comp, serials, past)
 
     def _read_notes(self, peer: NodeConnection, comp: str) -> None:
-        """An opener."""
+        """Read the notes of a predecessor of the embedded node. An opener."""
         past = BegunNotes.wait(self._journal, comp)
         self.driver.call_soon(self._settle, peer, comp, [], past)
 
@@ -10829,7 +10916,7 @@ class Recovery(Collector):
         self._check()
 
     def _attempts(self) -> List[Tuple[DispyJob, int, str]]:
-        """Jobs, and serial and node of an attempt of theirs that has not ended."""
+        """Yield the jobs with serial and node of each of their attempts that has not ended."""
         found = []
         for number, (job, node) in self._jobs.items():
             found.append((job, job.serial, node))
@@ -10839,7 +10926,8 @@ class Recovery(Collector):
         return found
 
     def _other_goes_on(self, serial: int) -> bool:
-        """An attempt counts no more. Returns whether its job has another, which counts then."""
+        """Discard an attempt. Returns whether its job has another one, which counts from then
+        on."""
         number = job_number(serial)
         if number not in self._seconds:
             return False
@@ -10855,7 +10943,7 @@ class Recovery(Collector):
         return True
 
     def _end_other(self, serial: int) -> None:
-        """An attempt has finished: that beside it is ended."""
+        """End the other attempt of a job, because one has finished."""
         number = job_number(serial)
         if number not in self._seconds:
             return
@@ -10877,7 +10965,7 @@ class Recovery(Collector):
             self._unmet.add(place)   # it is told that the computation is over
 
     def where(self, comp: str, serials: Sequence[int], node: tuple) -> None:
-        """A scheduler says which jobs are on a node, or wait."""
+        """Take the report of a scheduler about which jobs are on a node, or wait."""
         for serial in serials:
             job, _ = self._jobs.get(job_number(serial), (None, ''))
             if job is not None:
@@ -10887,7 +10975,7 @@ class Recovery(Collector):
                     job.status = DispyJob.Created
 
     def returned(self, peer: NodeConnection, comp: str, serials: Sequence[int]) -> None:
-        """A node gives back what has not begun."""
+        """Take jobs that a node returns because they have not begun."""
         for job, serial, node in self._attempts():
             if serial not in serials:
                 continue
@@ -10898,7 +10986,7 @@ class Recovery(Collector):
         self._check()
 
     def results(self, peer: NodeConnection, comp: str, rows: Sequence[tuple]) -> None:
-        """Results came; some perhaps for the second time."""
+        """Take results, some of which may have come before."""
         for row in rows:
             job, _ = self._jobs.get(job_number(row[0]), (None, ''))
             if job is None:
@@ -10919,20 +11007,20 @@ class Recovery(Collector):
         self._check()
 
     def cancel(self, job: DispyJob) -> None:
-        """End a job that runs."""
+        """End a running job."""
         for other, serial, node in self._attempts():
             if other is job:
                 self._cancel_at(node, job.comp, serial)
 
     def left(self) -> List[DispyJob]:
-        """Those of which nothing has been heard."""
+        """Return the jobs of which nothing has been heard."""
         jobs: List[DispyJob] = []
         for job, _ in self._jobs.values():
             jobs.append(job)
         return jobs
 
     def refused(self, peer: NodeConnection, comp: str, text: str) -> None:
-        """The program is connected to the node still, or again."""
+        """Note that the program itself is still connected to the node, or is connected again."""
         logger.warning('node %s: nothing can be recovered: %s', peer, text)
 
     def _check(self) -> None:
@@ -10942,8 +11030,8 @@ class Recovery(Collector):
                 self._over()
 
     def wait(self, over: threading.Event, timeout: Optional[float]) -> None:
-        """Until all has been collected, and a little longer for nodes that may forget what they
-        keep."""
+        """Wait until everything has been collected, and a little longer for nodes that may forget
+        what they keep."""
         clock = self.driver.clock
         if timeout is None:
             until = math.inf
@@ -10954,7 +11042,7 @@ class Recovery(Collector):
 
 
 class Collecting(enum.Enum):
-    """What has been done about a computation at a node."""
+    """The progress of collecting a computation from a node."""
     ASKED = 'it was asked what it has, and has not told'
     TOLD = 'it has told what it has'
     WANTED = 'it is to give what it has'
@@ -10966,9 +11054,9 @@ class Collecting(enum.Enum):
 
 
 class ResultCollection(Collector):
-    """Asks nodes what they have of computations of which no jobs were written down, and collects
-    it. Nodes are asked first; what is to be had is then taken, unless their program is connected to
-    any of them. The driver's thread, but for `wait`."""
+    """Asks nodes what they have of computations of which no jobs were recorded, and collects it.
+    Nodes are asked first; then their results are taken, unless the program is connected to any of
+    them. The driver's thread uses this class, except for `wait`."""
     warns = False
     acknowledges = False    # at the end, when the user has them
     name = 'the recovery of programs that have ended'
@@ -10998,7 +11086,8 @@ class ResultCollection(Collector):
         self._is_over = False                           # what comes now is left to the next one
 
     def take(self, comps: Iterable[str]) -> None:
-        """Collect these from the nodes that have answered, and from others when they do."""
+        """Collect these computations from the nodes that have answered, and from others when they
+        do."""
         wanted = set(comps)
         for key, stage in list(self._stages.items()):
             if key[1] in wanted:
@@ -11009,8 +11098,8 @@ class ResultCollection(Collector):
             self._ask(peer)
 
     def _ask(self, peer: NodeConnection, anew: bool = False) -> None:
-        """Ask a node; `anew` on a new link, along which no answers come to what was asked
-        before."""
+        """Ask a node; `anew` means that the link is new, so that questions asked before it remain
+        unanswered."""
         for key, stage in list(self._stages.items()):
             if key[0] not in (peer.place, *peer.aliases):
                 continue
@@ -11026,12 +11115,12 @@ class ResultCollection(Collector):
                 self.driver.recoveries.reclaim(peer, self, keys, taking)
 
     def node_connected(self, peer: NodeConnection) -> None:
-        """It is asked for what it has."""
+        """Ask a node that is connected for what it has."""
         super().node_connected(peer)
         self._ask(peer, anew=True)
 
     def driver_failed(self, text: str) -> None:
-        """Nothing more will come."""
+        """Note that nothing more will come."""
         with self._changed:
             self._stages.clear()
             self.there.clear()
@@ -11048,7 +11137,7 @@ class ResultCollection(Collector):
 
     def held(self, peer: NodeConnection, comp: str, serials: Sequence[int],
              past: AttemptHistory) -> None:
-        """A node has told what it knows."""
+        """Take the report of a node about the attempts that it knows."""
         with self._changed:
             for key in self._places_of(peer, comp):
                 if self._stages[key] is not Collecting.ENDING:
@@ -11078,7 +11167,8 @@ class ResultCollection(Collector):
         self._ask(peer)
 
     def _is_known(self, comp: str, serial: int) -> bool:
-        """Whether what becomes of an attempt changes nothing: a result of its job is here."""
+        """Return whether the fate of an attempt makes no difference, because a result of its job is
+        here."""
         row, _ = self.rows.get((comp, job_number(serial)), (None, ''))
         if row is None:
             return False
@@ -11087,7 +11177,7 @@ class ResultCollection(Collector):
         return bool(row[0] >= serial)
 
     def _end_others(self, comp: str, serial: int) -> None:
-        """An attempt has finished: others of its job are ended. The driver's thread."""
+        """End the other attempts of a job, because one has finished. The driver's thread."""
         for peer in self.met:
             for key in self._places_of(peer, comp):
                 there = self.there.get(key, set())
@@ -11098,8 +11188,8 @@ class ResultCollection(Collector):
                     self.driver.send(peer.link, Cancel(comp, others))
 
     def _settle_files(self, comp: str, serial: int) -> None:
-        """An attempt has finished: if it was a second one, its files come where they belong; those
-        of another are removed."""
+        """Handle the files of second attempts after an attempt has finished: if it was a second
+        one, its files are moved to their place; those of another one are removed."""
         root = self.lefts[comp].files
         begin = '.dispy-%s-' % comp
         names: List[str] = []
@@ -11115,7 +11205,7 @@ class ResultCollection(Collector):
                 settle_files(directory, other == serial)
 
     def _went(self, comp: str, serial: int, account: Account, peer: NodeConnection) -> None:
-        """A job is not at its node any more, and no result of it came."""
+        """Note that a job is not on its node any more, and that no result of it came."""
         if (comp, job_number(serial)) in self.rows:
             return
         verdict, text = account.verdict(serial, Occasion.RECOVERED)
@@ -11129,7 +11219,8 @@ class ResultCollection(Collector):
         self.gone[comp, job_number(serial)] = state, text
 
     def returned(self, peer: NodeConnection, comp: str, serials: Sequence[int]) -> None:
-        """A node gives back what has not begun: there is nobody who could send it again."""
+        """Take jobs that a node returns because they have not begun: no process can send them
+        again."""
         with self._changed:
             for key in self._places_of(peer, comp) if not self._is_over else ():
                 gone = self.there.get(key, set()) & set(serials)
@@ -11141,7 +11232,7 @@ class ResultCollection(Collector):
             self._changed.notify_all()
 
     def refused(self, peer: NodeConnection, comp: str, text: str) -> None:
-        """Its program is connected there: it lives."""
+        """Note that the program itself is connected to the node, so that it is alive."""
         with self._changed:
             self.alive.add(comp)
             for key in self._stages:
@@ -11150,12 +11241,12 @@ class ResultCollection(Collector):
             self._changed.notify_all()
 
     def where(self, comp: str, serials: Sequence[int], node: tuple) -> None:
-        """A scheduler says which jobs are on a node, or wait."""
+        """Take the report of a scheduler about which jobs are on a node, or wait."""
         with self._changed:
             self.placed.update({(comp, job_number(serial)): bool(node) for serial in serials})
 
     def results(self, peer: NodeConnection, comp: str, rows: Sequence[tuple]) -> None:
-        """Results came; some perhaps for the second time."""
+        """Take results, some of which may have come before."""
         with self._changed:
             for row in rows if not self._is_over else ():
                 number = job_number(row[0])
@@ -11173,30 +11264,30 @@ class ResultCollection(Collector):
             self._changed.notify_all()
 
     def cancel(self, job: DispyJob) -> None:
-        """Nobody has these jobs in hand while they are collected."""
+        """Do nothing: no process controls these jobs while they are collected."""
 
     # -- any thread --------------------------------------------------------------------------------
 
     def wait(self, done: Callable[[], bool], timeout: Optional[float]) -> bool:
-        """Wait until that is so, at most `timeout` seconds; whether it is."""
+        """Wait until the condition is true, at most `timeout` seconds. Returns whether it is."""
         def once(seconds: float) -> bool:
             with self._changed:
                 return self._changed.wait_for(done, seconds)
         return in_slices(once, timeout)  # type: ignore[no-any-return]
 
     def finish(self) -> None:
-        """Nothing changes any more."""
+        """Ignore everything that comes from now on."""
         with self._changed:
             self._is_over = True
 
     def unreached(self, comp: Optional[str] = None) -> List[str]:
-        """Nodes that have not answered, of one computation or of all."""
+        """Return the nodes that have not answered, for one computation or for all."""
         with self._changed:
             return sorted({where for (where, name), stage in self._stages.items()
                            if stage is Collecting.ASKED and comp in (None, name)})
 
     def is_through(self) -> bool:
-        """All that was to be taken has come, from nodes that have answered."""
+        """Return whether everything has come from the nodes that have answered."""
         for key in self.taken:
             stage = self._stages.get(key)
             if stage in (Collecting.WANTED, Collecting.TAKING):
@@ -11208,8 +11299,8 @@ class ResultCollection(Collector):
         return True
 
     def is_whole(self, comp: str) -> bool:
-        """Nobody wants anything of a computation that is anywhere; nodes are to be told that it is
-        over."""
+        """Return whether everything of a computation was collected from all nodes, so that nodes
+        are to be told that it has ended."""
         wants_none = self.lefts[comp].over
         with self._changed:
             stages = {key: stage for key, stage in self._stages.items() if key[1] == comp}
@@ -11223,8 +11314,8 @@ class ResultCollection(Collector):
             return bool(stages)
 
     def dismiss(self, comps: Set[str]) -> None:
-        """Tell nodes that these are over, now or when they are connected again. The driver's
-        thread."""
+        """Tell nodes that these computations have ended, now or when they are connected again. The
+        driver's thread."""
         with self._changed:
             for key in self._stages:
                 if key[1] in comps:
@@ -11233,7 +11324,7 @@ class ResultCollection(Collector):
             self._ask(peer, anew=True)
 
     def is_forgotten(self, comps: Iterable[str]) -> bool:
-        """All nodes have heard that these are over."""
+        """Return whether all nodes have been told that these computations have ended."""
         wanted = set(comps)
         stages = []
         for key, stage in self._stages.items():
@@ -11244,12 +11335,13 @@ class ResultCollection(Collector):
         return all(stage is Collecting.OVER for stage in stages)
 
     def count(self, comp: str) -> int:
-        """Jobs and results of it that are on nodes."""
+        """Return how many jobs and results of a computation are on nodes."""
         with self._changed:
             return len(self.numbers_there(comp))
 
     def numbers_there(self, comp: str) -> Set[int]:
-        """Numbers of its jobs of which attempts and results are on nodes."""
+        """Return the numbers of those jobs of a computation of which attempts and results are on
+        nodes."""
         numbers: Set[int] = set()
         for key, serials in self.there.items():
             if key[1] == comp:
@@ -11311,8 +11403,8 @@ fault_recover_jobs = recover_jobs   # its name in dispy 4
 
 
 def _journal_here() -> Optional[Journal]:
-    """The newest file in the current directory that `fault_recover=True` has made, if its program
-    has ended. Files of dispy 4 have such names too and are left alone."""
+    """Return the newest file in the current directory that `fault_recover=True` has made and whose
+    program has ended. Files of dispy 4 have names of the same form and are left alone."""
     names = [name for name in os.listdir() if re.fullmatch(r'_dispy_\d{14}', name)]
     for name in sorted(names, reverse=True):
         try:
@@ -11323,7 +11415,7 @@ def _journal_here() -> Optional[Journal]:
 
 
 def is_trail(path: str) -> bool:
-    """Whether a file is one that a cluster without `recover_file` has left."""
+    """Return whether a file is one that a cluster without `recover_file` has left."""
     if not path.endswith(TRAIL_END):
         return False
     try:
@@ -11334,7 +11426,8 @@ def is_trail(path: str) -> bool:
 
 
 def _left_nothing(script: str, lefts: Sequence[RecoverableFiles]) -> str:
-    """Says that a script has left no jobs, and which programs have left some."""
+    """Return the exception which says that a script has left no jobs, and which programs have left
+    some."""
     others = '; '.join(str(left.row) for left in lefts[:20])
     if others:
         hint = ('Other programs have left some, each of which may be given as recover_file (see '
@@ -11347,7 +11440,7 @@ def _left_nothing(script: str, lefts: Sequence[RecoverableFiles]) -> str:
 
 def _recover_newest(timeout: Optional[float], cancel: bool,
                     access: ConnectionSettings) -> List[DispyJob]:
-    """What the newest program of this script has left that has left anything."""
+    """Return the jobs of the newest program of this script that has left any."""
     script = own_script()
     lefts = programs_left()
     if script:
@@ -11375,7 +11468,8 @@ def _recover_newest(timeout: Optional[float], cancel: bool,
 
 def _collect(lefts: Sequence[RecoverableFiles], timeout: Optional[float], cancel: bool,
              access: ConnectionSettings) -> Tuple[List[DispyJob], List[str]]:
-    """The jobs of dead programs, and the nodes that have not answered. Lets go of `lefts`."""
+    """Return the jobs of programs that have ended, and the nodes that have not answered. Closes
+    `lefts`."""
     jobs: List[DispyJob] = []
     with gathering(lefts, access, cancel) as found:
         comps = _take(found, timeout)
@@ -11396,7 +11490,7 @@ def _collect(lefts: Sequence[RecoverableFiles], timeout: Optional[float], cancel
 
 
 def _take(found: ResultCollection, timeout: Optional[float]) -> List[str]:
-    """Collect what belongs to no program that lives; returns whose it is."""
+    """Collect the computations of programs that have ended. Returns their trail files."""
     if timeout is None:
         until = math.inf
     else:
@@ -11415,8 +11509,9 @@ def _take(found: ResultCollection, timeout: Optional[float]) -> List[str]:
 def gathering(lefts: Sequence[RecoverableFiles],
               access: ConnectionSettings,
               cancel: bool = False) -> Iterator[ResultCollection]:
-    """Ask the nodes of dead programs. At the end those that have been emptied forget them, and so
-    do we; others keep what they have."""
+    """Ask the nodes of programs that have ended. At the end of the `with` block, nodes from which
+    everything was collected forget these computations, and the trail files are removed; other nodes
+    keep what they have."""
     found: ResultCollection = ResultCollection(lefts, cancel)
     whole: Set[str] = set()
     forgotten: Set[str] = set()
@@ -11443,8 +11538,8 @@ def gathering(lefts: Sequence[RecoverableFiles],
 
 
 def _jobs_of(found: ResultCollection, comp: str) -> List[DispyJob]:
-    """The jobs of a computation by what nodes have told of it, in order. Opens results, which may
-    run the user's code."""
+    """Return the jobs of a computation as nodes have reported them, in order. This opens results,
+    which may run the user's code."""
     left: RecoverableFiles = found.lefts[comp]
     jobs: Dict[int, DispyJob] = {}
 
@@ -11485,10 +11580,10 @@ def recoverable(timeout: float = REACH_TIME,
                 certfile: Optional[str] = None,
                 keyfile: Optional[str] = None,
                 cafile: Optional[str] = None) -> List[Recoverable]:
-    """What programs of this user without a `recover_file` have left on nodes, when they were
-    killed or ended by an exception before their jobs; newest first. Their nodes are asked, for at
+    """Return what programs of this user without a `recover_file` have left on nodes when they were
+    killed or ended by an exception before their jobs, newest first. Their nodes are asked, for at
     most `timeout` seconds; files of which no node knows anything any more are removed. Raises
-    SecretError, TypeError, ValueError. Any thread."""
+    SecretError, TypeError or ValueError. Any thread."""
     seconds = _seconds('timeout', timeout)
     access = ConnectionSettings(find_secret(secret), *tls_files(certfile, keyfile, cafile), PULSE,
                                 REDIAL_MOST)
@@ -11516,8 +11611,9 @@ def recoverable(timeout: float = REACH_TIME,
 
 
 def cancel_lost(access: ConnectionSettings) -> int:
-    """End what programs of this user that have ended have left on nodes, and say so. Returns of
-    how many of them something may be left. What belongs to a program that lives is left alone."""
+    """End the jobs that programs of this user which have ended have left on nodes, and print what
+    was done. Returns for how many of these programs something may be left. Programs that are alive
+    are left alone."""
     lefts = programs_left()
     if not lefts:
         print('none of your programs that have ended has left jobs on nodes')
@@ -11551,7 +11647,7 @@ def cancel_lost(access: ConnectionSettings) -> int:
 
 class RestoredJobs:
     """The jobs of a program that has crashed, as its journal knows them. Those that have ended are
-    completed.
+    complete.
 
     jobs - all of them
     ended - those that have ended
@@ -11561,7 +11657,7 @@ class RestoredJobs:
     """
 
     def __init__(self, journal: Journal, rows: Sequence[tuple], is_program: bool) -> None:
-        """`rows` are as of `Journal.known`. Raises DispyError."""
+        """`rows` are those of `Journal.known`. Raises DispyError."""
         self.jobs: List[DispyJob] = []
         self.ended: List[DispyJob] = []
         self.sent: List[Tuple[DispyJob, str]] = []
@@ -11584,16 +11680,16 @@ class RestoredJobs:
 
     @property
     def are_at_nodes(self) -> bool:
-        """Whether nodes are to be asked."""
+        """Return whether nodes are to be asked."""
         return bool(self.sent or self.holders)
 
 
 class JournalRecovery:
-    """Collects the jobs of a program that has crashed for `recover_jobs`. The methods that begin
-    with an underscore are called by the driver's thread."""
+    """Collects the jobs of a program that has crashed, for `recover_jobs`. The driver's thread
+    calls the methods that begin with an underscore."""
 
     def __init__(self, journal: Journal, cancel: bool, source: 'Drivers') -> None:
-        """`source` is where its driver comes from."""
+        """`source` provides its driver."""
         self._journal = journal
         self._cancel = cancel
         self._drivers = source
@@ -11654,7 +11750,7 @@ class JournalRecovery:
 
 
 class DiscoveryProbe:
-    """Asks for nodes at one UDP port."""
+    """The search for nodes at one UDP port."""
 
     def __init__(self, ears: DiscoverySockets) -> None:
         self.ears = ears
@@ -11664,7 +11760,8 @@ class DiscoveryProbe:
 
 
 class _Owner:
-    """Has a thing to which nobody else refers, to count the references that there are then."""
+    """An object that has the only reference to another one, so that the normal number of references
+    can be determined."""
 
     def __init__(self) -> None:
         self.cluster = object()
@@ -11672,12 +11769,12 @@ class _Owner:
 
 class Unused:
     """Finds clusters to which no variable of the program refers any more, as in a notebook whose
-    cell is run again. The driver's thread.
+    cell is executed again. The driver's thread uses this class.
 
-    The driver refers to each of its clusters, so that none ends by itself; it counts whether it is
-    the only one. A cluster that has jobs, or one to which its own callback refers, is in use. When
-    there is a later cluster of the same function, then that a notebook or prompt has shown the
-    cluster (`Out[3]`, `_`) is no use of it.
+    The driver refers to each of its clusters, so that none of them is freed by itself; this class
+    counts whether other references exist. A cluster that has jobs, or to which its own callback
+    refers, is in use. If a later cluster of the same function exists, references do not count that
+    exist because a notebook or prompt has shown the cluster (`Out[3]`, `_`).
     """
     EVERY = 2.0   # s
 
@@ -11686,7 +11783,7 @@ class Unused:
         self._found: Set[str] = set()
 
     def look(self, clusters: Dict[str, Any], now: float) -> float:
-        """Close those of them that are not used. Returns when to look again."""
+        """Close those of these clusters that are not used. Returns when to look again."""
         if now < self._at:
             return self._at
         self._at = now + self.EVERY
@@ -11704,7 +11801,7 @@ class Unused:
         return math.inf
 
     def _is_unused(self, core: 'ProgramCluster', clusters: Dict[str, Any]) -> bool:
-        """Whether nobody but the driver refers to a JobCluster, through what it knows of it."""
+        """Return whether only the driver refers to a JobCluster, through its ProgramCluster."""
         if core.cluster is None:   # it is being closed
             return False
         shown = 0
@@ -11729,8 +11826,8 @@ class Unused:
 
 
 class Misfits:
-    """Nodes that have answered when all were asked, and that are not meant by the wildcards of a
-    cluster. Driver thread only."""
+    """Nodes that have answered a broadcast and that do not match the wildcards of a cluster. Driver
+    thread only."""
     KEPT = 1000   # nodes of a cluster
     SHOWN = 10
 
@@ -11739,8 +11836,8 @@ class Misfits:
         self._found: Dict[str, Dict[bytes, str]] = {}
 
     def add(self, comp: str, instance: bytes, node: str) -> None:
-        """One that answers. By its name, if that is known, and else by the first of its
-        addresses."""
+        """Add a node that has answered. It is identified by its name, if that is known, and else by
+        the first of its addresses."""
         found = self._found.setdefault(comp, {})
         if len(found) >= self.KEPT:
             return
@@ -11748,11 +11845,12 @@ class Misfits:
             found[instance] = node
 
     def forget(self, comp: str) -> None:
-        """The cluster is closed."""
+        """Forget a cluster that is closed."""
         self._found.pop(comp, None)
 
     def text(self, comp: str, used: Container[bytes]) -> str:
-        """These nodes, without the instances that are used by another of their addresses."""
+        """Return these nodes as a text, without those instances that are used by another of their
+        addresses."""
         chosen_nodes = []
         for instance, node in self._found.get(comp, {}).items():
             if instance not in used:
@@ -11763,9 +11861,10 @@ class Misfits:
 
 
 def remedy(attempts: Sequence[Tuple[str, int, bool]], others: bool, start: str = START_NODE) -> str:
-    """What to do where a cluster has no node that can be used, of (state, port, whether it is a
-    scheduler) of each that was tried; `others`: nodes have answered that were not meant; `start`:
-    where none has answered. The reason of a node that has answered says it itself."""
+    """Return what to do if a cluster has no usable node, from (state, port, whether it is a
+    scheduler) of each node that was tried; `others`: nodes have answered that do not match;
+    `start`: what to do if none has answered. The reason of a node that has answered contains the
+    remedy itself."""
     if others:
         return 'Name one of these, or correct the wildcard (nodes=, at the shell -n)'
     if any(scheduler and state not in NOT_CONNECTED for state, _, scheduler in attempts):
@@ -11782,7 +11881,8 @@ def remedy(attempts: Sequence[Tuple[str, int, bool]], others: bool, start: str =
 
 
 def _remedy_for_silence(silent: Sequence[Tuple[Unreached, int, bool]], start: str) -> str:
-    """What to do where nobody has answered, of (why, port, whether it is a scheduler) of each."""
+    """Return what to do if no node has answered, from (why, port, whether it is a scheduler) of
+    each."""
     words = []
     down = {scheduler for why, _, scheduler in silent if why is Unreached.DOWN}
     if True in down:
@@ -11804,7 +11904,7 @@ def _remedy_for_silence(silent: Sequence[Tuple[Unreached, int, bool]], start: st
 
 
 class NodeTable:
-    """The nodes that a driver knows. The driver's thread."""
+    """The nodes that a driver knows. The driver's thread uses this class."""
 
     def __init__(self) -> None:
         self.by_key: Dict[Any, NodeConnection] = {}
@@ -11822,7 +11922,7 @@ class NodeTable:
         return peers
 
     def find(self, comp: str, node: Any) -> NodeConnection:
-        """The node that a user's word means. Raises ValueError naming those there are."""
+        """Return the node that a user's word means. Raises ValueError, naming the known nodes."""
         if node is None:
             if len(self.of(comp)) == 1:
                 return self.of(comp)[0]
@@ -11838,11 +11938,11 @@ class NodeTable:
         return found[0]
 
     def has(self, peer: NodeConnection) -> bool:
-        """Whether a node is still one of these, under its key."""
+        """Return whether a node is still one of these, under its key."""
         return self.by_key.get(peer.key) is peer
 
     def heard_before(self, instance: bytes, address: Tuple[str, int]) -> Optional[NodeConnection]:
-        """The node that an answer to a broadcast comes from, if it is known."""
+        """Return the node that has sent an answer to a broadcast, if it is known."""
         for peer in self.by_key.values():
             if peer.instance == instance:
                 return peer
@@ -11851,7 +11951,7 @@ class NodeTable:
         return None
 
     def linked_to(self, instance: bytes) -> List[NodeConnection]:
-        """Nodes that are connected to this instance."""
+        """Return the nodes that are connected to this instance."""
         peers: List[NodeConnection] = []
         for peer in self.by_key.values():
             if peer.link is None:
@@ -11861,14 +11961,15 @@ class NodeTable:
         return peers
 
     def twin_of(self, peer: NodeConnection, instance: bytes) -> Optional[NodeConnection]:
-        """Another node that is connected, and is the same instance."""
+        """Return another connected node that is the same instance."""
         for other in self.linked_to(instance):
             if other is not peer:
                 return other
         return None
 
     def away_with(self, instance: bytes) -> List[NodeConnection]:
-        """Nodes that are not connected and were this instance, without the embedded one."""
+        """Return the nodes that are not connected and were this instance, without the embedded
+        one."""
         peers: List[NodeConnection] = []
         for peer in self.by_key.values():
             if peer.instance != instance:
@@ -11880,7 +11981,7 @@ class NodeTable:
         return peers
 
     def dialling_from(self, address: str) -> List[NodeConnection]:
-        """Nodes that connect by themselves, from this address."""
+        """Return the nodes that connect by themselves, from this address."""
         peers: List[NodeConnection] = []
         for peer in self.by_key.values():
             if peer.port:
@@ -11890,7 +11991,7 @@ class NodeTable:
         return peers
 
     def move(self, peer: NodeConnection, host: str, port: int) -> None:
-        """A node is known by another address from now on."""
+        """Change the address by which a node is known."""
         del self.by_key[peer.key]
         peer.host = host
         peer.ip_addr = host
@@ -11898,8 +11999,8 @@ class NodeTable:
         self.by_key[peer.key] = peer
 
     def words_of(self, comp: str) -> Dict[str, List[NodeConnection]]:
-        """Nodes of a cluster by their names and addresses, so that a list of thousands is not
-        compared with itself."""
+        """Return the nodes of a cluster by their names and addresses, so that a list of thousands
+        is not compared with itself."""
         found: Dict[str, List[NodeConnection]] = {}
         for peer in self.of(comp):
             for word in {
@@ -11910,7 +12011,7 @@ class NodeTable:
         return found
 
     def add_unusable(self, key: Any, address: str, text: str) -> None:
-        """One that cannot be used, and is no node that was named: said once."""
+        """Note a node that cannot be used and was not named by the user; this is reported once."""
         if key in self.unusable:
             return
         if len(self.unusable) >= 1000:
@@ -11929,7 +12030,7 @@ class NodeTable:
 
 
 class NodeSearch:
-    """Asks for nodes by UDP, and has those used that answer. The driver's thread."""
+    """Asks for nodes by UDP, and uses those that answer. The driver's thread uses this class."""
 
     def __init__(self, driver: 'Driver', psk: bytes) -> None:
         self._driver = driver
@@ -11954,14 +12055,14 @@ class NodeSearch:
         asker.wait = ASK_FIRST
 
     def is_at(self, port: int) -> bool:
-        """Whether nodes are asked for at a UDP port."""
+        """Return whether nodes are asked for at a UDP port."""
         for asked, _ in self._ears:
             if asked == port:
                 return True
         return False
 
     def end_unwanted(self) -> None:
-        """Do not ask any more where no cluster needs it."""
+        """Stop asking where no cluster needs it."""
         clusters = self._clusters.values()
         wanted = set()
         for other in clusters:
@@ -11972,7 +12073,7 @@ class NodeSearch:
             self._ears.pop(key).ears.close()
 
     def ask_when_due(self, due: List[float]) -> None:
-        """Ask for nodes; appends when to do so next."""
+        """Ask for nodes if it is time; appends to a list when to do so next."""
         for asker in self._ears.values():
             if self._driver.now >= asker.due:
                 asker.ears.broadcast(lambda: self._discovery.build(DatagramType.QUESTION))
@@ -11982,7 +12083,8 @@ class NodeSearch:
             due.append(asker.due)
 
     def _hear(self, data: bytes, source: str, reply: Callable[[bytes], None]) -> None:
-        """A datagram. What it says is a hint: the node is dialled, and the handshake decides."""
+        """Take a datagram. Its contents are only a hint: the node is dialled, and the handshake
+        authenticates it."""
         heard, _ = self._discovery.parse(data, source, self._driver.now)
         if heard is None:
             return
@@ -12004,13 +12106,14 @@ class NodeSearch:
         self._driver.soon()
 
     def _ask_soon(self) -> None:
-        """A node has started. Which of its addresses is best depends on who asks."""
+        """Ask soon, because a node has started. Which of its addresses is best depends on who
+        asks."""
         for asker in self._ears.values():
             asker.due = min(asker.due, max(self._driver.now, asker.last + ASK_FIRST))
         self._driver.soon()
 
     def _use_found(self, comp: str, spec: NodeSpec, heard: Datagram, host: str) -> None:
-        """A node that a computation may use says that it is there."""
+        """Use a node that has announced itself and that a computation may use."""
         port = heard.port
         instance = heard.instance
         now = self._driver.now
@@ -12040,7 +12143,7 @@ class NodeSearch:
             asker.ears.close()
 
     def sockets(self) -> List[Any]:
-        """Those by which nodes are asked for."""
+        """Return the sockets with which nodes are asked for."""
         ears = self._ears.values()
         sockets: List[Any] = []
         for asker in ears:
@@ -12050,7 +12153,8 @@ class NodeSearch:
 
 
 class Connector:
-    """Connects to nodes: dials, lets nodes dial, and starts one here. The driver's thread."""
+    """Connects to nodes: dials them, lets them dial, and starts one here. The driver's thread uses
+    this class."""
 
     def __init__(self, driver: 'Driver', psk: bytes, tls: Any) -> None:
         self._driver = driver
@@ -12063,13 +12167,13 @@ class Connector:
         self._dials: Set[NodeConnection] = set()               # with a dial thread at work
 
     def _on_rejected(self, address: str, text: str) -> None:
-        """A gate's thread: a node that dialled us was refused."""
+        """Note that a node which dialled this program was refused. A gate's thread."""
         message = 'its connection was rejected: ' + text
         self._driver.call_soon(self._nodes.add_unusable, address, address, message)
 
     def listen(self, host: str, port: int, may_fail: bool) -> None:
-        """Let nodes connect to us (--scheduler-host). Raises OSError; if it may fail, a port that
-        is taken is no error."""
+        """Let nodes connect to this program (--scheduler-host). Raises OSError; with `may_fail`, a
+        port that is in use is not an error."""
         if (host, port) not in self._acceptors:
             access = self._driver.access
             try:
@@ -12096,11 +12200,11 @@ class Connector:
             self._driver.add_reader(gate.socket, gate.on_readable)
 
     def listens_at(self, host: str, port: int) -> bool:
-        """Whether nodes can connect there."""
+        """Return whether nodes can connect to this address."""
         return (host, port) in self._acceptors
 
     def end_listening(self, cluster: NodeUser) -> None:
-        """A cluster is closed: where no other lets nodes connect, they cannot any more."""
+        """Stop listening where no cluster lets nodes connect any more, because one was closed."""
         for where in cluster.hosts:
             clusters = self._clusters.values()
             if any(where in other.hosts for other in clusters):
@@ -12111,7 +12215,7 @@ class Connector:
                 gate.server_close()
 
     def dial_when_due(self, due: List[float]) -> None:
-        """Dial nodes; appends when to do so next."""
+        """Dial nodes if it is time; appends to a list when to do so next."""
         for peer in self._nodes.by_key.values():
             when = peer.dialling.due
             if when is not None and when <= self._driver.now and peer.state in _MAY_DIAL:
@@ -12134,7 +12238,8 @@ class Connector:
         peer.dialling.start(self._driver.post, peer, reach, self._driver.parts.attempt)
 
     def _start_local(self, peer: NodeConnection) -> None:
-        """Start the node of this program. There is no thread, as nothing is waited for."""
+        """Start the embedded node of this program. This needs no thread, because it does not
+        wait."""
         peer.dialling.due = None
         try:
             peer.end_process()
@@ -12148,14 +12253,15 @@ class Connector:
 
     @property
     def local(self) -> Optional[EmbeddedNode]:
-        """The node of this program, if it has been started."""
+        """Return the embedded node of this program, if it was started."""
         peer = self._nodes.by_key.get(LOCAL)
         if peer is not None:
             return peer.local
         return None
 
     def _tried(self, peer: NodeConnection, lasts: float) -> None:
-        """What is on a node that is away is not lost for so many s: it is tried to reach it."""
+        """Tell the Schedule that jobs on a node that is away are not lost for so many seconds,
+        because an attempt to reach it is in progress."""
         until = self._driver.now + lasts
         self._driver.decide(NodeTried(peer.key, until))
 
@@ -12163,7 +12269,7 @@ class Connector:
                     peer: NodeConnection,
                     note: Callable[[Any], None],
                     patience: float = HANDSHAKE_TIME) -> Authenticated:
-        """Connect to a node, in the thread that dials."""
+        """Connect to a node. The thread that dials calls this."""
         if not peer.embedded:
             if peer.scheduler:
                 wanted = Role.SCHEDULER
@@ -12201,13 +12307,14 @@ class Connector:
         self._connected(peer, self._link_of(event))
 
     def _link_of(self, event: Any) -> Link:
-        """The link that a connection becomes."""
+        """Return the link that a new connection becomes."""
         make = self._driver.parts.link
         return make(event.sock, event.session, event.address, self._driver.now,
                     self._driver.access.pulse, OF_NODES)
 
     def _keep_twin(self, peer: NodeConnection, twin: NodeConnection) -> None:
-        """A node was dialled that is connected by another name: what was to use it uses that."""
+        """Merge a node that was dialled with the connected node that is the same by another name:
+        clusters that were to use the former use the latter."""
         twin.aliases.add(peer.place)
         for comp, use in peer.uses.items():
             known = comp in twin.uses
@@ -12229,7 +12336,8 @@ class Connector:
         self._driver.selection.drop_unused(peer)
 
     def _elder_of(self, peer: NodeConnection, instance: bytes) -> Optional[NodeConnection]:
-        """A node that is not connected, has jobs, and is the same as one that was just reached."""
+        """Return a node that is not connected, has jobs, and is the same as one that was just
+        reached."""
         for other in self._nodes.away_with(instance):
             if other is peer:
                 continue
@@ -12267,7 +12375,7 @@ class Connector:
         self._driver.send(peer.link, hello)
 
     def arrived(self, event: Authenticated) -> None:
-        """A node has dialled."""
+        """Take a node that has dialled."""
         instance = event.session.peer_instance
         for other in self._nodes.linked_to(instance):
             if other.port or other.embedded:   # we have dialled it
@@ -12284,13 +12392,13 @@ class Connector:
         self._connected(peer, self._link_of(event))
 
     def _send_away(self, event: Authenticated) -> None:
-        """A node has dialled that is connected."""
+        """Close the connection of a node that has dialled and is connected already."""
         link = self._link_of(event)
         self._driver.attach(link)
         self._driver.disconnect(link, 'this program has connected to it already')
 
     def _known_arrival(self, instance: bytes, address: str) -> Optional[NodeConnection]:
-        """The node that has dialled, if it was here before."""
+        """Return the node that has dialled, if it was here before."""
         for other in self._nodes.away_with(instance):
             if not other.port:
                 return other
@@ -12305,7 +12413,7 @@ class Connector:
         return None
 
     def try_second(self, link: Link) -> None:
-        """Dial a node that is silent once more. What dials us does so itself."""
+        """Dial a silent node once more. A node that dials this program does so itself."""
         peer = self._nodes.by_link.get(link.number)
         if peer is not None and peer.port:
             patience = max(1.0, link.pulse)
@@ -12314,7 +12422,8 @@ class Connector:
                               self._driver.parts.attempt)
 
     def _second_reached(self, event: Connected) -> None:
-        """It takes the place of a link that is silent still, or has come to its end for that."""
+        """Let a second connection replace a link that is still silent, or that has ended for this
+        reason."""
         peer = event.peer.peer
         event.peer.ended()
         old = peer.link
@@ -12360,8 +12469,9 @@ class Connector:
             self.forget(peer)
 
     def is_forgotten(self, peer: NodeConnection) -> bool:
-        """Whether a node that cannot be reached is not tried any more: one that was found and not
-        named, and does not answer by UDP either. Not while jobs are there that may come back."""
+        """Return whether a node that cannot be reached is not tried any more: it was found and not
+        named by the user, and does not answer by UDP either. It is tried as long as it has jobs
+        that may come back."""
         if peer.listed:
             return False
         lost = self._driver.schedule.lost_at(peer.key)
@@ -12371,8 +12481,8 @@ class Connector:
         return peer.failures >= FOUND_FAILURES and silent or self._only_probed(peer)
 
     def _evidence_of(self, peer: NodeConnection, event: ConnectFailed) -> NodeDoubted:
-        """A node cannot be reached. Where nothing listens and it was on this machine, its lock file
-        tells whether its process has ended."""
+        """Return the evidence that follows when a node cannot be reached. If nothing listens there
+        and the node was on this machine, its lock file shows whether its process has ended."""
         unreached = NodeDoubted(peer.key, str(peer), Evidence.UNREACHED, event.text, peer.kind)
         if event.why is not Unreached.DOWN:
             return unreached
@@ -12395,14 +12505,15 @@ class Connector:
                            known=known)
 
     def forget(self, peer: NodeConnection) -> None:
-        """One that was found and not named cannot be reached: it is found again when it is there
-        again."""
+        """Forget a node that was found, was not named by the user and cannot be reached: when it is
+        back, it is found again."""
         peer.uses.clear()
         self._driver.selection.drop_unused(peer)
 
     def not_reached(self, peer: NodeConnection, text: str, lived: float = 0.0,
                     line: str = '', failing: Failing = Failing.OTHERWISE) -> None:
-        """Say why, once for each reason, in this line if there is one, and try again later."""
+        """Log why a node cannot be reached, once for each reason, in the given line if there is
+        one, and try again later."""
         # One that closes at once refuses this address for a while, for the reason that was told
         if failing is not Failing.CLOSED or not peer.told:
             self._tell_not_reached(peer, text, line, failing)
@@ -12459,8 +12570,8 @@ class Connector:
 
 
 def _is_named_by(spec: NodeSpec, peer: NodeConnection, port: int) -> bool:
-    """Whether a node is one of those that were named; `port` is the cluster's, which stands for
-    that of a node which was named without one."""
+    """Return whether a node is one of those that were named; `port` is the cluster's, which is the
+    default for nodes that were named without a port."""
     if spec.wild and spec.fits(peer.ip_addr, peer.host, peer.name):
         return True
     if not peer.is_meant(spec.host):
@@ -12471,7 +12582,7 @@ def _is_named_by(spec: NodeSpec, peer: NodeConnection, port: int) -> bool:
 
 
 class NodeSelection:
-    """Which nodes each cluster uses, with how many CPUs. The driver's thread."""
+    """Which nodes each cluster uses, with how many CPUs. The driver's thread uses this class."""
 
     def __init__(self, driver: 'Driver') -> None:
         self._driver = driver
@@ -12480,7 +12591,7 @@ class NodeSelection:
         self.probes: Dict[str, float] = {}           # computation -> when to start an embedded node
 
     def use(self, comp: str, specs: Sequence[NodeSpec]) -> None:
-        """Look for nodes: dial those named, ask for those meant by wildcards."""
+        """Look for nodes: dial those that are named, and ask for those that match wildcards."""
         for spec in specs:
             if spec.wild:
                 for peer in list(self._nodes.by_key.values()):
@@ -12494,7 +12605,7 @@ class NodeSelection:
 
     def use_address(self, comp: str, host: str, port: int, spec: NodeSpec,
                     listed: bool) -> NodeConnection:
-        """A cluster may use the node at an address; `listed`: because it names it."""
+        """Let a cluster use the node at an address; `listed` says that the cluster names it."""
         peer = self._nodes.by_key.get(('scheduler', host, port) if spec.scheduler else (host, port))
         if peer is None:
             peer = NodeConnection(host, port, self._driver.access.redial, scheduler=spec.scheduler)
@@ -12504,14 +12615,14 @@ class NodeSelection:
         return peer
 
     def take(self, peer: NodeConnection, comp: str, spec: NodeSpec) -> None:
-        """A cluster may use a node."""
+        """Let a cluster use a node."""
         if comp not in peer.uses:
             peer.uses[comp] = NodeAssignment(spec)
             self._driver.setup.set_up(peer, comp)
         self._driver.soon()
 
     def consider(self, peer: NodeConnection, comp: str) -> None:
-        """Use a connected node if this cluster's specs mean it."""
+        """Use a connected node if one of this cluster's specs matches it."""
         spec = self._clusters[comp].spec_of(peer)
         if spec is None:
             return
@@ -12519,7 +12630,7 @@ class NodeSelection:
             self.take(peer, comp, spec)
 
     def use_embedded(self, comp: str) -> None:
-        """A node of this program's own, for all its clusters of this driver."""
+        """Use the embedded node of this program, for all clusters of this driver."""
         if self.probes.pop(comp, None) is not None:
             if any(peer.uses[comp].offered for peer in self._nodes.of(comp)):
                 return   # a dispynode has answered meanwhile
@@ -12538,7 +12649,8 @@ class NodeSelection:
         self.take(peer, comp, NodeSpec('127.0.0.1', 0))
 
     def start_embedded_when_due(self, due: List[float]) -> None:
-        """Start a node here where none has answered; appends when to do so next."""
+        """Start the embedded node if it is time and no node has answered; appends to a list when to
+        do so next."""
         for comp, when in list(self.probes.items()):
             if self._driver.now >= when:
                 self.use_embedded(comp)
@@ -12546,7 +12658,7 @@ class NodeSelection:
                 due.append(when)
 
     def done(self, peer: NodeConnection, comp: str, shutdown: bool = False) -> None:
-        """Tell a node that a computation is over there, and that it may end."""
+        """Tell a node that a computation has ended, and that it may end."""
         if peer.uses[comp].offered and peer.link is not None:
             peer.link.abandon(comp)
             if shutdown:
@@ -12557,7 +12669,7 @@ class NodeSelection:
             answer.set_exception(RuntimeError('the computation is not at node %s any more' % peer))
 
     def drop_unused(self, peer: NodeConnection) -> None:
-        """When no cluster uses a node any more, the next client may have it."""
+        """Disconnect a node that no cluster uses any more, so that the next client may have it."""
         if peer.uses or peer.embedded:
             return
         self._nodes.by_key.pop(peer.key, None)
@@ -12568,7 +12680,7 @@ class NodeSelection:
             self.unlink(peer, link)
 
     def unlink(self, peer: NodeConnection, link: Link) -> None:
-        """A link is over: forget all that went along it."""
+        """Forget everything that depends on a link that has ended."""
         del self._nodes.by_link[link.number]
         peer.count_link()
         peer.link = None
@@ -12591,7 +12703,8 @@ class NodeSelection:
         self._driver.files.abort(lambda number, comp: number == link.number)
 
     def set_cpus(self, comp: str, peer: NodeConnection, cpus: Optional[int]) -> int:
-        """Limit a cluster's CPUs of a node; None: as at first. Returns how many these are now."""
+        """Limit the CPUs of a node that a cluster uses; None restores the initial number. Returns
+        the new number."""
         use = peer.uses[comp]
         if cpus is not None:
             if cpus > peer.offered > 0:
@@ -12609,15 +12722,15 @@ class NodeSelection:
         return peer.limit(comp)
 
     def tell_limit(self, peer: NodeConnection, comp: str) -> int:
-        """The CPUs of a node that a computation may use; the node, which has more jobs than it
-        runs, is told as well."""
+        """Return how many CPUs of a node a computation may use. The node is told as well, because
+        it may have more jobs than it may run."""
         limit = peer.limit(comp)
         if limit and peer.link is not None:
             self._driver.send(peer.link, Limit(comp, limit))
         return limit
 
     def limit_node(self, action: LimitNode) -> None:
-        """The Schedule has limited what a computation may use of a node."""
+        """Note that the Schedule has limited what a computation may use of a node."""
         peer = self._nodes.by_key.get(action.node)
         if not action.cpus:
             return
@@ -12628,7 +12741,7 @@ class NodeSelection:
             self._driver.send(peer.link, message)
 
     def leave(self, comp: str, node: Any, then: str, at_once: bool) -> None:
-        """Stop using a node ('close') or set it up anew ('open'), when its jobs have ended or at
+        """Stop using a node ('close') or set it up again ('open'), when its jobs have ended or at
         once."""
         peer = self._nodes.find(comp, node)
         use = peer.uses[comp]
@@ -12639,7 +12752,8 @@ class NodeSelection:
             self._left(peer, comp, then)
 
     def drained(self, action: NodeDrained) -> None:
-        """The last job of a computation has ended at a node that it leaves."""
+        """Note that the last job of a computation has ended on a node that the computation
+        leaves."""
         comp = action.comp
         peer = self._nodes.by_key.get(action.node)
         if peer is None:
@@ -12669,7 +12783,7 @@ class NodeSelection:
         self._driver.policy.node_freed(peer)
 
     def allocate(self, comp: str, specs: Sequence[NodeSpec]) -> None:
-        """Use these nodes, new ones and those deallocated or closed before."""
+        """Use these nodes: new ones, and those that were deallocated or closed before."""
         cluster = self._clusters[comp]
         words = self._nodes.words_of(comp)
         for spec in specs:
@@ -12700,15 +12814,15 @@ class NodeSelection:
 
 
 class PythonThere(NamedTuple):
-    """The Python of a node that runs a computation."""
+    """The Python interpreter of a node that runs a computation."""
     name: str                  # '' for that of the node itself
     version: Tuple[int, ...]
     cloudpickle: str
 
 
 def python_at(facts: dict, wanted: str) -> Optional[PythonThere]:
-    """The Python of a node that has this name, or the first that has this version, by what the node
-    has told; its own if none is wanted. None if there is none."""
+    """Return the Python of a node that has this name, or the first that has this version, from the
+    facts of the node; its own if none is wanted. Returns None if there is none."""
     own = PythonThere('', facts.get('python', ()), facts.get('cloudpickle', ''))
     if not wanted:
         return own
@@ -12725,7 +12839,8 @@ def python_at(facts: dict, wanted: str) -> Optional[PythonThere]:
 
 
 def _needs_source(spec: dict, peer: NodeConnection) -> bool:
-    """Whether a computation goes to a node as source: its Python is another than here."""
+    """Return whether a computation is sent to a node as source, because its Python differs from
+    this one."""
     if spec['kind'] != 'function':
         return False
     if spec['portable']:
@@ -12740,7 +12855,7 @@ def _needs_source(spec: dict, peer: NodeConnection) -> bool:
 
 
 def stock_of(facts: dict) -> Dict[str, int]:
-    """The same with its memory in bytes, if that is known."""
+    """Return what a node offers besides CPUs, with its memory in bytes, if that is known."""
     memory = facts.get('memory_total')
     if facts.get('role') == 'scheduler' and 'resources' in facts:
         return {ALL_KINDS: 1}
@@ -12750,8 +12865,8 @@ def stock_of(facts: dict) -> Dict[str, int]:
 
 
 class ComputationSetup:
-    """Sets computations up at nodes: what is offered to them, and what they answer. The driver's
-    thread."""
+    """Sets computations up on nodes: what is offered to nodes, and what they answer. The driver's
+    thread uses this class."""
 
     def __init__(self, driver: 'Driver') -> None:
         self._driver = driver
@@ -12759,7 +12874,7 @@ class ComputationSetup:
         self._clusters = driver.clusters
 
     def on_welcome(self, peer: NodeConnection, message: NodeHello) -> None:
-        """A node is connected, and tells what it is."""
+        """Take the facts of a node that is connected."""
         facts = message.facts
         peer.name = message.name
         peer.facts = facts
@@ -12794,7 +12909,7 @@ class ComputationSetup:
             self._driver.policy.node_met(peer)
 
     def _set_up_named(self, peer: NodeConnection, comp: str, cluster: NodeUser) -> None:
-        """A computation may use a node, whose name is known now, if its wildcard means it."""
+        """Let a computation use a node whose name is known now, if a wildcard matches it."""
         use = peer.uses.get(comp)
         if use is None:
             self._driver.selection.consider(peer, comp)
@@ -12810,8 +12925,8 @@ class ComputationSetup:
         self.set_up(peer, comp)
 
     def _doubt(self, peer: NodeConnection, kept: Dict[str, Any]) -> None:
-        """A node was started anew and has lost its memory. `kept` has the serials of results that
-        it has on its disk, by computations."""
+        """Handle a node that was started again and has lost its memory. `kept` has the serials of
+        results that it has on its disk, by computation."""
         known = {}
         for comp, serials in kept.items():
             attempt_history = AttemptHistory(whole=False)
@@ -12821,7 +12936,7 @@ class ComputationSetup:
         self._driver.lost_nodes.doubt(doubted)
 
     def on_offer(self, peer: NodeConnection, message: CpusChanged) -> None:
-        """Its CPUs have changed, or it has become free."""
+        """Note that the number of a node's CPUs has changed, or that it has become free."""
         peer.offered = message.cpus
         for comp, use in list(peer.uses.items()):
             if use.state is AssignmentState.READY and not use.then:
@@ -12882,8 +12997,8 @@ class ComputationSetup:
         self._driver.send(peer.link, message)
 
     def _code_for(self, peer: NodeConnection, comp: str, cluster: NodeUser) -> Optional[dict]:
-        """What a computation is, in a form that this node can load; None if there is none, or if it
-        is being found out."""
+        """Return a computation in a form that this node can load; None if there is none, or if it
+        is being determined."""
         spec = cluster.cargo.spec  # type: ignore[union-attr]
         wanted = spec.get('interpreter', '')
         if wanted and not peer.scheduler:
@@ -12922,7 +13037,7 @@ class ComputationSetup:
         return dict(spec, kind='source', code=code)
 
     def _has_cpu(self, peer: NodeConnection, comp: str) -> bool:
-        """Whether a computation may use a CPU of a node, or has to set it up none the less."""
+        """Return whether a computation may use a CPU of a node, or must be set up without one."""
         use = peer.uses[comp]
         if peer.allowed(comp) >= 1:
             return True
@@ -12941,8 +13056,9 @@ class ComputationSetup:
         return False
 
     def _managers(self, peer: NodeConnection) -> Dict[str, Any]:
-        """What lets jobs on this machine use proxies of managers (multiprocessing.Manager) that the
-        program has made. Other machines do not reach the program's managers and get no key."""
+        """Return what lets jobs on this machine use proxies of managers (multiprocessing.Manager)
+        that the program has made. Other machines do not reach the program's managers and get no
+        key."""
         if peer.scheduler or peer.link is None:
             return {}
         sock = peer.link.sock
@@ -12956,7 +13072,7 @@ class ComputationSetup:
 
     def source_found(self, cluster: NodeUser, peer: NodeConnection, link: Link,
                      source: Tuple[bytes, str]) -> None:
-        """What the source of a computation is, or why there is none."""
+        """Note the source of a computation, or why there is none."""
         cluster.source = source
         if cluster.comp not in self._clusters:
             return
@@ -12967,7 +13083,7 @@ class ComputationSetup:
 
     def source_missing(self, cluster: NodeUser, peer: NodeConnection, link: Link,
                        text: str) -> None:
-        """It could not be found out."""
+        """Note that the source could not be determined."""
         if cluster.comp not in self._clusters:
             return
         if peer.link is not link:
@@ -12978,7 +13094,7 @@ class ComputationSetup:
 
     def allocated(self, comp: str, peer: NodeConnection, link: Link, allocation: Allocation,
                   error: str) -> None:
-        """What the user's allocator has said."""
+        """Take the decision of the user's allocator."""
         # Closed or lost meanwhile
         if comp not in self._clusters:
             return
@@ -12993,8 +13109,8 @@ class ComputationSetup:
             self.set_up(peer, comp)
 
     def _refusal(self, peer: NodeConnection, comp: str, text: str, code: str) -> None:
-        """Not used, for a reason of REASONS. One that passes is said once, whatever its numbers,
-        and tried again."""
+        """Note that a node is not used, for a reason of REASONS. A reason that can pass is logged
+        once, whatever its numbers are, and the node is tried again."""
         use = peer.uses[comp]
         reason = REASONS.get(code)
         use.move('refuse')
@@ -13016,7 +13132,7 @@ class ComputationSetup:
             self._driver.soon()
 
     def on_refused(self, peer: NodeConnection, message: Refused) -> None:
-        """A node does not take a computation, or cannot go on with it."""
+        """Note that a node does not take a computation, or cannot continue it."""
         code = message.code
         comp = message.comp
         use = peer.uses.get(comp)
@@ -13051,8 +13167,8 @@ class ComputationSetup:
         self._driver.policy.node_freed(peer)
 
     def _about_holder(self, peer: NodeConnection, use: NodeAssignment, row: tuple) -> str:
-        """What to do about a node that serves another. It is found out once for each holder, as
-        many files may have to be read."""
+        """Return what to do about a node that serves another client. It is determined once for each
+        holder, because many files may have to be read."""
         holder, hint = use.holder_hint
         if holder != row:
             hint = self._driver.policy.about_holder(Holder(*row), peer.place)
@@ -13060,8 +13176,8 @@ class ComputationSetup:
         return hint
 
     def _check_unloadable(self, comp: str) -> None:
-        """Where every node that can come has said that it cannot load the code, jobs would wait for
-        ever: they end."""
+        """End the jobs of a computation if every node that can come has said that it cannot load
+        the code: they would wait forever."""
         text = self.why_unloadable(comp)
         known = self._driver.schedule.comps.get(comp)
         if known is None:
@@ -13070,7 +13186,7 @@ class ComputationSetup:
             self._driver.decide(Unloadable(comp, text))
 
     def why_unloadable(self, comp: str) -> str:
-        """Why no node can load the code of a computation; empty if one may."""
+        """Return why no node can load the code of a computation; empty if one may."""
         cluster = self._clusters[comp]
         uses = []
         for peer in self._nodes.of(comp):
@@ -13088,7 +13204,7 @@ class ComputationSetup:
         return 'no node can load the code of %s: %s' % (cluster.name, uses[0].reason)
 
     def retry(self, peer: NodeConnection) -> None:
-        """Offer again what the node could not take, for a reason that passes."""
+        """Offer a computation again that a node could not take, for a reason that can pass."""
         peer.retry_at = None
         for comp, use in list(peer.uses.items()):
             if comp not in self._clusters:
@@ -13099,7 +13215,7 @@ class ComputationSetup:
                 self.set_up(peer, comp)
 
     def on_ready(self, peer: NodeConnection, message: Ready) -> None:
-        """A computation is set up at a node."""
+        """Note that a computation is set up on a node."""
         comp = message.comp
         self._driver.policy.becomes_ready(peer, comp)
         use = peer.uses.get(comp)
@@ -13128,7 +13244,7 @@ class ComputationSetup:
 
 
 class FileTransfers:
-    """Files that go to nodes and that come from jobs. The driver's thread."""
+    """Files that are sent to nodes and that come from jobs. The driver's thread uses this class."""
 
     def __init__(self, driver: 'Driver') -> None:
         self._driver = driver
@@ -13138,7 +13254,7 @@ class FileTransfers:
         self.backlog = SpoolSender(driver.links)         # what goes to nodes
 
     def on_need(self, peer: NodeConnection, message: Need) -> None:
-        """A node asks for files."""
+        """Send the files that a node asks for."""
         comp = message.comp
         cluster = self._clusters.get(comp)
         if cluster is None:
@@ -13170,7 +13286,7 @@ class FileTransfers:
             self.backlog.add_file(peer.link.number, (cluster.comp, purpose, key), row, source)
 
     def _send_value(self, peer: NodeConnection, cluster: NodeUser, key: int, row: tuple) -> None:
-        """A node lacks a value that jobs need."""
+        """Send a value that jobs need and the node lacks."""
         source = cluster.value_source(row[2])
         if source is None:   # and its jobs have ended
             text = 'the program does not have it any more'
@@ -13183,7 +13299,7 @@ class FileTransfers:
             self.backlog.add_file(number, transfer, row, source)
 
     def send(self) -> None:
-        """A few pieces of files into links that have room."""
+        """Send a few pieces of files on links that have room."""
         for link, (comp, purpose, key, name), text in self.backlog.send(self._driver.send):
             if purpose == Purpose.VALUES:
                 error = 'it cannot be read: %s' % text
@@ -13197,7 +13313,7 @@ class FileTransfers:
                 self._driver.break_link(link, 'a file of the computation cannot be read: %s' % text)
 
     def on_file_piece(self, peer: NodeConnection, message: FilePiece) -> None:
-        """A piece of a file that a job sends."""
+        """Take a piece of a file that a job sends."""
         cluster = self._clusters.get(message.comp)
         job = self._driver.jobs.job_of(peer, message.comp, message.key)
         if message.purpose != Purpose.FROM_JOB:
@@ -13215,8 +13331,8 @@ class FileTransfers:
             cluster.file_piece(peer, job, message)
 
     def store(self, peer: NodeConnection, directory: str, message: FilePiece) -> None:
-        """A piece of a file that a job sends. After a failure the rest of the file is passed
-        over."""
+        """Store a piece of a file that a job sends. After a failure the rest of the file is
+        skipped."""
         if peer.link is None:
             return
         place = (peer.link.number, message.comp)
@@ -13228,34 +13344,34 @@ class FileTransfers:
             self._driver.send(peer.link, stored)
 
     def on_file_stored(self, peer: NodeConnection, message: FileStored) -> None:
-        """A file that the program has sent is at a node, or cannot be."""
+        """Note that a file which the program has sent is on a node, or cannot be stored there."""
         self._driver.queries.answer(peer, (message.comp, message.name), message.error)
 
     def abort(self, over: Callable[[int, str], bool]) -> None:
-        """Remove what has come of files whose link or computation is over."""
+        """Remove incomplete files whose link or computation has ended."""
         for key in [key for key in self.incoming if over(key[0], key[1])]:
             self.incoming.pop(key).abort()
 
     def abort_attempt(self, attempt: Tuple[str, int]) -> None:
-        """The same of an attempt (computation, serial) that is over: its worker or node has died
-        while it sent a file."""
+        """Remove incomplete files of an attempt (computation, serial) that has ended: its worker or
+        node ended while it sent a file."""
         for (_, comp), receiver in self.incoming.items():
             if comp == attempt[0]:
                 receiver.abort(Purpose.FROM_JOB, attempt[1])
 
 
 class HeldFiles:
-    """The files that a second attempt of a job sends. They are in a directory of their own until it
-    counts, and where they belong after that. The driver's thread.
+    """The files that a second attempt of a job sends. They are in a directory of their own until
+    the attempt counts, and at their destinations after that. The driver's thread uses this class.
 
-    directory - their own; it is made when the first comes
+    directory - their own; it is created for the first file
     counts - the attempt is that of its job
-    names - of those that are whole and are not where they belong, in their order
+    names - those files that are complete and not yet at their destinations, in order
     """
     forwards = False    # to where they belong, which takes its time
 
     def __init__(self, directory: str, root: str, where: str = 'on the client: ') -> None:
-        """They belong below `root`; `where` as of FileReceiver."""
+        """The destinations are below `root`; `where` is as in FileReceiver."""
         self.directory = directory
         self.root = root
         self.counts = False
@@ -13265,7 +13381,7 @@ class HeldFiles:
         self._receiver = FileReceiver(roots, where=where)
 
     def take(self, message: FilePiece) -> Optional[FileStored]:
-        """Take a piece; returns the answer when its file is whole or cannot be stored."""
+        """Take a piece. Returns the answer when its file is complete or cannot be stored."""
         with contextlib.suppress(OSError):   # the receiver tells why it has no place
             os.makedirs(self.directory, mode=0o700, exist_ok=True)
         stored = self._receiver.take(message)
@@ -13277,7 +13393,8 @@ class HeldFiles:
         return stored
 
     def place(self) -> str:
-        """Move those that are whole where they belong. Returns why one could not be moved."""
+        """Move the complete files to their destinations. Returns why one could not be moved, or
+        ''."""
         self.counts = True
         names = self.names
         self.names = []
@@ -13290,12 +13407,12 @@ class HeldFiles:
         return ''
 
     def keep_until_there(self, row: tuple) -> bool:
-        """Whether the row of Results of the attempt is kept until the files are where they
-        belong."""
+        """Return whether the row of Results of the attempt is kept until the files are at their
+        destinations."""
         return False
 
     def find(self) -> None:
-        """Those that another process had received."""
+        """Find the files that another process had received."""
         for directory, _, names in os.walk(self.directory):
             below = os.path.relpath(directory, self.directory)
             for name in sorted(names):
@@ -13304,19 +13421,20 @@ class HeldFiles:
                     self.names.append(path.replace(os.sep, '/'))
 
     def drop(self) -> None:
-        """Remove those that are not where they belong."""
+        """Remove the files that are not at their destinations."""
         self._receiver.abort()
         shutil.rmtree(self.directory, ignore_errors=True)
 
 
 def held_directory(root: str, comp: str, serial: int) -> str:
-    """Where the files of a second attempt are kept that belong below `root`."""
+    """Return where the files of a second attempt are kept whose destinations are below `root`."""
     return os.path.join(root, '.dispy-%s-%d' % (comp, serial))
 
 
 def settle_files(directory: str, counts: bool) -> None:
-    """What a second attempt has sent to a program that has ended comes to its place if the attempt
-    counts, and is removed otherwise. `directory` is that of HeldFiles."""
+    """Move the files that a second attempt has sent to a program that has ended to their
+    destinations if the attempt counts, and remove them otherwise. `directory` is that of
+    HeldFiles."""
     if not directory or not os.path.isdir(directory):
         return
     root = os.path.dirname(directory)
@@ -13331,7 +13449,7 @@ def settle_files(directory: str, counts: bool) -> None:
 
 class HeldBack:
     """Second attempts of jobs on their way to nodes, and what they send, which is held back until
-    it is known whether they count. The driver's thread.
+    it is known whether they count. The driver's thread uses this class.
 
     files - (computation, serial) -> the files of an attempt that is a second one, or was
     """
@@ -13343,24 +13461,24 @@ class HeldBack:
         self.files: Dict[Tuple[str, int], HeldFiles] = {}
 
     def send(self, action: SendSecond) -> None:
-        """The Schedule has chosen a node for second attempts."""
+        """Send second attempts to the node that the Schedule has chosen."""
         cluster = self._clusters[action.comp]
         cluster.seconds.send(self._nodes.by_key[action.node], action.works)
 
     def find(self, peer: NodeConnection, comp: str, serial: int) -> Optional[SecondAttempt]:
-        """The second attempt that a message of a node speaks of."""
+        """Return the second attempt to which a message of a node belongs; None if there is none."""
         speculation = self._driver.schedule.speculation
         return speculation.find(peer.key, comp, serial)
 
     def output(self, peer: NodeConnection, message: Output) -> None:
-        """What an attempt prints or logs that is none of the jobs at its node."""
+        """Keep what a second attempt prints or logs."""
         second = self.find(peer, message.comp, message.serial)
         if second is not None:
             second.said.append(message)
 
     def takes(self, peer: NodeConnection, cluster: NodeUser, message: FilePiece) -> bool:
-        """A piece of a file that a job sends. Returns whether it is of an attempt that is a second
-        one, or was when it began to send files."""
+        """Take a piece of a file that a job sends. Returns whether it belongs to an attempt that is
+        a second one, or was when it began to send files."""
         place = (message.comp, message.key)
         held = self.files.get(place)
         if held is None:
@@ -13374,7 +13492,8 @@ class HeldBack:
         return True
 
     def admit(self, peer: NodeConnection, comp: str, rows: List[tuple]) -> List[tuple]:
-        """Rows of Results without those that have to wait for the files of their attempts."""
+        """Return rows of Results without those that have to wait for the files of their
+        attempts."""
         admitted = []
         for row in rows:
             held = self.files.get((comp, row[0]))
@@ -13389,7 +13508,7 @@ class HeldBack:
         return admitted
 
     def counts(self, action: SecondCounts) -> None:
-        """A second attempt is that of its job from now on: what was held back is shown."""
+        """Show what was held back, because a second attempt is that of its job from now on."""
         second = action.second
         cluster = self._clusters[action.comp]
         peer = self._nodes.by_key[action.node]
@@ -13403,18 +13522,18 @@ class HeldBack:
             cluster.output(peer, second.first, message)
 
     def over(self, action: SecondOver) -> None:
-        """A second attempt counts no more."""
+        """Note that a second attempt is discarded."""
         self.forget(action.comp, action.second.serial)
         self._clusters[action.comp].seconds.over(action.second)
 
     def forget(self, comp: str, serial: int) -> None:
-        """An attempt has ended: what is left of its files is removed."""
+        """Remove what is left of the files of an attempt that has ended."""
         held = self.files.pop((comp, serial), None)
         if held is not None:
             held.drop()
 
     def forget_all(self, comp: str) -> None:
-        """A computation is over."""
+        """Forget a computation that has ended."""
         for name, serial in list(self.files):
             if name == comp:
                 self.forget(name, serial)
@@ -13731,7 +13850,7 @@ class JobExchange:
 
 
 class Cancellations:
-    """Jobs that are not wanted any more. The driver's thread."""
+    """Jobs that are not wanted any more. The driver's thread uses this class."""
 
     def __init__(self, driver: 'Driver') -> None:
         self._driver = driver
@@ -13747,13 +13866,14 @@ class Cancellations:
             recovery.cancel(job)
 
     def cancel_some(self, jobs: Sequence[DispyJob]) -> None:
-        """Begin to end these."""
+        """Begin to end these jobs."""
         for job in jobs:
             self.cancel(job)
 
     def cancel_waiting(self, comp: str, but_first: bool = False) -> int:
-        """End all jobs of a cluster that have not begun; `but_first`: that no CPU is about to take
-        (at a scheduler, nobody here knows which these are). Returns of how many this is tried."""
+        """End all jobs of a cluster that have not begun; `but_first` excludes those that a CPU is
+        about to take (for a scheduler, it is not known here which these are). Returns for how many
+        jobs this is attempted."""
         self._driver.jobs.take_submitted()
         known = self._driver.schedule.comps.get(comp)
         if known is not None:
@@ -13773,7 +13893,7 @@ class Cancellations:
         return 0
 
     def withdraw_all(self, jobs: Sequence[DispyJob]) -> None:
-        """Cancel those that have not begun."""
+        """Cancel those of these jobs that have not begun."""
         self._driver.jobs.take_submitted()
         left = []
         for job in jobs:
@@ -13782,7 +13902,8 @@ class Cancellations:
         self._driver.decide(WithdrawAsked(left))
 
     def withdraw(self, job: DispyJob) -> 'concurrent.futures.Future[bool]':
-        """Cancel a job if it has not begun. The future tells whether it will never begin."""
+        """Cancel a job if it has not begun. The future's result says whether it will never
+        begin."""
         self._driver.jobs.take_submitted()
         future = self.withdrawals.get(job)
         if future is None:
@@ -13791,8 +13912,8 @@ class Cancellations:
         return future
 
     def keep(self, job: DispyJob) -> bool:
-        """The answer to `withdraw` is not waited for any longer: the job goes on if it has not
-        ended. Whether it has been cancelled."""
+        """Stop waiting for the answer to `withdraw`: the job goes on if it has not ended. Returns
+        whether it was cancelled."""
         future = self.withdrawals.pop(job, None)
         if future is not None:
             self._driver.schedule.requests.keep(job)
@@ -13810,7 +13931,8 @@ class Cancellations:
 
 
 class Recoveries:
-    """What nodes have of computations of programs that have crashed. The driver's thread."""
+    """What nodes have of computations of programs that have crashed. The driver's thread uses this
+    class."""
 
     def __init__(self, driver: 'Driver') -> None:
         self._driver = driver
@@ -13827,7 +13949,8 @@ class Recoveries:
             self._driver.send(peer.link, Reclaim(comp, key, take))  # type: ignore[arg-type]
 
     def acknowledge(self, found: 'ResultCollection', whole: Set[str]) -> None:
-        """What was collected is the user's; nodes that have no more of a computation forget it."""
+        """Note that the user has what was collected; nodes that have nothing more of a computation
+        forget it."""
         found.dismiss(whole)
         for peer in found.met:
             for where, comp in found.taken if peer.link is not None else ():
@@ -13840,8 +13963,8 @@ class Recoveries:
                     self._driver.say_to(peer, ack)
 
     def dismiss(self, peer: NodeConnection, comp: str, key: bytes) -> None:
-        """Tell a node that a computation is over. Its answer to the question after that shows
-        that it has heard it."""
+        """Tell a node that a computation has ended. Its answer to the question that follows shows
+        that it has received this."""
         reclaim = Reclaim(comp, key, False)
         self._driver.say_to(peer, reclaim)   # which shows the key
         self._driver.say_to(peer, Done(comp))
@@ -13849,7 +13972,7 @@ class Recoveries:
         self._driver.say_to(peer, message)
 
     def let_go(self, found: 'ResultCollection', whole: Set[str]) -> None:
-        """A gathering is over. Nodes that have more keep it: their links end without Bye."""
+        """End a collection. Nodes that have more keep it: their links end without Bye."""
         for comp in found.lefts:
             self.by_comp.pop(comp, None)
         for peer in found.met:
@@ -13861,7 +13984,7 @@ class Recoveries:
         self._driver.forget(found.comp)
 
     def give_up(self, recovery: 'Recovery', whole: bool) -> None:
-        """A recovery is over: if it is whole, nodes forget what is left of its computations."""
+        """End a recovery: if it is complete, nodes forget what is left of its computations."""
         for comp in recovery.old:
             self.by_comp.pop(comp, None)
             for peer in recovery.met:
@@ -13874,7 +13997,7 @@ class Recoveries:
         self._driver.forget(recovery.comp)
 
     def on_held(self, peer: NodeConnection, message: KnownAttempts) -> None:
-        """The results come by themselves."""
+        """Take the report of a node. Results are sent without a request."""
         comp = message.comp
         past = AttemptHistory.of(message.past)
         if comp in self.by_comp:
@@ -13887,7 +14010,8 @@ class Recoveries:
 
 
 class SchedulerCalls:
-    """Questions to a scheduler, and what it asks and tells. The driver's thread."""
+    """Requests to a scheduler, and its requests and reports. The driver's thread uses this
+    class."""
 
     def __init__(self, driver: 'Driver') -> None:
         self._driver = driver
@@ -13896,7 +14020,8 @@ class SchedulerCalls:
         self._numbers = itertools.count(1)
 
     def call(self, comp: str, name: str, *args: Any) -> 'concurrent.futures.Future[Any]':
-        """Ask a cluster's scheduler. Raises ConnectionError while that cannot answer."""
+        """Send a request to a cluster's scheduler. Raises ConnectionError while the scheduler
+        cannot answer."""
         peer = next((peer for peer in self._nodes.of(comp) if peer.link is not None), None)
         if peer is None:
             raise ConnectionError('the scheduler is not connected')
@@ -13906,7 +14031,7 @@ class SchedulerCalls:
 
     def call_peer(self, peer: NodeConnection, comp: str, name: str,
                   *args: Any) -> 'concurrent.futures.Future[Any]':
-        """Ask a scheduler, or a node of a cluster, that is connected."""
+        """Send a request to a connected scheduler, or a node of a cluster."""
         future: 'concurrent.futures.Future[Any]' = concurrent.futures.Future()
         number = next(self._numbers)
         peer.answers[comp, 'call %d' % number] = future
@@ -13922,13 +14047,14 @@ class SchedulerCalls:
             future.set_result(message.value)
 
     def on_call(self, peer: NodeConnection, message: Call) -> None:
-        """A node or scheduler asks what only the program can tell."""
+        """Answer a request of a node or scheduler that only the program can answer."""
         cluster = self._clusters.get(message.comp)
         if cluster is not None:
             cluster.asked(peer, message)
 
     def on_where(self, peer: NodeConnection, message: JobsAssigned) -> None:
-        """Jobs of ours have gone to a node, or are back in a scheduler's queue."""
+        """Note that jobs of this program have gone to a node, or are back in a scheduler's
+        queue."""
         comp = message.comp
         if comp in self._driver.recoveries.by_comp:
             self._driver.recoveries.by_comp[comp].where(comp, message.serials, message.node)
@@ -13960,7 +14086,7 @@ class SchedulerCalls:
 
 
 class NodeQueries:
-    """What clusters and monitors ask about nodes. The driver's thread."""
+    """What clusters and monitors ask about nodes. The driver's thread uses this class."""
 
     def __init__(self, driver: 'Driver') -> None:
         self._driver = driver
@@ -13983,12 +14109,13 @@ class NodeQueries:
         }
 
     def command(self, comp: str, name: str, *args: Any) -> Any:
-        """What a cluster's methods ask of its nodes; a SharedJobCluster's ask it of the scheduler's
-        driver."""
+        """Carry out what a cluster's methods request of its nodes; a SharedJobCluster's methods
+        send the request to the scheduler's driver."""
         return self._commands[name](comp, *args)
 
     def node_of(self, comp: str, peer: NodeConnection) -> Tuple[NodeConnection, str, str, int, int]:
-        """A node of a cluster: (peer, state, reason, CPUs it may use, jobs that run there)."""
+        """Return a node of a cluster: (peer, state, reason, CPUs that it may use, jobs that run
+        there)."""
         use = peer.uses[comp]
         if not peer.scheduler:
             runs = self._driver.schedule.runs(peer.key)
@@ -14008,7 +14135,8 @@ class NodeQueries:
         return peer, state, reason, peer.limit(comp), busy
 
     def nodes_of(self, comp: str) -> List[Tuple[NodeConnection, str, str, int, int]]:
-        """All of them, and those that it cannot have. Raises RuntimeError if it was closed."""
+        """Return all nodes of a cluster, including those that it cannot have. Raises RuntimeError
+        if it was closed."""
         if comp not in self._clusters:
             raise RuntimeError('the cluster was closed')
         found = [self.node_of(comp, peer) for peer in self._nodes.of(comp)]
@@ -14023,7 +14151,7 @@ class NodeQueries:
         return found
 
     def rows_of(self, comp: str) -> List[NodeInfo]:
-        """Nodes of a cluster, to be told to others."""
+        """Return the nodes of a cluster as rows for other processes."""
         nodes = self.nodes_of(comp)
         return [self.row_of(*found) for found in nodes]
 
@@ -14034,7 +14162,7 @@ class NodeQueries:
                         peer.offered, peer.facts_now())
 
     def explain_no_nodes(self, comp: str) -> str:
-        """What was tried, what came of it, what to do."""
+        """Return a text that says what was tried, what came of it, and what to do."""
         rows = self.nodes_of(comp)
         lines = []
         for peer, state, reason, _, _ in rows:
@@ -14066,7 +14194,7 @@ class NodeQueries:
         return 'Tried: %s%s' % ('; '.join(lines), todo and '. ' + todo)
 
     def _search_at(self, port: int) -> str:
-        """Which nodes are asked for at a UDP port, for `complaint`."""
+        """Return the words of `explain_no_nodes` on which nodes are asked for at a UDP port."""
         if not self._driver.connector.searches.is_at(port):
             return 'those of the scheduler, whose nodes are all named (-n)'
         if self._driver.connector.searches.reach == 'loopback':
@@ -14076,14 +14204,14 @@ class NodeQueries:
         return 'all that answer at UDP port %d %s' % (port, whose)
 
     def _listening_at(self, host: str, port: int) -> str:
-        """Whether nodes can connect to this process, for `complaint`."""
+        """Return the words of `explain_no_nodes` on whether nodes can connect to this process."""
         if self._driver.connector.listens_at(host, port):
             return 'waited for nodes to connect to ' + format_address(host, port)
         return 'no node can connect, port %d was taken' % port
 
     def seat(self, comp: str, node: Any) -> Tuple[Any, str]:
-        """For a job that is submitted to a node: the key of the node and, once until it is ready,
-        why it cannot be used. A node that has not been tried yet has no reason. Raises
+        """Return, for a job that is submitted to a node, the key of the node and, once until it is
+        ready, why the node cannot be used. A node that has not been tried yet has no reason. Raises
         ValueError."""
         peer = self._nodes.find(comp, node)
         use = peer.uses[comp]
@@ -14101,8 +14229,8 @@ class NodeQueries:
                  node: Any,
                  row: Optional[tuple] = None,
                  path: str = '') -> 'concurrent.futures.Future[Any]':
-        """Send a file (name, size, digest, mode, from `path`) or, without one, ask what is there.
-        The future has the node's answer."""
+        """Send a file (name, size, digest, mode, from `path`) or, without one, ask which jobs a
+        node has. The result of the future is the node's answer."""
         if row:
             name = row[0]
         else:
@@ -14133,14 +14261,14 @@ class NodeQueries:
             future.set_result(value)
 
     def on_report(self, peer: NodeConnection, message: Report) -> None:
-        """A node tells what is there."""
+        """Take the report of a node."""
         if message.running:
             event = NodeStarted(peer.key, message.comp, message.running)
             self._driver.decide(event)
         self.answer(peer, (message.comp, ''), message)
 
     def jobs_of(self, comp: str, serials: Sequence[int]) -> List[Any]:
-        """Jobs by their serials, those that have not ended."""
+        """Return those jobs with these serials that have not ended."""
         known = self._driver.schedule.comps.get(comp)
         if known is not None:
             nodes = list(known.nodes.values())
@@ -14152,14 +14280,15 @@ class NodeQueries:
         ]
 
     def jobs_at(self, comp: str, node: Any) -> Dict[int, Any]:
-        """Serial -> job of what has been sent to a node."""
+        """Return serial -> job of the jobs that were sent to a node."""
         known = self._driver.schedule.nodes.get(self._nodes.find(comp, node).key)
         if known is not None:
             return dict(known.in_flight.get(comp, {}))
         return {}
 
     def left_behind(self, comp: str) -> Dict[Any, int]:
-        """Nodes that outlive this program, and how many jobs of a computation they have."""
+        """Return the nodes that outlive this program, and how many jobs of a computation they
+        have."""
         found = {}
         for key, node in self._driver.schedule.nodes.items():
             peer = self._nodes.by_key.get(key)
@@ -14171,8 +14300,9 @@ class NodeQueries:
         return found
 
     def stop_if_settled(self) -> bool:
-        """End the driver if all that was said has left, and if of all jobs that were called back it
-        is known whether they have begun, where there is a link. Returns whether it ends."""
+        """End the driver if everything has been sent, and if it is known of all jobs that were
+        recalled whether they have begun, for the nodes that have a link. Returns whether it
+        ends."""
         self._driver.flush()   # the end of this turn shall call nothing back
         for key, node in self._driver.schedule.nodes.items():
             peer = self._nodes.by_key.get(key)
@@ -14187,7 +14317,7 @@ class NodeQueries:
 
 
 class FailedJob(NamedTuple):
-    """A job that has failed, as monitors are told of it."""
+    """A job that has failed, in the form that monitors get."""
     number: int    # of the failure, from 1
     time: float    # when the job ended, in s since the epoch
     cluster: int
@@ -14200,7 +14330,8 @@ class FailedJob(NamedTuple):
 
 
 class FailedJobs:
-    """The last FAILURES_KEPT jobs that have failed. One thread adds to them, any may read."""
+    """The last FAILURES_KEPT jobs that have failed. One thread adds to them, any thread may
+    read."""
 
     def __init__(self) -> None:
         self._count = 0
@@ -14208,7 +14339,7 @@ class FailedJobs:
 
     def add(self, time_ended: float, cluster: int, job: Any, payload: Any, status: int, node: str,
             text: str, key: int) -> None:
-        """Note a job that has failed. A `time_ended` of 0 means that it has just done so."""
+        """Note a job that has failed. A `time_ended` of 0 means now."""
         self._count += 1
         short_text = text[-FAILURE_TEXT:]
         failed_job = FailedJob(self._count, time_ended or time.time(), cluster, job,
@@ -14216,14 +14347,14 @@ class FailedJobs:
         self._rows.append(failed_job)
 
     def all(self) -> List[FailedJob]:
-        """All of them, the oldest first."""
+        """Return all of them, the oldest first."""
         return list(self._rows)
 
     def since(self, known: int,
               clusters: Optional[AbstractSet[int]] = None) -> List[FailedJob]:
-        """The oldest of those with a larger number than `known`, of some clusters or of all, at
-        most FAILURES_PAGE. A number that was not given yet comes from an earlier process, and then
-        all of them are new."""
+        """Return the oldest of those with a larger number than `known`, of some clusters or of all,
+        at most FAILURES_PAGE. If `known` was not assigned yet, it comes from an earlier process,
+        and then all of them are new."""
         rows = self.all()
         if known <= self._count:
             rows = [row for row in rows if row.number > known]
@@ -14233,7 +14364,7 @@ class FailedJobs:
 
 
 class EndedJob(NamedTuple):
-    """A job that has ended, as monitors are told of it."""
+    """A job that has ended, in the form that monitors get."""
     number: int                  # of the end, from 1
     cluster: int
     key: int                     # the job's number for monitors
@@ -14254,8 +14385,8 @@ class EndedJob(NamedTuple):
 
 
 class EndedJobs:
-    """The last jobs that have ended: ENDED_KEPT of them, with at most ENDED_BYTES of arguments and
-    output. One thread at a time adds to them, any may read."""
+    """The last jobs that have ended: at most ENDED_KEPT of them, with at most ENDED_BYTES of
+    arguments and output. One thread at a time adds to them, any thread may read."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -14266,7 +14397,7 @@ class EndedJobs:
 
     def add(self, row: tuple, stdout: Any, stderr: Any, text: str, lost_with: tuple) -> None:
         """Note a job: `row` has the fields of EndedJob from `cluster` to `ended`; the others may be
-        longer than there."""
+        longer than in EndedJob."""
         payload = row[3]
         if type(payload) is not bytes or len(payload) > ARGUMENTS_MOST:
             payload = shown_arguments(payload)
@@ -14295,8 +14426,8 @@ class EndedJobs:
     def since(self, known: int, most: int = ENDED_PAGE,
               clusters: Optional[AbstractSet[int]] = None) -> List[EndedJob]:
         """Return the oldest `most` of those with a larger number than `known`, of some clusters or
-        of all. A number that was not given yet comes from an earlier process, and then all of them
-        are new."""
+        of all. If `known` was not assigned yet, it comes from an earlier process, and then all of
+        them are new."""
         with self._lock:
             new = len(self._rows)
             if known <= self._count:
@@ -14309,7 +14440,8 @@ class EndedJobs:
 
 
 def shown_arguments(payload: Any) -> Any:
-    """Packed arguments as monitors get them: of large ones only the number of their bytes."""
+    """Return packed arguments in the form that monitors get: large ones are replaced by their size
+    in bytes."""
     if payload is None:
         return None
     size = size_of(payload)
@@ -14319,14 +14451,14 @@ def shown_arguments(payload: Any) -> Any:
 
 
 def shown_state(state: str, reason: str) -> str:
-    """The state of a node for monitors, which show one that is given no jobs as drained."""
+    """Return the state of a node for monitors, which show a node that gets no jobs as drained."""
     if reason == DEALLOCATED:
         return 'drained'
     return state
 
 
 class NodeUse(NamedTuple):
-    """How a cluster uses a node, as monitors are told of it."""
+    """How a cluster uses a node, in the form that monitors get."""
     number: int      # of the cluster
     state: str
     reason: str
@@ -14339,8 +14471,8 @@ class NodeUse(NamedTuple):
 
 def row_of_node(node: 'Union[NodeConnection, NodeInfo]', free: Dict[str, Any],
                 heard: Optional[float]) -> Dict[str, Any]:
-    """What monitors are told of a node, whoever uses it. `free` is by the node, `heard` in seconds
-    since its last sign of life, if it is connected."""
+    """Return what monitors are told of a node, whoever uses it. `free` are the resources that the
+    node has reported, `heard` are the seconds since its last sign of life, if it is connected."""
     return {
         'key': node.key,
         'name': node.name,
@@ -14364,7 +14496,7 @@ class JobAtNode(NamedTuple):
 
 
 class JobSight(NamedTuple):
-    """What a node has told of a running job."""
+    """What a node has reported of a running job."""
     age: float       # s since it was told
     stacks: str      # of its process; empty if they were not asked for
     stdout: bytes    # the ends of these
@@ -14373,7 +14505,7 @@ class JobSight(NamedTuple):
 
 
 class FailedAttempt(NamedTuple):
-    """An attempt of a job that has failed and was perhaps not the last."""
+    """An attempt of a job that has failed and may not be the last one."""
     number: int
     node: str
     began: float     # these two in s since the epoch
@@ -14382,8 +14514,8 @@ class FailedAttempt(NamedTuple):
 
 
 class FailedAttempts:
-    """Attempts of the last jobs that have asked to be tried again, for monitors. The driver's
-    thread."""
+    """Failed attempts of the last jobs that may be tried again, for monitors. The driver's thread
+    uses this class."""
     KEPT = 1000      # jobs
     OF_A_JOB = 20    # attempts of each
 
@@ -14393,7 +14525,7 @@ class FailedAttempts:
             collections.OrderedDict()
 
     def add(self, comp: str, row: tuple, node: str) -> None:
-        """An attempt has failed at a node with this row of Results."""
+        """Note that an attempt has failed on a node with this row of Results."""
         serial, outcome, began, ended, payload = row[:5]
         if outcome == Outcome.RAISED:
             text = unpack_error(payload)[0]
@@ -14413,13 +14545,13 @@ class FailedAttempts:
             self._found.popitem(last=False)
 
     def of(self, comp: str, number: int) -> List[FailedAttempt]:
-        """Return those of a job, which is named by its number."""
+        """Return those of the job with this number."""
         return list(self._found.get((comp, number), ()))
 
 
 class JobLooks:
-    """Asks nodes what jobs do that run there: what they have printed last, and the stacks of their
-    processes. The driver's thread."""
+    """Asks nodes about their running jobs: what they have printed last, and the stacks of their
+    processes. The driver's thread uses this class."""
     APART = 0.5      # s between two questions for a job
     KEPT = 200       # answers
     CANNOT = 'its node is not connected, or is of an older release'
@@ -14433,8 +14565,8 @@ class JobLooks:
 
     def look(self, peer: NodeConnection, comp: str, serial: int,
              wants_stacks: bool) -> Optional[JobSight]:
-        """Ask the node where a job runs, unless it was asked a moment ago, and return what it has
-        told before, None if it has not told anything. What it answers is known the next time."""
+        """Ask the node where a job runs, unless it was asked a moment ago, and return its previous
+        answer, or None if there is none. The new answer is available at the next call."""
         key = (comp, serial)
         now = self._driver.now
         if peer.link is None or not peer.facts.get('looks'):
@@ -14466,9 +14598,9 @@ class JobLooks:
 
 
 class Overview:
-    """What monitors ask about the nodes of a driver and the jobs that were sent to them. The
-    answers are plain values. Their cost grows with the rows and with the CPUs of a node, never
-    with the number of jobs. The driver's thread."""
+    """Answers questions of monitors about the nodes of a driver and the jobs that were sent to
+    them. The answers are plain values. Their cost grows with the rows and with the CPUs of a node,
+    never with the number of jobs. The driver's thread uses this class."""
     JOBS_APART = 1.0   # s between two questions to a node for the jobs that run there
 
     def __init__(self, driver: 'Driver') -> None:
@@ -14481,7 +14613,8 @@ class Overview:
         self.attempts = FailedAttempts()
 
     def forget(self, comp: str) -> None:
-        """A computation is over. What is known of nodes that are gone is forgotten as well."""
+        """Forget a computation that has ended. What is known of nodes that are gone is forgotten as
+        well."""
         peers = self._driver.nodes.by_key
         self._asked = {where: at for where, at in self._asked.items()
                        if where[1] != comp and where[0] in peers}
@@ -14489,8 +14622,8 @@ class Overview:
                          if where in self._asked}
 
     def ask_node(self, peer: NodeConnection, comp: str, apart: float) -> bool:
-        """Ask a node what is free there and which jobs of a computation run, unless it was asked
-        less than `apart` seconds ago. Returns whether it was asked."""
+        """Ask a node for its free resources and for the running jobs of a computation, unless it
+        was asked less than `apart` seconds ago. Returns whether it was asked."""
         where = (peer.key, comp)
         now = self._driver.now
         if peer.link is None:
@@ -14513,7 +14646,7 @@ class Overview:
             self._reports[where] = (self._driver.now, future.result())
 
     def free_at(self, peer: NodeConnection, comp: str) -> Dict[str, Any]:
-        """What is free at a node, by its last answer."""
+        """Return the free resources of a node, from its last answer."""
         free = dict(peer.facts.get('available', {}))
         report = self._reports.get((peer.key, comp))
         if report is not None:
@@ -14522,8 +14655,8 @@ class Overview:
 
     def sights(self, comp: str, numbers: Sequence[int],
                wants_stacks: bool) -> List[Optional[JobSight]]:
-        """What jobs of a computation do, which are named by their numbers; None where it is not
-        known, or not yet."""
+        """Return what is known of jobs of a computation, which are identified by their numbers;
+        None for a job of which nothing is known yet."""
         wanted = frozenset(numbers)
         found: Dict[int, Optional[JobSight]] = {}
         for key, node in self._driver.schedule.nodes.items():
@@ -14535,14 +14668,14 @@ class Overview:
         return [found.get(number) for number in numbers]
 
     def node_row(self, peer: NodeConnection, free: Dict[str, Any]) -> Dict[str, Any]:
-        """What is known of a node, whoever uses it."""
+        """Return what is known of a node, whoever uses it."""
         heard = None
         if peer.link is not None:
             heard = max(0.0, self._driver.clock() - peer.link.heard)
         return row_of_node(peer, free, heard)
 
     def running_at(self, key: Any) -> Dict[str, Tuple[int, int]]:
-        """Computation -> how many of its jobs run at a node, and their CPUs."""
+        """Return computation -> how many of its jobs run on a node, and their CPUs."""
         schedule = self._driver.schedule
         found = {}
         for comp, serials in schedule.runs(key).items():
@@ -14551,15 +14684,17 @@ class Overview:
         return found
 
     def sent_to(self, key: Any, comp: str) -> Dict[int, Any]:
-        """Serial -> job of a computation's jobs that were sent to a node and have not ended."""
+        """Return serial -> job of a computation's jobs that were sent to a node and have not
+        ended."""
         node = self._driver.schedule.nodes.get(key)
         if node is None:
             return {}
         return node.in_flight.get(comp, {})
 
     def jobs_at(self, key: Any, comp: str, most: int = sys.maxsize) -> List[JobAtNode]:
-        """The same, with what is known of how long they have run; the first `most` of them. The
-        node is asked, and what it answers is known the next time."""
+        """Return the same as `sent_to`, with how long the jobs have run as far as it is known, for
+        the first `most` of them. The node is asked, and its answer is available at the next
+        call."""
         if not self.sent_to(key, comp):
             return []
         peer = self._driver.nodes.by_key[key]
@@ -14567,7 +14702,7 @@ class Overview:
         return self.known_jobs_at(key, comp, most)
 
     def known_jobs_at(self, key: Any, comp: str, most: int = sys.maxsize) -> List[JobAtNode]:
-        """The same as `jobs_at`, by what is known already: the node is not asked."""
+        """Return the same as `jobs_at`, from what is known already: the node is not asked."""
         sent = self.sent_to(key, comp)
         if not sent:
             return []
@@ -14583,7 +14718,7 @@ class Overview:
         return job_at_nodes
 
     def _seconds_run(self, key: Any, comp: str) -> Dict[int, float]:
-        """Serial -> seconds, of jobs at a node that are known to have begun."""
+        """Return serial -> seconds, of jobs on a node that are known to have begun."""
         now = self._driver.now
         seconds = {}
         if (key, comp) in self._reports:
@@ -14598,8 +14733,8 @@ class Overview:
 
 
 class LostNodes:
-    """What follows when the link to a node ends, and what the log tells of nodes that are lost and
-    come back. The driver's thread.
+    """Handles the end of the links to nodes, and logs which nodes are lost and come back. The
+    driver's thread uses this class.
 
     requeued, ended - jobs that waited again, and that ended without a result, since `mark`
     """
@@ -14615,13 +14750,13 @@ class LostNodes:
         self.ended = 0
 
     def doubt(self, event: NodeDoubted) -> None:
-        """Hand evidence that a node is lost to the Schedule, and tell what became of its jobs."""
+        """Give the Schedule evidence that a node is lost, and log what became of its jobs."""
         self.mark()
         self._driver.decide(event)
         self._tell_jobs(event.name)
 
     def _tell_jobs(self, name: str) -> None:
-        """What became of the jobs that were at a node."""
+        """Log what became of the jobs that were on the node."""
         counts = ((self.requeued, 'waits again', 'wait again'),
                   (self.ended, 'was abandoned', 'were abandoned'))
         texts = []
@@ -14634,7 +14769,7 @@ class LostNodes:
             logger.info('node %s is lost: %s', name, ', '.join(texts))
 
     def gone(self, action: NodeGone) -> None:
-        """A node was away too long."""
+        """Handle a node that was away for too long."""
         peer = self._driver.nodes.by_key.get(action.node)
         if peer is None:
             return
@@ -14645,7 +14780,7 @@ class LostNodes:
             self._driver.connector.forget(peer)
 
     def link_ended(self, channel: Link, text: str) -> None:
-        """A link came to its end: the node is lost until it is reached again."""
+        """Handle the end of a link: the node is away until it is reached again."""
         driver = self._driver
         peer = driver.nodes.by_link[channel.number]
         peer.move('fail')
@@ -14684,7 +14819,7 @@ class LostNodes:
                 driver.connector.forget(peer)
 
     def _line_of(self, peer: NodeConnection, text: str, lost: bool, until: float) -> str:
-        """What the log says when a link has ended, and what becomes of the jobs that are there."""
+        """Return the line of the log when a link has ended, with what becomes of the jobs there."""
         if peer.scheduler:
             kind = ''
         else:
@@ -14704,7 +14839,7 @@ class LostNodes:
 
     @staticmethod
     def _tell_stall(peer: NodeConnection, stall: str, text: str) -> str:
-        """Why a link ended on which full packets have not arrived, while short ones did."""
+        """Log why a link ended on which full packets have not arrived, while short ones did."""
         text += ': ' + STALLS[stall]
         # One that connects by itself says how long packets may be
         if peer.port and not peer.segment:
@@ -14715,8 +14850,8 @@ class LostNodes:
         return text
 
     def _away_until(self, peer: NodeConnection, link: Link) -> float:
-        """Until when what is on a node is not lost. Not before a new connection has been tried in
-        vain."""
+        """Return until when the jobs on a node are not lost. They are not lost before an attempt to
+        make a new connection has failed."""
         if peer.scheduler:
             return math.inf   # it keeps what it has on disk
         until = link.heard + PULSES_LOST * link.pulse
@@ -14725,7 +14860,7 @@ class LostNodes:
         return until
 
     def back(self, peer: NodeConnection) -> None:
-        """A node is connected, perhaps again."""
+        """Note that a node is connected, perhaps again."""
         if peer.lost_at is not None:
             logger.info('node %s is connected again after %.1f s', peer,
                         self._driver.now - peer.lost_at)
@@ -14736,8 +14871,8 @@ LOGGED_ITEMS = 8     # of a list, in a line of the log at DEBUG
 
 
 def logged(value: Any) -> str:
-    """A value of an event or an action, as the log at DEBUG shows it. Runs none of the user's
-    code."""
+    """Return a value of an event or an action in the form for the log at DEBUG. This runs none of
+    the user's code."""
     kind = type(value)
     if kind is float:
         return '%.9g' % value
@@ -14774,9 +14909,9 @@ def _logged_job(work: ScheduledJob) -> str:
 
 
 class DecisionLog:
-    """The log at DEBUG of what a Schedule is told and of what it decides.
+    """Logs, at DEBUG, the events that a Schedule handles and the actions that it decides.
 
-    is_on - whether the log is shown; looked at again when a cluster begins, and now and then
+    is_on - whether the log is shown; this is determined when a cluster begins, and now and then
     """
 
     def __init__(self, log: logging.Logger) -> None:
@@ -14784,12 +14919,12 @@ class DecisionLog:
         self.is_on = False
 
     def look(self) -> None:
-        """Find out whether the log is shown."""
+        """Determine whether the log is shown."""
         self.is_on = self._log.isEnabledFor(logging.DEBUG)
 
     def add(self, event: Any, actions: Sequence[Any]) -> None:
-        """An event and the actions that it leads to; without an event, what is sent at the end of
-        a turn."""
+        """Log an event and the actions that it leads to; without an event, what is sent at the end
+        of a turn."""
         if event is not None:
             self._log.debug('event %s: %s', logged(event),
                             ', '.join(map(logged, actions)) or 'nothing is to be done')
@@ -14798,8 +14933,8 @@ class DecisionLog:
 
 
 class Chores:
-    """What a driver does now and then: dial, ask, give up probing, warn, and look for clusters that
-    nobody uses any more. The driver's thread.
+    """What a driver does from time to time: dial, ask for nodes, give up probing, warn, and look
+    for clusters that nobody uses any more. The driver's thread uses this class.
 
     at - when something is due
     """
@@ -14812,28 +14947,29 @@ class Chores:
         self.at = 0.0
 
     def begin(self, comp: str, warns: bool) -> None:
-        """A cluster is opened; `warns`: its user hears of it when no node can be used."""
+        """Note that a cluster begins; `warns` says that its user is told when no node can be
+        used."""
         self._warn_at[comp] = self._driver.now + WARN_AFTER if warns else math.inf
 
     def forget(self, comp: str) -> None:
-        """A cluster is closed."""
+        """Note that a cluster is closed."""
         del self._warn_at[comp]
 
     def soon(self) -> None:
-        """Look in this turn for what is due."""
+        """Do in this turn what is due."""
         self.at = self._driver.now
 
     def within(self, seconds: float) -> None:
-        """Look after so many seconds at the latest."""
+        """Do what is due after so many seconds at the latest."""
         self.at = min(self.at, self._driver.now + seconds)
 
     def warn_soon(self, comps: Iterable[str]) -> None:
-        """Look soon whether these computations have no node any more."""
+        """Check soon whether these computations have no node any more."""
         for comp in comps:
             self._warn_at[comp] = min(self._warn_at[comp], self._driver.now + WARN_AFTER)
 
     def do(self) -> None:
-        """Do what is due, and find out when to do so next."""
+        """Do what is due, and determine when to do so next."""
         driver = self._driver
         now = driver.now
         driver.decisions.look()
@@ -14858,7 +14994,8 @@ class Chores:
         self.at = min(due)
 
     def _warn(self, comp: str) -> None:
-        """Warn that no node is ready for a computation, so that nobody waits in silence."""
+        """Warn that no node is ready for a computation, so that nobody waits without knowing
+        why."""
         driver = self._driver
         self._warn_at[comp] = driver.now + WARN_EVERY
         nodes = driver.queries.nodes_of(comp)
@@ -15328,15 +15465,16 @@ class Driver(Loop):
 
 
 class Drivers:
-    """The drivers of this process. Clusters that have the same settings share one. Any thread."""
+    """The drivers of this process. Clusters that have the same settings share a driver. Any
+    thread."""
 
     def __init__(self) -> None:
         self._shared: Dict[ConnectionSettings, Driver] = {}
         self._users: 'collections.Counter[Driver]' = collections.Counter()   # clusters
 
     def acquire(self, access: ConnectionSettings) -> Driver:
-        """Return the running driver for these settings, which is made if need be. Raises
-        SecretError."""
+        """Return the running driver for these settings, which is created if it does not exist.
+        Raises SecretError."""
         with _lock:
             driver = self._shared.get(access)
             if driver is None or driver.broken or driver.has_ended:
@@ -15347,7 +15485,7 @@ class Drivers:
             return driver
 
     def alone(self, access: ConnectionSettings) -> Driver:
-        """Return a driver that no cluster shares: to nodes it is another program. Raises
+        """Return a driver that no cluster shares: for nodes it is another program. Raises
         SecretError."""
         driver = Driver(access, os.urandom(16))
         driver.thread.start()
@@ -15356,7 +15494,8 @@ class Drivers:
         return driver
 
     def release(self, driver: Driver) -> None:
-        """A cluster is done with a driver; the last one ends it. Any thread but the driver's."""
+        """Note that a cluster needs a driver no longer; the last cluster ends the driver. Any
+        thread but the driver's."""
         with _lock:
             if driver not in self._users:   # this process is a fork of its own
                 return
@@ -15369,7 +15508,7 @@ class Drivers:
         driver.finish()
 
     def after_fork(self) -> None:
-        """In a forked child: all of them are the parent's."""
+        """Forget the drivers in a forked child: they belong to the parent."""
         for driver in self._users:
             driver.after_fork()
         self._shared.clear()
@@ -15377,8 +15516,8 @@ class Drivers:
 
 
 def failure_of(row: tuple, is_program: bool) -> Optional[BaseException]:
-    """What `get` would raise for a row of Results; None for one that is no failure. Runs the user's
-    code."""
+    """Return the exception that `get` would raise for a row of Results; None for a row that is not
+    a failure. This runs the user's code."""
     job = DispyJob('', None, None, 0)
     if row[1] in RETURNED:
         job.state = JobState.FINISHED
@@ -15393,7 +15532,7 @@ def failure_of(row: tuple, is_program: bool) -> Optional[BaseException]:
 
 
 def job_row(work: Any, payload: Any, names: Sequence[str]) -> Tuple[tuple, int]:
-    """A row of Jobs, with these of its options, and its bytes."""
+    """Return a row of Jobs with these options, and its size in bytes."""
     if type(payload) is bytes and not work.options and len(payload) < OUT_OF_BAND:
         return (work.serial, payload, None), len(payload)   # nearly always
     options = work.options and {name: work.options[name] for name in names if name in work.options}
@@ -15419,7 +15558,7 @@ _trails_looked_at = False     # for old ones
 
 
 def _forked() -> None:
-    """In the child of a fork: nothing of the parent's is ours."""
+    """Let go, in the child of a fork, of everything that belongs to the parent."""
     global _lock, _instance
     _lock = threading.Lock()
     _instance = os.urandom(16)
@@ -15444,8 +15583,8 @@ def _user_name() -> str:
 
 
 def own_python() -> str:
-    """The program that runs Python code for this one. Raises StartError in a frozen program, whose
-    `sys.executable` is itself: it would start itself again, and each of these once more."""
+    """Return the program that runs Python code for this one. Raises StartError in a frozen program,
+    whose `sys.executable` is itself: it would start itself again, and each copy once more."""
     spawn: Any = sys.modules.get('multiprocessing.spawn')   # where set_executable() keeps it
     if spawn is not None:
         python = os.fsdecode(spawn.get_executable() or '')
@@ -15467,9 +15606,9 @@ def own_python() -> str:
 
 
 def _start_embedded(peer: NodeConnection) -> Tuple['subprocess.Popen[bytes]', int, bytes]:
-    """A dispynode for this program alone: loopback, a random secret, and stdin as the line it lives
-    by. Not run as a script, which would be compiled anew each time, and not by multiprocessing,
-    which would run the user's main program again."""
+    """Start a dispynode for this program alone: it uses loopback and a random secret, and ends when
+    its stdin is closed. It is not run as a script, which would be compiled each time, and not by
+    multiprocessing, which would run the user's main program again."""
     import tempfile
     import dispynode
     python = own_python()
@@ -15524,7 +15663,8 @@ def _end_embedded(process: 'subprocess.Popen[bytes]') -> None:
 # --------------------------------------------------------------------------------------------------
 
 def _python(python: Any) -> str:
-    """Which Python of a node runs jobs; '' for its own. Raises TypeError or ValueError."""
+    """Return the name of the Python of a node that runs jobs; '' for the node's own. Raises
+    TypeError or ValueError."""
     if python is not None and not isinstance(python, str):
         raise TypeError("python=%.80r must be a name that nodes know (dispynode --python), or a "
                         "version such as '3.12'" % (python,))
@@ -15535,7 +15675,7 @@ def _python(python: Any) -> str:
 
 
 def _start_method(method: Any) -> str:
-    """How nodes shall start workers; '': as they do by default. Raises ValueError."""
+    """Return how nodes are to start workers; '' for the default of the node. Raises ValueError."""
     if method not in (None, FORK, SPAWN):
         raise ValueError("start_method=%.80r must be 'fork', 'spawn' or None" % (method,))
     return method or ''
@@ -15668,9 +15808,9 @@ class ClusterOptions:
 
 
 def nodes_meant(nodes: Any, port: int, elsewhere: bool) -> Tuple[bool, List[NodeSpec]]:
-    """The parameter `nodes`: whether a node is started on this machine if none answers, and the
-    nodes that are meant; none of them is the node of this program. `elsewhere` as of parse_nodes.
-    Raises TypeError or ValueError."""
+    """Return the meaning of the parameter `nodes`: whether a node is started on this machine if
+    none answers, and the nodes that it names; if these are empty, the embedded node is used.
+    `elsewhere` is as in parse_nodes. Raises TypeError or ValueError."""
     searches = discovery_reach() != 'off'
     if nodes is None or any_node(nodes):
         if searches:
@@ -15682,8 +15822,8 @@ def nodes_meant(nodes: Any, port: int, elsewhere: bool) -> Tuple[bool, List[Node
 
 
 def hosts_may_fail(host: Any, first: Optional[Tuple[str, int]]) -> bool:
-    """Whether it is no error that the port of the first `host` is taken. Old scripts always give
-    ip_addr, and two of them on one machine must not be in each other's way."""
+    """Return whether a port of the first `host` that is in use is not an error. Old scripts always
+    give ip_addr, and two of them on one machine must not obstruct each other."""
     if first is None:
         return True
     if not isinstance(host, str):
@@ -15707,7 +15847,7 @@ def check_depends(depends: Any) -> None:
 
 
 def speculation(value: Any, reentrant: bool) -> bool:
-    """The parameter `speculate`. Raises TypeError or ValueError."""
+    """Return the parameter `speculate`. Raises TypeError or ValueError."""
     speculate = flag_of('speculate', value)
     if speculate and not reentrant:
         text = 'speculate=True needs reentrant=True: jobs may run twice, even at the same time'
@@ -15723,8 +15863,8 @@ def function_or_flag(name: str, value: Any) -> Any:
 
 
 def recover_path(recover_file: Any, fault_recover: Any) -> Optional[str]:
-    """The path of the recover_file by its two names, None for none. Raises TypeError or
-    ValueError."""
+    """Return the path of the recover_file, from its two names; None if there is none. Raises
+    TypeError or ValueError."""
     if recover_file is not False:
         path = path_option('recover_file', recover_file)
         if path:
@@ -15953,8 +16093,8 @@ class UserCallbacks:
             self.driver.tell_later(self.cluster_status, status, node, None)
 
     def tell_closed(self, nodes: Sequence[DispyNode]) -> None:
-        """The cluster is closed: call cluster_status with Closed for each of these nodes, and wait
-        until it has returned, since a program often ends then. Any thread."""
+        """Call cluster_status with Closed for each of these nodes, because the cluster is closed,
+        and wait until it has returned, since a program often ends then. Any thread."""
         call = self.cluster_status
         if call is None or not nodes:
             return
@@ -16009,10 +16149,10 @@ _calling = threading.local()  # .book: that of the cluster whose callback this t
 
 class LiveOutput:
     """What running jobs print and log, for `on_output`, `forward_logs` and monitors. The driver's
-    thread.
+    thread uses this class.
 
-    on_output - as of JobCluster
-    monitors - who watches the jobs; replaced as a whole
+    on_output - as in JobCluster
+    monitors - who observes the jobs; replaced as a whole
     driver - set before the cluster uses nodes
     """
     driver: 'Driver'
@@ -16026,13 +16166,13 @@ class LiveOutput:
         self._told_of_files = False                   # that jobs leave behind
 
     def add_monitor(self, monitor: Monitor) -> None:
-        """Tell a monitor of jobs from now on. What jobs print it is told by nodes that are set up
-        later."""
+        """Tell a monitor of jobs from now on. It gets what jobs print only from nodes that are set
+        up later."""
         self.monitors += (monitor,)
         self._cargo.spec['live'] = True
 
     def remove_monitor(self, monitor: Monitor) -> None:
-        """Do not tell a monitor of jobs any more."""
+        """Stop telling a monitor of jobs."""
         monitors = []
         for other in self.monitors:
             if other is not monitor:
@@ -16041,15 +16181,15 @@ class LiveOutput:
         self._cargo.spec['live'] = bool(self.monitors) or self.on_output is not None
 
     def watched(self, pairs: List[Tuple[DispyJob, tuple]]) -> List[Tuple[DispyJob, Any]]:
-        """Return the jobs that are about to get results, with their packed arguments, which they
-        lose by that; none if no monitor watches."""
+        """Return the jobs that are about to get results, with their packed arguments, which the
+        results replace; none if there is no monitor."""
         if not self.monitors:
             return []
         return [(job, job.payload) for job, _ in pairs]
 
     def tell_ended(self, jobs: List[Tuple[DispyJob, Any]], peer: Any) -> None:
-        """Tell the monitors of jobs that have ended, as `Monitor.ended`. The driver's thread or an
-        opener."""
+        """Tell the monitors of jobs that have ended, as in `Monitor.ended`. The driver's thread or
+        an opener."""
         for monitor in self.monitors:
             monitor.ended(jobs, peer)
 
@@ -16075,7 +16215,7 @@ class LiveOutput:
             monitor.printed(job, stream, message.offset, bytes(data))
 
     def begin_again(self, job: DispyJob) -> None:
-        """What a job has printed until now does not count: it was started a second time."""
+        """Discard what a job has printed until now, because it was started a second time."""
         self._shown.pop(job, None)
 
     def show_rest(self, job: DispyJob, row: tuple) -> None:
@@ -16412,7 +16552,7 @@ class Submitter:
 
 
 class NodeCommands:
-    """What the methods of a cluster ask about its nodes and tell them. Any thread but the driver's.
+    """What the methods of a cluster ask of its nodes. Any thread but the driver's.
 
     driver - set before the cluster uses nodes
     """
@@ -16439,7 +16579,7 @@ class NodeCommands:
         return self.ask('nodes')  # type: ignore[no-any-return]
 
     def rows_at_end(self) -> List[NodeInfo]:
-        """Return the nodes, also when the cluster counts as closed."""
+        """Return the nodes, even if the cluster counts as closed."""
         rows: List[NodeInfo] = self.driver.ask(lambda: self.driver.queries.rows_of(self.comp))
         return rows
 
@@ -16453,7 +16593,7 @@ class NodeCommands:
         return self.ask('why_unloadable')  # type: ignore[no-any-return]
 
     def in_words(self, status: Callable[[], ClusterStatus]) -> str:
-        """Return the nodes in words, as far as that can be told at once."""
+        """Return the nodes in words, as far as they are known without waiting."""
         return nodes_text(status().nodes)
 
 
@@ -16500,7 +16640,7 @@ class StatusReport:
         return sum(node.state == 'ready' for node in self.status().nodes)
 
     def nodes_in_words(self) -> str:
-        """Return the nodes in words, as far as that can be told at once. Any thread."""
+        """Return the nodes in words, as far as they are known without waiting. Any thread."""
         if self._book.closed:
             return 'closed'
         if threading.current_thread() is self.driver.thread:
@@ -16525,7 +16665,7 @@ class StatusReport:
 
 
 class JobTakeover:
-    """Carries on with the jobs of a program that has crashed, which are in the journal.
+    """Continues with the jobs of a program that has crashed, which are in the journal.
 
     recovered - those jobs
     recovery - collects what nodes have of them; None if nothing is to be collected
@@ -16569,7 +16709,7 @@ class JobTakeover:
             self.driver.ask(lambda: recovery.begin(self.driver))
 
     def _renew(self, job: DispyJob) -> None:
-        """Make a job that has not begun one of this cluster."""
+        """Make a job that has not begun a job of this cluster."""
         job.comp = self._comp
         job.state = JobState.CREATED
         job.status = DispyJob.Created
@@ -16609,8 +16749,8 @@ class JobTakeover:
         return self.recovery.left()
 
     def end(self) -> None:
-        """End the recovery: what an earlier run had on nodes has been collected, or the cluster is
-        closed. The driver's thread."""
+        """End the recovery: everything that an earlier run had on nodes has been collected, or the
+        cluster is closed. The driver's thread."""
         recovery = self.recovery
         self.recovery = None
         if recovery is not None:
@@ -16621,11 +16761,12 @@ class JobTakeover:
 
 
 class ComputationUser(NodeUser):
-    """A NodeUser with a computation: how nodes are set up for it, and what else they may ask.
+    """A NodeUser with a computation: it determines how nodes are set up for it, and what else they
+    may ask.
 
     cluster - the JobCluster, until it is closed; None after that
     directory - in which the program made the cluster
-    wanted - which files of jobs come back, and where to
+    wanted - which files of jobs are returned, and where they are put
     bundles - the program's modules
     """
     wanted: WantedOutput
@@ -16665,8 +16806,8 @@ class ComputationUser(NodeUser):
         self.driver.call_soon(self.driver.setup.source_found, self, peer, link, source)
 
     def support_for(self, peer: NodeConnection) -> Dict[str, bytes]:
-        """Return the files of cloudpickle, if the node does not have the same version; a scheduler
-        does not know which of its nodes needs them."""
+        """Return the files of cloudpickle, if the node does not have the same version. They are
+        also sent to a scheduler, since it is not known which of its nodes need them."""
         cargo_kind = self.cargo.spec['kind']
         python = python_at(peer.facts, self.cargo.spec.get('interpreter', ''))
         needs = cargo_kind != 'program' and (
@@ -16676,8 +16817,8 @@ class ComputationUser(NodeUser):
         return {}
 
     def modules_for(self, peer: NodeConnection) -> Dict[str, Any]:
-        """Return what a node gets of the program's modules. A node that is a part of the program
-        reads them where they are."""
+        """Return what a node gets of the program's modules. The embedded node reads them where they
+        are."""
         modules = self.bundles.rows(peer.embedded)
         found: Dict[str, Any] = {'modules': modules}
         if peer.embedded:
@@ -16701,7 +16842,7 @@ class ComputationUser(NodeUser):
         return None
 
     def asked(self, peer: NodeConnection, message: Call) -> None:
-        """Have an opener find the answer, which may need code of the user."""
+        """Have an opener find the answer, which may require code of the user."""
         self.driver.openers.run(self._find_out, peer, message)
 
     def _find_out(self, peer: NodeConnection, message: Call) -> None:
@@ -16715,7 +16856,8 @@ class ComputationUser(NodeUser):
                               Return(message.comp, message.number, error, value))
 
     def answer_to(self, name: str, args: tuple) -> Any:
-        """Return what a node or scheduler asks that only the client can tell. An opener."""
+        """Return the answer to a question of a node or scheduler that only the client can answer.
+        An opener."""
         if name != 'modules':
             raise PeerError('%.40r is asked of a program' % (name,))
         embedded = not self.remote and all(peer.embedded
@@ -16723,8 +16865,8 @@ class ComputationUser(NodeUser):
         return self.bundles.more(args[0], embedded)
 
     def file_piece(self, peer: NodeConnection, work: DispyJob, message: FilePiece) -> None:
-        """Store a piece of a file where files of jobs come: below the directory in which the
-        program made the cluster, or below `dest`."""
+        """Store a piece of a file in the directory for files of jobs: below the directory in which
+        the program made the cluster, or below `dest`."""
         if message.offset == 0:
             self.wanted.note(work, message.row[0])
         self.driver.files.store(peer, self.wanted.root, message)
@@ -16738,7 +16880,7 @@ class ProgramSeconds(SecondsOfUser):
         self._cluster: 'ProgramCluster' = weakref.proxy(cluster)
 
     def send(self, peer: NodeConnection, seconds: Sequence[SecondAttempt]) -> None:
-        """Send these to a node. They are noted beside the first attempts."""
+        """Send second attempts to a node. They are recorded beside the first attempts."""
         cluster = self._cluster
         for second in seconds:
             logger.debug('%s: a job is started a second time, at node %s', cluster.name, peer)
@@ -16749,7 +16891,7 @@ class ProgramSeconds(SecondsOfUser):
 
     def counts(self, peer: NodeConnection, second: SecondAttempt, ran: float) -> None:
         """Show the user that a job runs where its second attempt is. The provisional result of the
-        first is forgotten, and what it has printed."""
+        first attempt, and what it has printed, are discarded."""
         cluster = self._cluster
         job: Any = second.first
         if cluster.journal is not None:
@@ -16760,24 +16902,24 @@ class ProgramSeconds(SecondsOfUser):
             cluster.delivery.goes_on_at(job, time.time() - ran, peer)
 
     def over(self, second: SecondAttempt) -> None:
-        """Note that one counts no more."""
+        """Note that a second attempt is discarded."""
         if self._cluster.journal is not None:
             self._cluster.journal.second_over(second)
 
     def files_of(self, second: SecondAttempt) -> HeldFiles:
-        """Return where the files of one are kept: beside the place where they belong."""
+        """Return where the files of a second attempt are kept: beside their destination."""
         root = self._cluster.wanted.root
         directory = held_directory(root, self._cluster.comp, second.serial)
         return HeldFiles(directory, root)
 
 
 class ProgramParts(NamedTuple):
-    """What a cluster needs to have a driver, jobs and files. A simulation of the system gives its
-    clusters others.
+    """The classes that a cluster uses for drivers, jobs and files. A simulation of the system gives
+    its clusters other ones.
 
     drivers - has the drivers
-    journal - the class of what writes the recover_file
-    book - the class of what counts the jobs
+    journal - the class that writes the recover_file
+    book - the class that counts the jobs
     new_comp - makes the name of a computation
     """
     drivers: Drivers = drivers
@@ -16787,8 +16929,8 @@ class ProgramParts(NamedTuple):
 
 
 def _whereabouts_of(computation: Any) -> Tuple[str, str]:
-    """The module and the name of what a cluster computes; both are empty for an executor, which has
-    functions of all sorts."""
+    """Return the module and the name of the function that a cluster computes; both are empty for an
+    executor, which has many functions."""
     if isinstance(computation, Calls):
         return '', ''
     qualname = getattr(computation, '__qualname__', str(computation))
@@ -17255,8 +17397,8 @@ class ProgramCluster(ComputationUser):
 
 
 def core_of(cluster: Any) -> Any:
-    """What the driver knows of a JobCluster: a ProgramCluster. What is no JobCluster is itself what
-    a driver knows."""
+    """Return what the driver knows of a JobCluster, a ProgramCluster. Other objects are what the
+    driver knows themselves."""
     return getattr(cluster, '_core', cluster)
 
 
@@ -17267,8 +17409,8 @@ def name_of(computation: Any) -> str:
 
 
 def has_exception(row: tuple) -> bool:
-    """Whether a row of Results of a job that raised has the exception itself, and not only its
-    text."""
+    """Return whether a row of Results of a job that raised contains the exception itself, and not
+    only its text."""
     return len(unpack_error(row[4])[1]) > 0
 
 
@@ -17277,8 +17419,8 @@ def has_exception(row: tuple) -> bool:
 # --------------------------------------------------------------------------------------------------
 
 class OldNames:
-    """Names of dispy 4 that are accepted and have no effect any more. Each is named in the log once
-    in a process, at INFO."""
+    """Names of dispy 4 that are accepted and have no effect any more. Each is logged once in a
+    process, at INFO."""
     INSTEAD = {   # what takes its place
         'port': 'this program needs no port of its own',
         'client_port': 'this program needs no port of its own',
@@ -17383,7 +17525,7 @@ def node_port_of(dispy_port: Any, node_port: Any) -> int:
 
 
 def plain_dest_path(path: Any) -> Optional[str]:
-    """The parameter `dest_path`; it is below the node's own directory. Raises TypeError,
+    """Return the parameter `dest_path`; it is below the node's own directory. Raises TypeError or
     ValueError."""
     if path is not None:
         if not isinstance(path, str):
@@ -17402,7 +17544,7 @@ def plain_dest_path(path: Any) -> Optional[str]:
 
 
 class OldCluster:
-    """The attributes that a cluster has in dispy 4 and that are no parameters of today."""
+    """The attributes that a cluster has in dispy 4 and that are not parameters of this version."""
     _core: ProgramCluster
 
     @property
@@ -17654,20 +17796,20 @@ class JobCluster(OldCluster):
         return submitter.submit(next(submitter.numbers), args, kwargs)
 
     def submit_job_id(self, id: Any, /, *args: Any, **kwargs: Any) -> DispyJob:
-        """As `submit`; the job's `id` is the one given, any object. Any thread."""
+        """Do as `submit`; `id` becomes the id of the job and may be any object. Any thread."""
         return self._core.submitter.submit(id, args, kwargs)
 
     def submit_node(self, node: Any, /, *args: Any, **kwargs: Any) -> DispyJob:
-        """As `submit`, on this node and no other: a DispyNode, its name, address or (address,
-        port). The job waits while the node cannot be used. Raises ValueError for a node that this
-        cluster does not know, naming those it does. Any thread."""
+        """Do as `submit`, on this node only: a DispyNode, its name, its address or (address, port).
+        The job waits while the node cannot be used. Raises ValueError for a node that this cluster
+        does not know, naming those that it knows. Any thread."""
         submitter = self._core.submitter
         next_number = next(submitter.numbers)
         key = self._key_of_node(node)
         return submitter.submit(next_number, args, kwargs, key)
 
     def submit_job_id_node(self, id: Any, node: Any, /, *args: Any, **kwargs: Any) -> DispyJob:
-        """As `submit_node`, with the job's `id`. Any thread."""
+        """Do as `submit_node`, with this `id` of the job. Any thread."""
         return self._core.submitter.submit(id, args, kwargs, self._key_of_node(node))
 
     def _key_of_node(self, node: Any) -> Any:
@@ -17681,22 +17823,24 @@ class JobCluster(OldCluster):
         return key
 
     def put(self, value: Any) -> ValueRef:
-        """Take a value for many jobs. The ref that this returns may stand anywhere in the arguments
-        of jobs of this program, and there the job gets the value: opened anew for each job, so that
-        what one job changes no other sees. A node is sent it once (below 32 KiB: with each job).
-        What the program changes in the value later does not reach jobs. Arrays and other buffers
-        over 1 MiB in arguments are treated so without `put`, which saves packing and comparing them
-        for each job. Raises what pickling the value raises. Any thread."""
+        """Take a value for many jobs. The returned reference may be anywhere in the arguments of
+        jobs of this program, and the job gets the value there: it is opened anew for each job, so
+        that no job sees what another one has changed. The value is sent once to each node (below 32
+        KiB: with each job). Later changes of the value in the program do not reach jobs. Arrays and
+        other buffers over 1 MiB in arguments are treated in the same way without `put`, which saves
+        packing and comparing them for each job. Raises what pickling the value raises. Any
+        thread."""
         self._core.submitter.look_at_modules()
         return ValueRef(value, [('the value', value)])
 
     def map(self, *iterables: Any, in_flight: Optional[int] = None,
             progress: bool = False) -> Iterator[Any]:
-        """Yield the results of computing over the inputs, in their order, like the builtin `map`.
-        Inputs are taken as results are: at most `in_flight` jobs (default: 1000) are under way, so
-        a generator may be endless. For a job that failed its exception is raised (JobFailed if
-        there is none); leaving the loop cancels the rest. Raises ValueError for an `in_flight`
-        below 1. `progress` as in `wait`, of results that have been taken."""
+        """Yield the results of the computation for the inputs, in their order, like the builtin
+        `map`. Inputs are read as results are consumed: at most `in_flight` jobs (default: 1000)
+        have been submitted and not been consumed, so that a generator may be endless. For a job
+        that failed, its exception is raised (JobFailed if there is none); leaving the loop cancels
+        the rest. `progress` is as in `wait`, and counts consumed results. Raises ValueError for an
+        `in_flight` below 1."""
         high = 1 << 31
         most = in_range('in_flight', in_flight, 1000, 1, high, True)
         results = self._map(zip(*iterables), most)
@@ -17725,9 +17869,9 @@ class JobCluster(OldCluster):
 
     def as_completed(self, jobs: Iterable[DispyJob], timeout: Optional[float] = None,
                      progress: bool = False) -> Iterator[DispyJob]:
-        """Yield the jobs, any iterable of them, which is read at once, as they end, whatever their
-        end. Raises TimeoutError when some have not after `timeout` seconds. `progress` as in
-        `wait`."""
+        """Yield the jobs as they end, whatever their end; `jobs` is any iterable and is read at
+        once. Raises TimeoutError if some have not ended after `timeout` seconds. `progress` is as
+        in `wait`."""
         timeout = _seconds('timeout', timeout)
         jobs = list(jobs)
         for job in jobs:
@@ -17741,7 +17885,7 @@ class JobCluster(OldCluster):
     def gather(self, jobs: Iterable[DispyJob], timeout: Optional[float] = None) -> List[Any]:
         """Wait for jobs, any iterable of them, and return their results in this order. Raises what
         `get` raises for the first of them that failed; the others go on. Raises TimeoutError after
-        `timeout` seconds. Any thread."""
+        `timeout` seconds (None: no limit). Any thread."""
         timeout = _seconds('timeout', timeout)
         if timeout is None:
             until = math.inf
@@ -17750,8 +17894,8 @@ class JobCluster(OldCluster):
         return [job.get(max(0.0, until - time.monotonic())) for job in list(jobs)]
 
     def cancel(self, job: DispyJob) -> int:
-        """End a job: a waiting one at once, a running one by KeyboardInterrupt and, 5 s later, by
-        killing it. Returns 0, or -1 for a job that has ended. Any thread."""
+        """End a job: one that waits at once, one that runs by KeyboardInterrupt and, 5 s later, by
+        killing its process. Returns 0, or -1 for a job that has ended. Any thread."""
         if not isinstance(job, DispyJob):
             raise TypeError('cancel: %.80r is not a job' % (job,))
         if job.status in ENDED:
@@ -17761,8 +17905,8 @@ class JobCluster(OldCluster):
         return 0
 
     def jobs(self) -> JobList:
-        """The jobs that have not ended, in the order of submission: a list, which a notebook shows
-        as a table. Any thread."""
+        """Return the jobs that have not ended, in the order of submission: a list, which a notebook
+        shows as a table. Any thread."""
         jobs_owed = self._core.book.jobs_owed()
         jobs = [job for job in jobs_owed if job.status not in ENDED]
         sorted_jobs = sorted(jobs, key=lambda job: (job.submit_time, job_number(job.serial)))
@@ -17770,7 +17914,7 @@ class JobCluster(OldCluster):
 
     def cancel_all(self) -> int:
         """End all jobs that have not ended: those that wait at once, those that run as `cancel`
-        does. The cluster takes others afterwards. Returns how many they were. Any thread."""
+        does. The cluster accepts other jobs afterwards. Returns the number of jobs. Any thread."""
         driver = self._core.driver
         jobs = self.jobs()
         jobs.reverse()   # none begins instead of one that was cancelled before it
@@ -17780,14 +17924,14 @@ class JobCluster(OldCluster):
         return len(jobs)
 
     def cancel_waiting(self) -> None:
-        """End all jobs that have not begun, those that wait on nodes included. Any thread."""
+        """End all jobs that have not begun, including those that wait on nodes. Any thread."""
         self._core.cancel_waiting(False)
 
     def wait(self, timeout: Optional[float] = None, progress: bool = False) -> bool:
-        """Wait until every job has ended and its callback has returned, at most `timeout` seconds;
-        whether they have. `progress` shows how many on stderr if that is a terminal, and in a
-        notebook (with tqdm if that is installed). Any thread; in a callback, the job it was called
-        for is not waited for."""
+        """Wait until every job has ended and its callback has returned, at most `timeout` seconds
+        (None: no limit). Returns whether this is so. `progress` shows the number of ended jobs on
+        stderr if that is a terminal, and in a notebook (with tqdm if it is installed). Any thread;
+        in a callback, the job for which it was called is not waited for."""
         timeout = _seconds('timeout', timeout)
         if not progress:
             return self._core.book.wait(timeout)
@@ -17798,9 +17942,9 @@ class JobCluster(OldCluster):
     # -- nodes -------------------------------------------------------------------------------------
 
     def wait_nodes(self, n: int = 1, timeout: Optional[float] = None) -> None:
-        """Wait until `n` nodes are ready for jobs. Raises NoNodes, which names every address tried
-        and every refusal with its reason, after `timeout` seconds (None: waits without limit),
-        RuntimeError when the cluster is or gets closed. Any thread."""
+        """Wait until `n` nodes are ready for jobs. Raises NoNodes, which names every address that
+        was tried and every refusal with its reason, after `timeout` seconds (None: no limit), and
+        RuntimeError if the cluster is closed or gets closed. Any thread."""
         timeout = _seconds('timeout', timeout)
         high = 1 << 31
         n = in_range('n', n, 1, 0, high, True)
@@ -17827,57 +17971,58 @@ class JobCluster(OldCluster):
             core.book.wait_for_change(min(left, 0.1))
 
     def status(self) -> ClusterStatus:
-        """The nodes that have answered and the number of jobs that have not ended; the other nodes,
-        with the reason, are in `refused`. Any thread."""
+        """Return the nodes that have answered and the number of jobs that have not ended; the other
+        nodes, with the reason, are in its attribute `refused`. Any thread."""
         return self._core.report.status()
 
     def discover_nodes(self, nodes: Any) -> int:
-        """Look for more nodes now, given as in the constructor; '*' asks the whole network. Returns
-        0. Raises TypeError or ValueError for what is no node. Any thread."""
+        """Look for more nodes now. `nodes` is as in the constructor; '*' asks the whole network.
+        Returns 0. Raises TypeError or ValueError if an element is not a node. Any thread."""
         core = self._core
         elsewhere = bool(core.hosts)
         core.nodes.ask('allocate', parse_nodes(nodes, core.port, elsewhere))
         return 0
 
     def allocate_node(self, node: Any) -> int:
-        """Use a node (or a list of them): a new one, or one that was deallocated or closed. As
-        `discover_nodes`."""
+        """Use a node (or a list of nodes): a new one, or one that was deallocated or closed.
+        Returns 0 and raises as `discover_nodes`. Any thread."""
         return self.discover_nodes(node)
 
     def deallocate_node(self, node: Any) -> int:
-        """Send no more jobs to a node, given as in `submit_node`; what runs there goes on. Returns
-        0. Any thread."""
+        """Send no more jobs to a node, which is given as in `submit_node`; jobs that run there go
+        on. Returns 0. Raises ValueError for an unknown node. Any thread."""
         self._core.nodes.ask('set_cpus', node, 0)
         return 0
 
     def close_node(self, node: Any, terminate_pending: bool = False) -> int:
-        """Use a node no more: when its running jobs have ended, or, with `terminate_pending`, at
-        once (its jobs are run elsewhere if the cluster is reentrant and are Abandoned otherwise),
-        cleanup runs there. Returns 0. Any thread."""
+        """Stop using a node: when its running jobs have ended, or, with `terminate_pending`, at
+        once (its jobs are run elsewhere if the cluster is reentrant and are Abandoned otherwise).
+        Cleanup runs there. Returns 0. Raises ValueError for an unknown node. Any thread."""
         self._core.nodes.ask('leave', node, 'close', bool(terminate_pending))
         return 0
 
     def resetup_node(self, node: Any, terminate_pending: bool = False) -> int:
-        """Set a node up anew, with files as they are now: cleanup, what has changed of `depends`,
-        setup. When and with what effect on its jobs as in `close_node`. Returns 0 at once. Any
-        thread."""
+        """Set a node up again, with files as they are now: cleanup runs, changed files of `depends`
+        are sent, and setup runs. The time and the effect on its jobs are as in `close_node`.
+        Returns 0 at once. Raises ValueError for an unknown node. Any thread."""
         cargo = self._core.cargo
         cargo.spec['files'] = _file_rows(cargo.paths, cargo.spec['program'])
         self._core.nodes.ask('leave', node, 'open', bool(terminate_pending))
         return 0
 
     def set_node_cpus(self, node: Any, cpus: int) -> int:
-        """Use at most so many CPUs of a node (negative: leave so many free; 0: none). Returns how
-        many that are. Raises ValueError when it has fewer. Any thread."""
+        """Use at most `cpus` CPUs of a node (a negative number leaves so many free; 0 means none).
+        Returns how many CPUs are used. Raises ValueError if the node has fewer. Any thread."""
         number = plain_number(cpus, True)
         if number is None:
             raise TypeError('cpus=%.80r is not a whole number' % (cpus,))
         return self._core.nodes.ask('set_cpus', node, number)  # type: ignore[no-any-return]
 
     def node_jobs(self, node: Any, from_node: bool = False) -> List[DispyJob]:
-        """Jobs of this cluster that have been sent to a node and have not ended: those that wait
-        there are Created. With `from_node` it is asked which of them run; only these are returned,
-        as Running. Raises ValueError for an unknown node, RuntimeError if it is not connected."""
+        """Return the jobs of this cluster that were sent to a node and have not ended: those that
+        wait there are Created. With `from_node` the node is asked which of them run; only these are
+        returned, as Running. Raises ValueError for an unknown node, RuntimeError if it is not
+        connected. Any thread."""
         core = self._core
         serials = core.nodes.ask('jobs', node)
         if from_node:
@@ -17891,11 +18036,11 @@ class JobCluster(OldCluster):
 
     def send_file(self, path: str, node: Any, timeout: Union[None, bool, float] = None,
                   relay: Optional[bool] = None) -> int:
-        """Put a file, as it is now, into the jobs' directory on a node that is ready; one of this
-        name is replaced as a whole. Returns 0 when it is there. Raises OSError if it cannot be read
-        here or stored there, ValueError for an unknown node, RuntimeError if that is not ready,
-        TimeoutError after `timeout` seconds. `relay`, in dispy 4 the third parameter, is accepted
-        and has no meaning any more. Any thread."""
+        """Put a file, as it is now, into the jobs' directory on a node that is ready; a file with
+        the same name is replaced atomically. Returns 0 when the file is there. `relay`, in dispy 4
+        the third parameter, is accepted and has no effect any more. Raises OSError if the file
+        cannot be read here or stored there, ValueError for an unknown node, RuntimeError if the
+        node is not ready, TimeoutError after `timeout` seconds. Any thread."""
         if isinstance(timeout, bool):
             relay = timeout
             timeout = None
@@ -17916,9 +18061,9 @@ class JobCluster(OldCluster):
     # -- what people see ---------------------------------------------------------------------------
 
     def print_status(self, wall_time: Any = None, file: Any = None) -> None:
-        """Print a table by node, and jobs and CPUs in sum, to `file` (default: stdout). `wall_time`
-        are the seconds that passed, if it is not the time since the cluster was made; the first
-        parameter may also be `file`. Any thread."""
+        """Print a table of the nodes, and the totals of jobs and CPUs, to `file` (default: stdout).
+        `wall_time` is the time in seconds to be shown, if it is not the time since the cluster was
+        made; the first parameter may also be `file`. Any thread."""
         if hasattr(wall_time, 'write'):
             file = wall_time
             wall_time = None
@@ -17936,7 +18081,8 @@ class JobCluster(OldCluster):
                                     core.book.by_state())
 
     def _repr_html_(self) -> str:
-        """For notebooks: state, progress, counts, nodes, and a link to the web page, if any."""
+        """Return the state for a notebook: progress, counts, nodes, and a link to the web page, if
+        any."""
         core = self._core
         nodes = core.report.status().nodes
         if core.closed:
@@ -17953,20 +18099,21 @@ class JobCluster(OldCluster):
 
     def close(self, timeout: Optional[float] = None, terminate: bool = False) -> bool:
         """Wait for the jobs (at most `timeout` seconds; with terminate=True not at all: they are
-        cancelled) and let the nodes go. Returns True; False, and nothing is changed, when jobs were
-        left after `timeout`. May be called twice. Any thread."""
+        cancelled) and release the nodes. Returns True; if jobs are left after `timeout`, returns
+        False, and nothing is changed. The method may be called twice. Any thread."""
         return self._core.close(timeout, terminate)
 
     def shutdown(self, timeout: Optional[float] = None, terminate: bool = False) -> bool:
-        """As `close`; nodes that were started with --client-shutdown end as soon as this program
-        lets them go. Any thread."""
+        """Do as `close`; nodes that were started with --client-shutdown end as soon as this program
+        releases them. Any thread."""
         return self._core.close(timeout, terminate, shutdown=True)
 
     def __enter__(self) -> 'JobCluster':
         return self
 
     def __exit__(self, kind: Any, value: Any, trace: Any) -> None:
-        """Waits for the jobs; leaving by an exception cancels them."""
+        """Wait for the jobs and close; if an exception has left the `with` block, the jobs are
+        cancelled."""
         self.close(terminate=kind is not None)
 
 
@@ -18022,8 +18169,8 @@ def wait_in_sight(book: JobBook, timeout: Optional[float]) -> bool:
 
 
 def too_few_nodes(wanted: int, timeout: float, ready: int, tried: str) -> str:
-    """Why a wait for nodes has ended: how many were wanted within so many seconds, and what was
-    tried."""
+    """Return why a wait for nodes has ended: how many were wanted within so many seconds, and what
+    was tried."""
     if wanted == 1:
         were = '1 node was'
     else:
@@ -18074,8 +18221,8 @@ def row_of_status(node: DispyNode) -> str:
 
 
 def pages_of_nodes(ask: Callable[[int, int], List[tuple]]) -> List[NodeInfo]:
-    """All that a scheduler tells of its nodes; ask(first, most) gets that many rows. Raises what
-    that raises."""
+    """Return all rows that a scheduler has of its nodes; `ask(first, most)` gets that many rows.
+    Raises what `ask` raises."""
     rows: List[NodeInfo] = []
     while True:
         page = ask(len(rows), NODES_PAGE)
@@ -18093,9 +18240,11 @@ class SharedOptions(NamedTuple):
 
 
 class SchedulerCommands(NodeCommands):
-    """What the methods of a cluster ask about nodes that a scheduler has: its driver is asked.
+    """What the methods of a cluster ask about nodes of a scheduler: the driver of the scheduler
+    answers.
 
-    allocators - the program's; a scheduler knows them by their numbers, which begin with 1
+    allocators - those of the program; a scheduler knows them by their numbers, which begin with
+    1
     """
 
     def __init__(self, comp: str, book: JobBook, scheduler: NodeSpec,
@@ -18106,7 +18255,8 @@ class SchedulerCommands(NodeCommands):
         self._cargo = cargo
 
     def plain(self, specs: Sequence[NodeSpec]) -> List[tuple]:
-        """Return specs as they are sent to the scheduler; allocators stay here."""
+        """Return specs in the form in which they are sent to the scheduler; allocators are not
+        sent."""
         rows = []
         for spec in specs:
             number = 0
@@ -18168,13 +18318,13 @@ class SchedulerCommands(NodeCommands):
         return future
 
     def _pages(self) -> List[NodeInfo]:
-        """Return what the scheduler tells of its nodes. These may be thousands, so they come in
-        pages."""
+        """Return the rows that the scheduler has of its nodes. There may be thousands, so they come
+        in pages."""
         return pages_of_nodes(lambda first, most: self._call('nodes', first, most))
 
     def rows(self) -> List[NodeInfo]:
         """Return the nodes, or the scheduler while there is none. The row of the scheduler never
-        has CPUs, which would stand for all that it takes."""
+        has CPUs, which would be counted as those of a node."""
         if not self._is_connected():
             return [row._replace(cpus=0) for row in self._ask_here('nodes')]
         rows = self._pages()
@@ -18188,7 +18338,7 @@ class SchedulerCommands(NodeCommands):
         return changed_rows
 
     def rows_at_end(self) -> List[NodeInfo]:
-        """Return the nodes, also when the cluster counts as closed."""
+        """Return the nodes, even if the cluster counts as closed."""
         if self._is_connected():
             return self._pages()
         return []
@@ -18218,16 +18368,16 @@ class SchedulerCommands(NodeCommands):
         return False
 
     def in_words(self, status: Callable[[], ClusterStatus]) -> str:
-        """Return the address of the scheduler, which is not asked: that may take as long as it
-        likes."""
+        """Return the address of the scheduler. The scheduler is not asked, because its answer may
+        take long."""
         return 'scheduler %s' % format_address(*self._scheduler[:2])
 
 
 class SharedDelivery(ResultDelivery):
-    """As ResultDelivery, for jobs that the scheduler has sent to a node.
+    """A ResultDelivery for jobs that the scheduler has sent to a node.
 
-    places - job -> the node where it is, as the scheduler has told. The driver's thread and
-        openers, each job in one at a time
+    places - job -> the node where it is, as the scheduler has reported. The driver's thread and
+    openers use it, each job in one thread at a time
     """
 
     def __init__(self, *parts: Any) -> None:
@@ -18287,7 +18437,7 @@ class SharedProgramCluster(ProgramCluster):
 
     def left_behind(self) -> Dict[Any, int]:
         """Return the nodes that outlive this program, with the number of jobs that run on there.
-        The scheduler cancels what waits."""
+        The scheduler cancels those that wait."""
         counts: Dict[Any, int] = collections.Counter()
         for job, row in list(self.delivery.places.items()):
             if job.status in (DispyJob.Running, DispyJob.ProvisionalResult):
@@ -18321,8 +18471,8 @@ class SharedProgramCluster(ProgramCluster):
                                               {})
 
     def answer_to(self, name: str, args: tuple) -> Any:
-        """Return what a scheduler asks; it also asks for the source and for the program's
-        allocators."""
+        """Return the answer to a question of a scheduler, which also asks for the source and for
+        the decisions of the program's allocators."""
         if name == 'source':
             return self.cargo.source()
         if name == 'allocate':
@@ -18377,11 +18527,13 @@ class SharedJobCluster(JobCluster):
 
 
 class NodeScan(NodeUser):
-    """What nodes there are and whether they can be used, without using them: a cluster for the
-    driver, but without a computation.
+    """Finds out which nodes exist and whether they can be used, without using them: for the driver,
+    it is a cluster without a computation.
 
-    nodes, port, secret, certfile, keyfile, cafile - as of JobCluster; nodes=None: all that answer
-        on the local network. Raises TypeError, ValueError, SecretError. A context manager.
+    nodes, port, secret, certfile, keyfile, cafile - as in JobCluster; nodes=None: all that answer
+    on the local network
+
+    Raises TypeError, ValueError or SecretError. The object is a context manager.
     """
     client = 'survey'
     warns = False
@@ -18407,9 +18559,10 @@ class NodeScan(NodeUser):
     def look(self,
              timeout: float = HANDSHAKE_TIME + 1.0,
              listen: float = SURVEY_TIME) -> List[DispyNode]:
-        """The nodes, when each that was named has answered or failed, at the latest after `timeout`
-        seconds; answers to a question to all are waited for `listen` seconds. `state` is
-        'connected', and `reason` then who uses it, or why it cannot be used."""
+        """Return the nodes, when each one that was named has answered or failed, at the latest
+        after `timeout` seconds; answers to a broadcast are awaited for `listen` seconds. The
+        `state` of a usable node is 'connected', and its `reason` says then who uses it; otherwise
+        `reason` says why it cannot be used."""
         began = time.monotonic()
         wild = any(spec.wild for spec in self.specs)
         while True:
@@ -18453,7 +18606,7 @@ class NodeScan(NodeUser):
         return describe_node(peer, state, reason, peer.offered, 0)
 
     def close(self) -> None:
-        """Let the nodes go."""
+        """Release the nodes."""
         self.driver.ask(lambda: self.driver.forget(self.comp))
         drivers.release(self.driver)
 
@@ -18465,9 +18618,9 @@ class NodeScan(NodeUser):
 
 
 class Progress:
-    """How many jobs have ended, on stderr: tqdm's bar if it is installed, otherwise a line a
-    second, rewritten. In a notebook tqdm shows its bar there. Nothing is shown if stderr is neither
-    that nor a terminal."""
+    """Shows how many jobs have ended on stderr: with tqdm's bar if tqdm is installed, otherwise as
+    a line that is rewritten once a second. In a notebook, tqdm shows its bar there. Nothing is
+    shown if stderr is not a terminal and this is not a notebook with tqdm."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
@@ -18536,7 +18689,7 @@ class Progress:
 
 
 def in_notebook() -> bool:
-    """Whether what is printed is shown in a notebook: this is a kernel of Jupyter."""
+    """Return whether output is shown in a notebook, because this process is a kernel of Jupyter."""
     shell = getattr(sys.modules.get('IPython'), 'get_ipython', lambda: None)()
     if shell is None:
         return False
@@ -18547,7 +18700,7 @@ _OF_HISTORY = LazyPattern(r'_+|_\d+')
 
 
 def references_of_history(value: Any) -> int:
-    """How many references to a value there are because a notebook or prompt has shown it. Any
+    """Return how many references to a value exist because a notebook or prompt has shown it. Any
     thread."""
     spaces: List[Any] = [vars(builtins)]   # `_` of Python's own prompt
     shell = getattr(sys.modules.get('IPython'), 'get_ipython', lambda: None)()
@@ -18591,8 +18744,8 @@ def _own_hosts(host: Any) -> List[Any]:
 
 
 def _own_host(host: Any) -> Optional[Tuple[str, int]]:
-    """One of the parameter `host`: an address, ADDRESS:PORT or (address, port). Raises TypeError or
-    ValueError."""
+    """Return one element of the parameter `host`: an address, ADDRESS:PORT or (address, port).
+    Raises TypeError or ValueError."""
     if host is None:
         return None
     if isinstance(host, str):
@@ -18612,8 +18765,9 @@ def _own_host(host: Any) -> Optional[Tuple[str, int]]:
 
 
 def plain_number(value: Any, whole: bool = False) -> Any:
-    """An int or float for any number: of numpy, of an enum, a Fraction. None for what is no number,
-    also for bool; for NaN; and if it must be `whole` for others."""
+    """Return an int or float for any number: of numpy, of an enum, a Fraction. Returns None for an
+    object that is not a number, for bool, for NaN, and, if it must be `whole`, for a fractional
+    number."""
     # Numpy's
     if isinstance(value, bool):
         return None
@@ -18634,7 +18788,8 @@ def plain_number(value: Any, whole: bool = False) -> Any:
 
 
 def number_in(value: Any, whole: bool = False) -> Any:
-    """Return what plain_number returns; the number may also be given as text, as dispy 4 took it.
+    """Return what plain_number returns; the number may also be given as text, as dispy 4 accepted
+    it.
     """
     if isinstance(value, str):
         try:
@@ -18649,7 +18804,8 @@ def number_in(value: Any, whole: bool = False) -> Any:
 
 def in_range(name: str, value: Any, default: Any, low: float, high: float,
              whole: bool = False) -> Any:
-    """Return a parameter as a plain number. Raises ValueError if it is none or is out of range."""
+    """Return a parameter as a plain number. Raises ValueError if it is not a number or is out of
+    range."""
     if value is None:
         return default
     number = number_in(value, whole)
@@ -18687,8 +18843,8 @@ _OTHER_NAMES = {'cpu': 'dispy_cpus', 'cpus': 'dispy_cpus', MEMORY: 'dispy_memory
 
 
 def request_of(name: str, value: Any) -> Request:
-    """Return what a parameter says of resources: {'gpu': 1}. Those of which it wants 0 are left
-    out. Raises TypeError or ValueError, which name the parameter."""
+    """Return a parameter that requests resources, such as {'gpu': 1}. Resources of which it
+    requests 0 are left out. Raises TypeError or ValueError, naming the parameter."""
     if not isinstance(value, collections.abc.Mapping):
         message = "%s=%.80r must be a dict of names and numbers, such as {'gpu': 1}" % (name, value)
         raise TypeError(message)
@@ -18706,7 +18862,7 @@ def request_of(name: str, value: Any) -> Request:
 
 
 def _take_options(kwargs: dict) -> Optional[dict]:
-    """Take the keywords that are the cluster's out of those of the job."""
+    """Remove the keywords that are for the cluster from those of the job, and return them."""
     repeats = _take_repeats(kwargs)
     options: Dict[str, Any] = {}
     resources = kwargs.pop('dispy_resources', None)
@@ -18731,7 +18887,8 @@ def _take_options(kwargs: dict) -> Optional[dict]:
 
 
 def _take_repeats(kwargs: dict) -> Optional[Repeats]:
-    """Take the keywords that say which failures are repeated. Raises TypeError or ValueError."""
+    """Remove the keywords that say which failures are repeated, and return them. Raises TypeError
+    or ValueError."""
     on = kwargs.pop('dispy_retry_on', None)
     delay = kwargs.pop('dispy_retry_delay', None)
     if on is None or on is False:
@@ -18775,7 +18932,8 @@ class DispyFuture(concurrent.futures.Future):  # type: ignore[type-arg]
 
     @property
     def _state(self) -> str:
-        """The state by the names of the standard library, which shows it and decides by it."""
+        """The state, by the names of the standard library, which uses it for display and for
+        decisions."""
         state = self._set_state
         job = self.job
         if state == 'PENDING' and job is not None:
@@ -18785,13 +18943,15 @@ class DispyFuture(concurrent.futures.Future):  # type: ignore[type-arg]
 
     @_state.setter
     def _state(self, state: str) -> None:
+        """The state, by the names of the standard library, which uses it for display and for
+        decisions."""
         self._set_state = state
 
     def cancel(self) -> bool:
-        """Cancel the call if it has not begun: its node is asked, and the answer is waited for, 1 s
-        at most. Returns whether it will never begin. As with other executors, what runs goes on
-        (`cluster.cancel` ends that too). In a thread with a running event loop the answer is not
-        waited for: the call is cancelled as soon as it has come. Any thread."""
+        """Cancel the call if it has not begun: its node is asked, and the answer is awaited, 1 s at
+        most. Returns whether the call will never begin. As with other executors, a running call
+        goes on (`cluster.cancel` ends that too). In a thread with a running event loop the answer
+        is not awaited: the call is cancelled as soon as it has come. Any thread."""
         if self.done():
             return self.cancelled()
         if self.job is None:
@@ -18820,8 +18980,8 @@ class DispyFuture(concurrent.futures.Future):  # type: ignore[type-arg]
             raise self._explained(exc, timeout)
 
     def _explained(self, exc: BaseException, timeout: Optional[float]) -> BaseException:
-        """Return the exception of a wait with a text, and an exception that the call has raised as
-        it is."""
+        """Return the exception of a wait with a text; an exception that the call has raised is
+        returned unchanged."""
         if self.done():
             return exc
         if self.job is None or exc.args:
@@ -18833,8 +18993,8 @@ class DispyFuture(concurrent.futures.Future):  # type: ignore[type-arg]
         return core_of(self._cluster).driver  # type: ignore[no-any-return]
 
     def settle(self, job: DispyJob) -> None:
-        """The job has ended. What it printed is shown here, unless the program takes that itself
-        (`on_output`). A callback thread."""
+        """Set the result or exception, because the job has ended. What it printed is shown here,
+        unless the program handles output itself (`on_output`). A callback thread."""
         core = core_of(self._cluster)
         if core.live_output.on_output is None:
             _show_printed(job)
@@ -18857,15 +19017,16 @@ class DispyFuture(concurrent.futures.Future):  # type: ignore[type-arg]
 
 
 def withdraw_all(driver: Driver, jobs: Sequence[Any]) -> None:
-    """Cancel those of the jobs that have not begun; the answers are not waited for. Any thread but
+    """Cancel those of the jobs that have not begun, without waiting for the answers. Any thread but
     the driver's."""
     with contextlib.suppress(RuntimeError):   # the driver has ended, and its jobs with it
         driver.ask(lambda: driver.cancels.withdraw_all(jobs))
 
 
 def withdraw(driver: Driver, job: DispyJob) -> bool:
-    """Cancel a job if it has not begun; whether it never will. Waits for the answer of its node
-    for WITHDRAW_TIME; then the job goes on. Any thread; without answer in the driver's."""
+    """Cancel a job if it has not begun. Returns whether it never will. Waits WITHDRAW_TIME for the
+    answer of its node; then the job goes on. Any thread; in the driver's thread it does not
+    wait."""
     if job.status in ENDED or driver.broken or threading.current_thread() is driver.thread:
         return job.status == DispyJob.Cancelled
     try:
@@ -18879,7 +19040,7 @@ def withdraw(driver: Driver, job: DispyJob) -> bool:
 
 
 def _show_printed(job: DispyJob) -> None:
-    """Show what a call has printed, whole, when it has ended, as if a process of this machine had
+    """Print the complete output of a call when it has ended, as if a process of this machine had
     printed it."""
     for text, stream in ((job.stdout, sys.stdout), (job.stderr, sys.stderr)):
         if text and stream is not None:
@@ -18889,7 +19050,7 @@ def _show_printed(job: DispyJob) -> None:
 
 
 def _in_event_loop() -> bool:
-    """Whether this thread runs an event loop of asyncio, which must not be kept waiting."""
+    """Return whether this thread runs an event loop of asyncio, which must not be blocked."""
     asyncio = sys.modules.get('asyncio')
     if asyncio is None:
         return False
@@ -18897,17 +19058,18 @@ def _in_event_loop() -> bool:
 
 
 def _settle_future(job: DispyJob) -> None:
-    """The callback of an executor's cluster. Afterwards the job refers to the future no more:
-    both are freed, with the result, when the last reference to them is gone."""
+    """Settle the future of a job; this is the callback of an executor's cluster. Afterwards the job
+    does not refer to the future any more: both are freed, with the result, when the last reference
+    to them is gone."""
     future = job.future
     del job.future
     future.settle(job)
 
 
 class _ExecutorClusters:
-    """The clusters of an executor: one, and while the file of a module has changed those before
-    it, whose calls go on. Nothing that lasts refers to this, so that it is freed with the last
-    executor that uses it; its clusters are closed then."""
+    """The clusters of an executor: one and, after the file of a module has changed, the earlier
+    ones, whose calls go on. No long-lived object refers to this one, so that it is freed with the
+    last executor that uses it; its clusters are closed then."""
 
     def __init__(self, make_cluster: Callable[[], JobCluster]) -> None:
         self._make_cluster = make_cluster
@@ -18949,7 +19111,7 @@ class _ExecutorClusters:
             return self.cluster
 
     def close(self, wait: bool, cancel: bool) -> None:
-        """Take no more calls."""
+        """Accept no more calls."""
         with self._lock:
             self._closed = True
             clusters = list(self._clusters)
@@ -18963,7 +19125,7 @@ class _ExecutorClusters:
             cluster.close()
 
     def terminate(self) -> None:
-        """Take no more calls, and end those that run."""
+        """Accept no more calls, and end those that run."""
         with self._lock:
             self._closed = True
         for cluster in self._clusters:
@@ -18971,7 +19133,8 @@ class _ExecutorClusters:
 
 
 def _close_later(clusters: Sequence[JobCluster]) -> None:
-    """Close clusters when their jobs have ended. Any thread, also one that collects garbage."""
+    """Close clusters when their jobs have ended. Any thread, including one that collects
+    garbage."""
     def close() -> None:
         for cluster in clusters:
             cluster.close()
@@ -19037,9 +19200,10 @@ class DispyExecutor(concurrent.futures.Executor):
                      memory: Optional[int] = None, cpus: Optional[int] = None,
                      retries: Optional[int] = None,
                      resources: Optional[Mapping[str, int]] = None) -> 'DispyExecutor':
-        """An executor with the same workers, whose calls have these options: see `dispy_timeout`
-        and so on of JobCluster.submit. What is not given stays as it is. To shut down one of them
-        is to shut down all. Raises ValueError for an option out of range."""
+        """Return an executor with the same workers, whose calls have these options: see
+        `dispy_timeout` and so on of JobCluster.submit. Options that are not given remain unchanged.
+        Shutting down one of these executors shuts down all of them. Raises ValueError for an option
+        out of range."""
         given = _take_options({
             'dispy_timeout': timeout, 'dispy_priority': priority, 'dispy_memory': memory,
             'dispy_cpus': cpus, 'dispy_retries': retries, 'dispy_resources': resources})
@@ -19050,9 +19214,9 @@ class DispyExecutor(concurrent.futures.Executor):
 
     def submit(self, fn: Callable[..., Any], /,  # type: ignore[override]
                *args: Any, **kwargs: Any) -> DispyFuture:
-        """Call fn(*args, **kwargs) on a node. What pickling raises is the future's exception.
-        Raises RuntimeError after shutdown, BrokenExecutor if the initializer has failed on all
-        nodes, TypeError for what cannot be called. Any thread."""
+        """Call fn(*args, **kwargs) on a node, and return a DispyFuture. An exception that pickling
+        raises becomes that of the future. Raises RuntimeError after shutdown, BrokenExecutor if the
+        initializer has failed on all nodes, and TypeError if `fn` is not callable. Any thread."""
         if not callable(fn):
             raise TypeError('%.80r cannot be called' % (fn,))
         cluster = self._pool.current()
@@ -19082,10 +19246,11 @@ class DispyExecutor(concurrent.futures.Executor):
             chunksize: int = 1,
             buffersize: Optional[int] = None,
             progress: bool = False) -> Iterator[Any]:
-        """As in concurrent.futures: results come in order, `chunksize` inputs a job. All inputs are
-        taken at once; with `buffersize`, so many jobs are under way at most, and others are taken
-        as results are. Raises TimeoutError when the next result is not there `timeout` seconds
-        after the call, and what a call raised. `progress` as in JobCluster.map."""
+        """Do as in concurrent.futures: results come in order, and each job has `chunksize` inputs.
+        All inputs are read at once; with `buffersize`, at most so many jobs have been submitted and
+        not been consumed, and further inputs are read as results are consumed. Raises TimeoutError
+        if the next result is not there `timeout` seconds after the call, and the exception of a
+        call. `progress` is as in JobCluster.map."""
         if progress:
             results = self.map(fn, *iterables, timeout=timeout, chunksize=chunksize,
                                buffersize=buffersize)
@@ -19116,16 +19281,16 @@ class DispyExecutor(concurrent.futures.Executor):
         return _flat(results)
 
     def __exit__(self, kind: Any, value: Any, trace: Any) -> None:
-        """As in concurrent.futures, waits for all calls; Ctrl-C and sys.exit end them."""
+        """Wait for all calls, as in concurrent.futures; Ctrl-C and sys.exit end them."""
         if kind is not None and not issubclass(kind, Exception):
             self._pool.terminate()
         else:
             self.shutdown()
 
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
-        """Take no more calls; wait for those there are (`cancel_futures`: for those that have
-        begun or that a CPU is about to take) and let the nodes go. Without `wait` that is done
-        later. Any thread."""
+        """Accept no more calls; wait for the existing ones (with `cancel_futures`: for those that
+        have begun or that a CPU is about to take) and release the nodes. Without `wait`, this
+        happens later. Any thread."""
         self._pool.close(wait, cancel_futures)
 
     def __repr__(self) -> str:
@@ -19148,8 +19313,9 @@ def _positive(name: str, value: Any) -> int:
 
 
 def _method_of(context: Any) -> str:
-    """The start method of workers that a context of `multiprocessing` stands for. One that there is
-    not is noted: forkserver, for one, also gives processes in which nothing of the program is."""
+    """Return the start method of workers for a context of `multiprocessing`. For a method that
+    workers do not have, such as forkserver, this is logged: it also creates processes that contain
+    nothing of the program."""
     if isinstance(context, str):
         method = context
     else:
@@ -19166,8 +19332,8 @@ _methods_noted: Set[str] = set()
 
 
 def _pickling_error(exc: BaseException) -> BaseException:
-    """The exception of a call that could not be pickled. One by which a program ends does not end
-    it."""
+    """Return the exception of a call that could not be pickled. SystemExit, which would end the
+    program, is replaced."""
     if isinstance(exc, SystemExit):
         error = pickle.PicklingError('the call could not be pickled: %r' % exc)
         error.__cause__ = exc
@@ -19186,8 +19352,8 @@ def _submit_next(executor: 'weakref.ref[DispyExecutor]', call: Callable[..., Any
 
 def _results_of(futures: Deque[DispyFuture], until: Optional[float],
                 more: Optional[Callable[[], List[DispyFuture]]]) -> Iterator[Any]:
-    """Results in order; when they are not wanted any more, the calls that have not begun are
-    cancelled. No result is referred to from here once it has been yielded."""
+    """Yield results in order; when the consumer stops, the calls that have not begun are cancelled.
+    No reference to a result remains here once it was yielded."""
     try:
         while futures:
             if more is not None:
@@ -19235,8 +19401,8 @@ _ending = False    # the interpreter ends, and executors take no more calls
 
 
 def _wait_for_executors() -> None:
-    """The program ends: what was submitted to executors is waited for, as the standard library
-    does. Ctrl-C ends that, and so does it that no node is to be had."""
+    """Wait, at the end of the program, for calls that were submitted to executors, as the standard
+    library does. Ctrl-C ends this wait, and so does the lack of any node."""
     global _ending
     if _ending:   # it has been done
         return
@@ -19264,7 +19430,7 @@ if hasattr(threading, '_register_atexit'):
 
 
 class JoblibCall:
-    """A batch of joblib's calls on its way. joblib calls `result` or `get`."""
+    """A batch of joblib's calls that was submitted. joblib calls `result` or `get`."""
     __slots__ = ('parallel', 'job', '_callback', '_error', '_backend')
 
     def __init__(self, backend: Any, callback: Optional[Callable[[Any], Any]]) -> None:
@@ -19306,7 +19472,7 @@ class JoblibCall:
 
 
 class _KeptCluster:
-    """A cluster of joblib's calls: with which options it was made, who uses it, and since when
+    """A cluster for joblib's calls: with which options it was made, who uses it, and since when
     nobody does."""
 
     def __init__(self, options: dict, cluster: JobCluster) -> None:
@@ -19317,8 +19483,8 @@ class _KeptCluster:
 
     @property
     def is_open(self) -> bool:
-        """Whether it can be used: it may have been closed, or be of the parent of a forked
-        process."""
+        """Return whether the cluster can be used: it may have been closed, or belong to the parent
+        of a forked process."""
         core = core_of(self.cluster)
         if core.closed:
             return False
@@ -19326,8 +19492,9 @@ class _KeptCluster:
 
 
 class JoblibClusters:
-    """Clusters that joblib's calls run on, by the options of their backends. One that no call uses
-    is kept for a while, since the next call wants the same as a rule. Any thread."""
+    """Clusters on which joblib's calls run, by the options of their backends. A cluster that no
+    call uses is kept for a while, since the next call usually wants the same options. Any
+    thread."""
     KEPT = 300.0       # s, as joblib's own backend keeps its workers
 
     def __init__(self) -> None:
@@ -19363,7 +19530,7 @@ class JoblibClusters:
         return None
 
     def release(self, user: Any) -> None:
-        """Note that a user needs no cluster any more."""
+        """Note that a user does not need its cluster any more."""
         with self._lock:
             for kept in self._kept:
                 if user in kept.users:
@@ -19402,8 +19569,8 @@ class JoblibClusters:
             kept.cluster.close(terminate=True)
 
     def cpus_of(self, options: dict) -> int:
-        """CPUs that calls with these options would have. Nodes are asked for that and not used; the
-        answer is remembered."""
+        """Return the number of CPUs that calls with these options would have. Nodes are asked and
+        not used; the answer is remembered."""
         nodes = options.get('nodes')
         if nodes == LOCAL:
             return available_cpus()
@@ -19465,8 +19632,8 @@ THREAD_VARIABLES = (
 
 
 class JoblibRun:
-    """What a backend of joblib does with its batches: each is a job, and no more of them are under
-    way than there shall be. Any thread."""
+    """What a backend of joblib does with its batches: each is a job, and the number of jobs that
+    are submitted is limited. Any thread."""
 
     def __init__(self, options: dict) -> None:
         """Keep the options of the backend."""
@@ -19506,8 +19673,8 @@ class JoblibRun:
         return joblib_clusters.cpus_of(self.options)
 
     def begin(self, n_jobs: int) -> None:
-        """Prepare for calls, `n_jobs` of which may be under way. Raises what making a cluster
-        raises."""
+        """Prepare for calls; at most `n_jobs` of them are submitted at a time. Raises what creating
+        a cluster raises."""
         cluster = joblib_clusters.take(self, self.options, self._make)
         nodes = core_of(cluster).nodes
         cpus = 0
@@ -19529,7 +19696,7 @@ class JoblibRun:
         joblib_clusters.release(self)
 
     def submit(self, call: JoblibCall, function: Callable[..., Any]) -> JoblibCall:
-        """Submit a batch, or queue it while as many as allowed are under way."""
+        """Submit a batch, or queue it if the limit is reached."""
         with self._lock:
             wait = len(self._calls) >= self._most
             if wait:
@@ -19583,8 +19750,8 @@ class JoblibRun:
 
 
 def _above_joblib(backend: Any) -> str:
-    """Below what a call stands that is to use this backend, if that has taken the CPUs already: as
-    with joblib's own backends."""
+    """Return what a call that is to use this backend is nested in, if its CPUs are in use already:
+    processes of multiprocessing, or threads; else ''. joblib's own backends do the same."""
     process = sys.modules.get('multiprocessing.process')
     if process is not None:
         if process.current_process().daemon:
@@ -19597,10 +19764,11 @@ def _above_joblib(backend: Any) -> str:
 
 
 def joblib_backend(parallel: Any) -> Any:
-    """Return the class of the backend, made from what the module joblib.parallel has."""
+    """Return the class of the backend, made from the classes in the module joblib.parallel."""
     class DispyBackend(  # type: ignore[misc, name-defined]
             parallel.AutoBatchingMixin, parallel.ParallelBackendBase):
-        """joblib's calls as jobs; see joblib's documentation of ParallelBackendBase."""
+        """A backend that runs joblib's calls as jobs; see joblib's documentation of
+        ParallelBackendBase."""
         supports_retrieve_callback = supports_timeout = supports_inner_max_num_threads = True
         default_n_jobs = -1
 
@@ -19623,8 +19791,8 @@ def joblib_backend(parallel: Any) -> Any:
             return self._run
 
         def effective_n_jobs(self, n_jobs: Optional[int]) -> int:
-            """How many calls at once n_jobs stands for: negative numbers count from the CPUs of all
-            nodes downwards, -1 is all."""
+            """Return how many calls at once `n_jobs` means: negative numbers count from the CPUs of
+            all nodes downwards, -1 means all."""
             if n_jobs == 0:
                 raise ValueError('n_jobs == 0 in Parallel has no meaning')
             # A job has one CPU
@@ -19647,7 +19815,7 @@ def joblib_backend(parallel: Any) -> Any:
             return n_jobs
 
         def configure(self, n_jobs: int = 1, parallel: Any = None, **options: Any) -> int:
-            """Begin, and wait for a node. Keywords of Parallel come here, too."""
+            """Begin, and wait for a node. Keywords of Parallel arrive here, too."""
             self._options.update(
                 (name, value) for name, value in options.items() if name not in _OF_JOBLIB)
             count = self.effective_n_jobs(n_jobs)
@@ -19671,13 +19839,14 @@ def joblib_backend(parallel: Any) -> Any:
             return out.result()
 
         def terminate(self) -> None:
-            """The end of a call. The cluster is kept for the next one."""
+            """Handle the end of a call. The cluster is kept for the next one."""
             if self._run is not None:
                 self._run.end()
             self.reset_batch_stats()
 
         def abort_everything(self, ensure_ready: bool = True) -> None:
-            """End the calls that are left: one has raised, and they are not wanted any more."""
+            """End the calls that are left: one has raised an exception, so that they are not wanted
+            any more."""
             if self._run is not None:
                 self._run.abort()
     SequentialBackend = parallel.SequentialBackend
@@ -19688,20 +19857,20 @@ def joblib_backend(parallel: Any) -> Any:
 def register_joblib() -> None:
     """Make `with joblib.parallel_config(backend='dispy', nodes=...)` work; keywords are those of
     JobCluster, with scheduler_host those of SharedJobCluster, and initializer, initargs and
-    inner_max_num_threads. Done by itself where joblib is imported, before dispy or after it.
-    Raises ImportError without joblib."""
+    inner_max_num_threads. This is done automatically if joblib is imported, before dispy or after
+    it. Raises ImportError without joblib."""
     import joblib
     offer_to_joblib(joblib_backend)
     assert 'dispy' in joblib.parallel.BACKENDS   # ours
 
 
 class _WhenJoblibComes:
-    """Registers the backend when joblib is imported: the first finder in sys.meta_path, until
+    """Registers the backend when joblib is imported: it is the first finder in sys.meta_path until
     then."""
 
     def find_spec(self, name: str, path: Any = None, target: Any = None) -> Any:
-        """Return the spec of joblib.parallel, found by the other finders; nothing else is found
-        here."""
+        """Return the spec of joblib.parallel, which the other finders have found; nothing else is
+        found here."""
         if name != 'joblib.parallel':
             return None
         sys.meta_path.remove(self)  # type: ignore[arg-type]
@@ -19728,8 +19897,8 @@ else:
 
 @atexit.register
 def _at_exit() -> None:
-    """The program ends with clusters open: end what is left, and say so. After an exception that
-    nobody caught, what runs on nodes goes on to its end."""
+    """End the clusters that are open when the program ends, and log it. After an exception that
+    nobody caught, jobs that run on nodes go on to their end."""
     _wait_for_executors()
     clusters = list(_clusters)
     staying: List[ProgramCluster] = []
@@ -19758,8 +19927,8 @@ def _at_exit() -> None:
 
 
 def _may_stay(core: ProgramCluster) -> bool:
-    """Whether a cluster has something on nodes that can be collected after the end of this
-    program."""
+    """Return whether a cluster has jobs or results on nodes that can be collected after the end of
+    this program."""
     if core.trail is None:
         return False
     if not core.trail.path:
@@ -19774,7 +19943,7 @@ def _may_stay(core: ProgramCluster) -> bool:
 
 
 def _stay_behind(cores: List[ProgramCluster]) -> None:
-    """Let go of nodes without a message, so that they go on, and log what becomes of the jobs."""
+    """Release nodes without a message, so that they go on, and log what becomes of the jobs."""
     until = time.monotonic() + LEAVE_TIME
     owed_lengths = [len(core.book.owed) for core in cores]
     owed = sum(owed_lengths)
@@ -19800,8 +19969,8 @@ def _stay_behind(cores: List[ProgramCluster]) -> None:
 
 
 def _cancel_at_scheduler(core: ProgramCluster, until: float) -> None:
-    """Cancel what waits at the scheduler, which might begin before it is known that nobody waits
-    for it."""
+    """Cancel the jobs that wait at the scheduler, which might begin before the scheduler knows that
+    nobody waits for them."""
     core.cancel_waiting(False)
     while time.monotonic() < until:
         jobs = core.driver.ask(core.jobs_owed)
@@ -19825,7 +19994,7 @@ def _jobs_left(nodes: Dict[Any, int], owed: int) -> str:
 
 
 def _how_to_collect(trails: List[ComputationNotes]) -> str:
-    """Return a text which says what collects the results of jobs that run on, and what ends these
+    """Return a text which says how to collect the results of jobs that run on, and how to end these
     jobs."""
     if all(trail.script for trail in trails):
         calls = ['dispy.recover_jobs()']
@@ -19835,9 +20004,10 @@ def _how_to_collect(trails: List[ComputationNotes]) -> str:
 
 
 def _ended_by_error() -> bool:
-    """Whether an exception that nobody caught ends this program: not Ctrl-C, nor sys.exit. The
-    interpreter notes it in sys.last_value, as prompts, notebooks and test runners do with each
-    that they have caught and shown: that is an older one, and decides nothing."""
+    """Return whether an exception that nobody caught ends this program, other than Ctrl-C or
+    sys.exit. The interpreter stores the exception in sys.last_value, as prompts, notebooks and test
+    runners do with each exception that they have caught and shown: these are older ones, and do not
+    count."""
     last_exc = getattr(sys, 'last_exc', None)
     error = last_exc or getattr(sys, 'last_value', None)
     if error is None:
@@ -20020,7 +20190,7 @@ class ProgramFile(NamedTuple):
 
 
 def is_python_script(path: str) -> bool:
-    """Whether a file is one that Python runs, by its name or its first line."""
+    """Return whether a file is one that Python runs, by its name or its first line."""
     if path.endswith('.py'):
         return True
     with open(path, 'rb') as file:
@@ -20229,7 +20399,7 @@ class Inputs:
 
     @property
     def is_old(self) -> bool:
-        """Whether whole argument lists are given, each split as a shell does."""
+        """Return whether whole argument lists are given, each split as a shell does."""
         return bool(self._own or self._file)
 
     def _records(self, path: str) -> Iterator[str]:
@@ -20311,7 +20481,7 @@ class HaltRule(NamedTuple):
         return '%s,%s=%d%s' % (when, self.why, self.limit, '%' * self.is_percent)
 
     def is_reached(self, done: int, failed: int, total: int) -> bool:
-        """Whether to stop, after so many jobs of all."""
+        """Return whether to stop, after so many jobs of all."""
         success = done - failed
         counts = {'fail': failed, 'success': success, 'done': done}
         counted = counts[self.why]
@@ -20461,7 +20631,7 @@ class Resume:
         self.changed = ''                  # what is to be said of a log that does not fit
 
     def skips(self, number: int, command: str) -> bool:
-        """Whether a job is not run. Notes the first whose command is another now."""
+        """Return whether a job is not run. Notes the first whose command is another now."""
         if number not in self._known:
             return False
         is_well, known = self._known[number]
@@ -21053,12 +21223,13 @@ class Plan:
 
     @property
     def paces(self) -> bool:
-        """Whether no job may wait behind others at a node."""
+        """Return whether no job may wait behind others at a node."""
         return bool(self.args.delay or self.args.halt)
 
     @property
     def counts_first(self) -> bool:
-        """Whether all arguments are read before the first job, to know how many there are."""
+        """Return whether all arguments are read before the first job, to know how many there
+        are."""
         rule = self.args.halt
         if rule is not None and rule.is_percent:
             return True
@@ -21066,7 +21237,7 @@ class Plan:
 
     @property
     def is_resumed(self) -> bool:
-        """Whether what an earlier run has written is added to."""
+        """Return whether what an earlier run has written is added to."""
         return bool(self.args.resume or self.args.resume_failed)
 
     def words(self, values: Values, number: int) -> List[str]:
@@ -22149,7 +22320,7 @@ class Engine:
         return said
 
     def is_nothing(self, done: 'subprocess.CompletedProcess[bytes]') -> bool:
-        """Whether a command that has failed says that there are no jobs."""
+        """Return whether a command that has failed says that there are no jobs."""
         return False
 
 
@@ -22861,7 +23032,7 @@ class Deployment:
         return 0
 
     def _busy(self) -> bool:
-        """Whether a computation is there."""
+        """Return whether a computation is there."""
         root = self._note.get('root', '')
         if not os.path.isdir(root):
             return False
