@@ -627,17 +627,18 @@ class ProgramJob(ScheduledJob):
 class DispyJob(ProgramJob):
     """A job; `submit` makes it. Attributes:
 
-    id - the user's to set; a running number by default
-    status - one of the constants below; result, stdout, stderr - when it has ended (output is `str`
-        for functions,
-        `bytes` for programs); exception - text of the traceback or of what went wrong, else None;
-        error - the exception
-        itself if it could be pickled, else None
-    ip_addr - where it ran, else None; submit_time, start_time, end_time - seconds since the epoch,
-        None before that
-    arguments - of a cluster with a recover_file, and of what `recover_jobs` returns from one: the
-        arguments as text of at
-        most 300 characters, also when they are not there any more; else empty
+    id - the user may set it; a running number by default
+    status - one of the constants below
+    result - what the computation has returned, or a provisional result; None before
+    stdout, stderr - the output of the job, when it has ended: `str` for functions, `bytes` for
+        programs
+    exception - the text of the traceback or of what went wrong, else None
+    error - the exception itself if it could be pickled, else None
+    ip_addr - the address of the node where it ran, else None
+    submit_time, start_time, end_time - in seconds since the epoch, None before that time
+    arguments - for a cluster with a recover_file, and for what `recover_jobs` returns from one: the
+        arguments as a text of at most 300 characters, even if the arguments themselves are not
+        available any more; else empty
     """
     arguments = ''
     __slots__ = ('id', 'status', 'result', 'stdout', 'stderr', '_exception', '_error', 'ip_addr',
@@ -1105,25 +1106,29 @@ def resource_words(node: 'DispyNode') -> List[str]:
 
 
 class DispyNode:
-    """A node as `status()` and cluster_status show it; a copy that does not change. Attributes:
+    """A node in the form that `status()` and cluster_status show; it is a copy that does not
+    change. Attributes:
 
-    ip_addr, port, name - where it is and what it calls itself
-    state - what it is to this cluster: 'ready', 'setting up', 'refused', 'found', 'dialling',
-        'connected', 'lost',
-        'closed', or why it was never reached: 'down' (nothing listens there), 'unreachable' (no
-        answer, or no route),
-        'no such name', 'no name service' or 'refused' (another secret, for example); reason - why
-        it is not used, else ''
-    cpus - how many of it this cluster uses; avail_cpus - how many it offers; busy - jobs of this
-        cluster that run there now, without those that wait there
-    jobs_done, cpu_time - jobs of this cluster that ended there, and the seconds that they ran
-    tx, rx - bytes that this program has sent there and has received from there, all clusters
+    ip_addr, port, name - its address and port, and the name that it has given itself
+    state - its state for this cluster: 'ready', 'setting up', 'refused', 'found', 'dialling',
+        'connected', 'lost' or 'closed'; or why it was never reached: 'down' (nothing listens
+        there), 'unreachable' (no answer, or no route), 'no such name', 'no name service' or
+        'refused' (because of another secret, for example)
+    reason - why it is not used, else ''
+    cpus - the number of its CPUs that this cluster uses
+    avail_cpus - the number of CPUs that it offers
+    busy - the number of jobs of this cluster that run there now, without those that wait there
+    jobs_done, cpu_time - the number of jobs of this cluster that have ended there, and the seconds
+        that they ran
+    tx, rx - the bytes that this program has sent to it and has received from it, for all clusters
         together
-    resources - how many units it offers of what jobs ask for by name, as {'gpu': 2};
-        resources_used - how many of these jobs of this program have there, or of a scheduler
-    update_time - when it was heard last, in seconds since the epoch; 0 for never
-    platform - its operating system and processor; avail_info - DispyNodeAvailInfo of when it was
-        connected; what is not known, as without psutil, is None
+    resources - how many units it offers of the resources that jobs ask for by name, such as {'gpu':
+        2}
+    resources_used - how many of these the jobs of this program use, or all jobs of the scheduler
+    update_time - when it was last heard, in seconds since the epoch; 0 means never
+    platform - its operating system and processor
+    avail_info - the DispyNodeAvailInfo of the time when it was connected; figures that are not
+        known, as without psutil, are None
     """
     # What cluster_status says of a node; no job's status has these numbers.
     Initialized = 4
@@ -5590,18 +5595,19 @@ def _renamed(names: FrozenSet[str], there: str, here: str) -> Iterator[str]:
 
 
 class ModuleSource:
-    """What one source text says of its module: what it imports, and what gives its names their
-    values.
+    """What one source text reveals about its module: what it imports, and what gives its names
+    their values.
 
-    imports: what is imported anywhere in the text, in its order.
-    names: what the top level of the module binds.
-    classes: the same for the bodies of its classes, by qualified name, without those inside of
-        functions.
-    exports: `__all__`, if that is written as a literal.
-    stars: modules from which all is imported at the top level.
-    file_names: what depends on where the file of the module lies: names, those that only functions
-        assign included, 'C.x' for attribute x of class C, 'f()' for what a call of f depends on.
-    error: why the text could not be parsed; then there is nothing else.
+    imports - what is imported anywhere in the text, in its order
+    names - what the top level of the module binds
+    classes - the same for the bodies of its classes, by qualified name, without classes inside of
+        functions
+    exports - `__all__`, if it is written as a literal
+    stars - the modules from which everything is imported at the top level
+    file_names - what depends on the location of the module's file: names, including those that only
+        functions assign, 'C.x' for attribute x of class C, and 'f()' for what a call of f depends
+        on
+    error - why the text could not be parsed; in this case the other attributes are empty
     """
 
     def __init__(self, text: Union[str, bytes], name: str, is_package: bool = False) -> None:
@@ -8438,11 +8444,12 @@ LOCAL = 'local'
 
 
 class NodeAllocate:
-    """An element of `nodes` with a say of its own: subclass it and override `allocate`.
+    """An element of `nodes` that decides itself how a node is used: subclass it and override
+    `allocate`.
 
-    host, port - as in `nodes`; cpus - as there; depends - more files, modules, functions and
-        classes for that node;
-    setup_args - arguments of `setup` and `cleanup` there.
+    host, port, cpus - as in `nodes`
+    depends - further files, modules, functions and classes for that node
+    setup_args - the arguments of `setup` and `cleanup` on that node
     """
 
     def __init__(
@@ -9647,15 +9654,17 @@ class _RecoverableFields(NamedTuple):
 
 class Recoverable(_RecoverableFields, metaclass=Listed):
     """A cluster without `recover_file` whose program has ended before its jobs. `recover_jobs`
-    takes it, or its `path`.
+    accepts it, or its `path`.
 
-    path - of the file that says so; name - of the computation; script - path of the program, empty
-        for a prompt; host, pid - where and with which number it ran; began - when the cluster was
-        made, seconds since the epoch
-    code - the digest of its code; nodes - that may have something of it, as HOST:PORT, with @
-        before a scheduler
-    jobs - how many jobs and results of it they say they have; None if none of them has answered
-    unreached - those that have not answered
+    path - the path of the file that describes the cluster
+    name - the name of the computation
+    script - the path of the program, empty for a prompt
+    host, pid - the host on which it ran, and its process ID there
+    began - when the cluster was made, in seconds since the epoch
+    code - the digest of its code
+    nodes - the nodes that may have jobs or results of it, as HOST:PORT, with @ before a scheduler
+    jobs - how many jobs and results these nodes have reported; None if none of them has answered
+    unreached - the nodes that have not answered
     """
     __slots__ = ()
 
@@ -11353,25 +11362,26 @@ def recover_jobs(recover_file: Any = None, timeout: Optional[float] = None,
                  terminate_pending: bool = False, secret: Union[str, bytes, None] = None,
                  certfile: Optional[str] = None, keyfile: Optional[str] = None,
                  cafile: Optional[str] = None) -> List[DispyJob]:
-    """The jobs of a program that has crashed, or was ended by an exception.
+    """Return the jobs of a program that has crashed, or that an exception has ended.
 
-    recover_file - the file of a cluster (`JobCluster(..., recover_file=...)`); None: the newest
-        file
-        of `fault_recover=True` in the current directory, else what this script has left on nodes
-        when it ran last and ended before its jobs, without such a file; or one of what
-        `recoverable()` lists
-    timeout - seconds for which what runs is waited for; None: without limit
+    recover_file - the file of a cluster (`JobCluster(..., recover_file=...)`), or an element of the
+        list that `recoverable()` returns. None means the newest file of `fault_recover=True` in the
+        current directory; if there is none, the jobs that this script has left on nodes when it was
+        last run without such a file and ended before its jobs
+    timeout - how many seconds to wait for running jobs; None: no limit
+    terminate_pending - True: running jobs are cancelled
 
-    Jobs that have ended are returned with their results, in one call only; those that run on nodes
-    are waited for, and returned as Running if the time was too short; those that were never
+    Jobs that have ended are returned with their results, by one call only. Jobs that run on nodes
+    are waited for, and are returned as Running if the time was too short. Jobs that were never
     started are returned as Created, with `job.args` and `job.kwargs`, and are run by
-    `JobCluster(..., recover_file=recover_file)`. With `terminate_pending` what runs is cancelled.
-    When nothing is left to be recovered, the file is removed. Without a `recover_file` only what
-    was on nodes is known: results, by `job.id`, the running number; what waited in the program is
-    lost with it.
+    `JobCluster(..., recover_file=recover_file)`. When nothing is left to be recovered, the file is
+    removed. Without a `recover_file` only jobs that were on nodes are known: their results, by
+    `job.id`, the running number. Jobs that waited in the program are lost together with the
+    program.
 
-    Raises FileNotFoundError, also (NothingToRecover) if this script has left nothing, naming what
-    others have; DispyError if the file is in use, damaged or none of dispy's; OSError. Any thread.
+    Raises FileNotFoundError; its subclass NothingToRecover if this script has left nothing, which
+    names what other scripts have left; DispyError if the file is in use, damaged or not one of
+    dispy's; OSError. Any thread.
     """
     path = path_option('recover_file', recover_file)
     seconds = _seconds('timeout', timeout)
@@ -15006,13 +15016,13 @@ class Chores:
 
 
 class DriverParts(NamedTuple):
-    """What a driver has to do with sockets, threads and chance. A simulation of the system gives
-    its driver others.
+    """What a driver needs of sockets, threads and random numbers. A simulation of the system gives
+    its driver other parts.
 
     link - the class of a connection that nodes and clients have authenticated
     attempt - the class of an attempt to connect
     pool - the class of a group of threads
-    event - makes what threads of the user wait for
+    event - makes the events for which threads of the user wait
     new_comp - makes the name of a computation
     """
     link: Type[Link] = Link
@@ -15690,16 +15700,17 @@ TAKEN_AS_GIVEN = (
 
 @dataclasses.dataclass(frozen=True)
 class ClusterOptions:
-    """The parameters of a cluster after they were checked. Attributes that are not named here are
-    the parameters of these names, see JobCluster.
+    """The parameters of a cluster after they were checked. Attributes that are not listed here are
+    the parameters with these names, see JobCluster.
 
     specs - the nodes that `nodes` means
-    probes - a node is started on this machine if none answers
-    hosts - the addresses and ports of `host`; hosts_may_fail: that one is taken is no error
+    probes - whether a node is started on this machine if none answers
+    hosts - the addresses and ports of `host`
+    hosts_may_fail - whether a port of these that is in use is not an error
     jobs_per_worker - `max_jobs_per_worker`
     loglevel - the level as a number
     recover_file - its path, or None
-    keeps_trail - without a recover_file, another process can find what is left on nodes
+    keeps_trail - whether another process can find, without a recover_file, what is left on nodes
     """
     port: int
     specs: List[NodeSpec]
@@ -17602,100 +17613,92 @@ class OldCluster:
 # --------------------------------------------------------------------------------------------------
 
 class JobCluster(OldCluster):
-    """Nodes that run one computation for this program.
+    """A group of nodes that run one computation for this program.
 
     Parameters; times are in seconds:
-    computation - a function (any callable), or the path of a program; the program is copied to the
-        nodes and run with
-        the job's arguments as its command line, its exit status is the job's result
-    nodes - None: all that answer on the local network, and, if none does within 1 s, one started
-        here for this program;
-        'local': that at once; or a list of 'host', ('host', port), ('host', port, cpus), {'host':,
-        'port':, 'cpus':}, DispyNode,
-        NodeAllocate; an empty list is None; host: a name, an address, or either with * for any
-        characters; cpus > 0 is an upper limit, cpus < 0 leaves
-        so many free
-    depends - list of what cannot be found through the computation: paths of files and directories
-        (they land in the
-        jobs' working directory), modules and packages, functions and classes
-    job_status - function, called with a job for each provisional result and when it has ended, in a
-        thread of its
-        own, for one job after the other; while it takes longer than 0.1 s for one, it is also
-        called for others, in
-        other threads (old name: callback)
-    cluster_status - function, called as (status, node, job) at every change, in order:
-        DispyNode.Initialized,
-        AvailInfo or Closed with a node, also Closed at the end of the cluster; a job's status with
-        the job,
-        beginning with Created (and the node, when it is sent there and when its result comes)
+    computation - a function (any callable), or the path of a program. A program is copied to the
+        nodes and run with the job's arguments as its command line; its exit status is the job's
+        result
+    nodes - None: all nodes that answer on the local network and, if none answers within 1 s, one
+        that is started here for this program; 'local': only the latter, at once; or a list of
+        'host', ('host', port), ('host', port, cpus), {'host':, 'port':, 'cpus':}, DispyNode,
+        NodeAllocate. An empty list means None. A host is a name, an address, or either with * for
+        any characters; cpus > 0 is an upper limit, cpus < 0 leaves so many free
+    depends - a list of what cannot be found through the computation: paths of files and directories
+        (which are put into the jobs' working directory), modules and packages, functions and
+        classes
+    job_status - a function that is called with a job for each provisional result and when the job
+        has ended (old name: callback). It is called in a thread of its own, for one job after the
+        other; while a call takes longer than 0.1 s, it is also called for others, in other threads
+    cluster_status - a function that is called as (status, node, job) at every change, in order:
+        DispyNode.Initialized, AvailInfo or Closed with a node, with Closed also at the end of the
+        cluster; a job's status with the job, beginning with Created (and with the node when the job
+        is sent there and when its result comes)
     host - also listen for nodes that connect by themselves (`dispynode --scheduler-host`), at this
-        address of this host ('': all)
-        or 'address:port' (default port: 9702), or a list of those; None: this program needs no open
-        port (old name: ip_addr)
-    dispy_port - port of nodes for which none is given, TCP and UDP (default 9701)
+        address of this host ('': all addresses) or 'address:port' (default port: 9702), or a list
+        of these; None: this program needs no open port (old name: ip_addr)
+    dispy_port - the port of nodes for which none is given, TCP and UDP (default 9701)
     node_port - an old name of dispy_port
     ext_host, ext_ip_addr, poll_interval, port, client_port - accepted for old scripts; they have no
-        meaning any more
+        effect any more
     ipv4_udp_multicast - True: look for nodes by IPv4 multicast too
-    dest_path - a fixed directory on the nodes for the files, below the node's own; what is there
-        already and has not
-        changed is not sent again. None: a new one
-    loglevel - level of dispy.logger, as in `logging`: messages are shown from this level up. INFO
-        leaves a level that the program itself has set; DEBUG shows each event and decision
-    setup, cleanup - functions run once a node, before the first and after the last job, in the
-        directory of the files;
-        they share the computation's global variables. A setup that raises or returns other than
-        None or 0 refuses the
-        node. cleanup=True removes the files afterwards, False leaves them, a function runs first
-        and then they are removed
+    dest_path - a fixed directory for the files on the nodes, below the node's own directory; files
+        that are there already and have not changed are not sent again. None: a new directory
+    loglevel - the level of dispy.logger, as in `logging`: messages are shown from this level up.
+        INFO leaves a level unchanged that the program itself has set; DEBUG shows each event and
+        decision
+    setup, cleanup - functions that are run once on each node, before the first and after the last
+        job, in the directory of the files; they share the computation's global variables. If setup
+        raises an exception or returns a value other than None or 0, the node is refused.
+        cleanup=True removes the files afterwards, False leaves them; a function is run first, and
+        then the files are removed
     ping_interval - the longest time between attempts to reach a node (0.1 to 3600, default 30)
-    pulse_interval - time between signs of life (0.1 to 1000, default 2); a node that is silent for
-        five is lost
+    pulse_interval - the time between heartbeats (0.1 to 1000, default 2); a node that is silent for
+        five of them is lost
     reentrant - True: jobs on a lost node are run again elsewhere; False: they end as Abandoned
-    secret, certfile, keyfile, cafile - the secret as str or bytes, paths of files in PEM format;
-        see "Security" in the README
-    recover_file - path of a file, made if there is none, in which jobs are written down so that
-        they outlive this program; see
-        `recover_jobs`. With the file of a program that has crashed its jobs are carried on with:
-        they are in `recovered`, those
-        that had ended with their results. A clean end removes it (old name: fault_recover). None: a
-        small file in the user's state
-        directory, with which what runs on nodes can be collected or ended if this program is killed
-        or ends by an
-        exception; False: not even that
-    max_jobs_per_worker - a worker process is replaced after so many jobs; None: kept
-    on_output - function, called as (job, 'stdout' or 'stderr', text) within a second of its being
-        printed; by the job's
-        end it has had all that is kept. `text` is str for functions, bytes for programs
-    forward_logs - True: `logging` records of jobs, from `loglevel` up, reach dispy.logger with the
-        job's id
+    secret, certfile, keyfile, cafile - the secret as str or bytes, and paths of files in PEM
+        format; see "Security" in the README
+    recover_file - the path of a file, which is created if it does not exist, in which jobs are
+        recorded so that they outlive this program; see `recover_jobs`. With the file of a program
+        that has crashed, the cluster continues with its jobs: they are in `recovered`, those that
+        had ended with their results. A clean end removes the file (old name: fault_recover). None:
+        a small file in the user's state directory, with which running jobs on nodes can be
+        collected or ended if this program is killed or ends by an exception; False: no file at all
+    max_jobs_per_worker - a worker process is replaced after this number of jobs; None: it is kept
+    on_output - a function that is called as (job, 'stdout' or 'stderr', text) within a second after
+        the text was printed; when the job ends, it has got all output that is kept. `text` is str
+        for functions, bytes for programs
+    forward_logs - True: `logging` records of jobs, from `loglevel` up, are sent to dispy.logger
+        with the job's id
     start_method - how a node starts worker processes. 'fork': after it has loaded the computation
-        and run `setup` once; 'spawn': anew, and each loads the computation by itself, runs `setup`
-        and, when it ends in good order, `cleanup`. None: as the node does by default, which is
-        fork on Linux and spawn elsewhere. A node that cannot is refused
-    resources - what each job needs of its node beside CPUs, as {'gpu': 1}: whole numbers of what
-        nodes offer by these names (`dispynode --resource`). A job that asks for 'gpu' sees its own
-        devices in CUDA_VISIBLE_DEVICES
-    python - which Python of a node runs the computation: a name that it knows by `dispynode
-        --python NAME=PATH`, or a version as '3.12'. A node that has none is refused. None: that
-        which runs the node
-    job_dir - True: each job has a directory of its own, with the files of `depends` linked in,
-        which is removed when it has ended
-    returns - of programs: names of files that a job makes in its directory, with * and ? for any
-        characters, ** for any directories and {id} for the job's id. They are below the program's
-        directory, or below `dest`, when the job has ended. Implies job_dir
-    dest - where these come, as 'results/{id}'; a relative path is below the program's directory
+        and run `setup` once; 'spawn': as new processes, each of which loads the computation itself,
+        runs `setup` and, when it ends in good order, `cleanup`. None: the node's default, which is
+        fork on Linux and spawn elsewhere. A node that does not support the method is refused
+    resources - what each job needs of its node besides CPUs, such as {'gpu': 1}: whole numbers of
+        units that nodes offer by these names (`dispynode --resource`). A job that asks for 'gpu'
+        sees its own devices in CUDA_VISIBLE_DEVICES
+    python - which Python of a node runs the computation: a name that the node has by `dispynode
+        --python NAME=PATH`, or a version such as '3.12'. A node that has none is refused. None: the
+        Python that runs the node
+    job_dir - True: each job has a directory of its own, with links to the files of `depends`, which
+        is removed when the job has ended
+    returns - for programs: names of files that a job makes in its directory, with * and ? for any
+        characters, ** for any directories and {id} for the job's id. When the job has ended, they
+        are below the program's directory, or below `dest`. This implies job_dir
+    dest - the directory for these files, such as 'results/{id}'; a relative path is below the
+        program's directory
     speculate - True, with reentrant=True: at the end of a run, when no job waits, jobs that have
-        run for twice the median of at least ten that have ended are started a second time, on an
-        idle CPU of another node. What finishes first counts, and the other is cancelled
+        run for twice the median of at least ten jobs that have ended are started a second time, on
+        an idle CPU of another node. The attempt that finishes first counts, and the other one is
+        cancelled
 
     A node with another minor version of Python gets functions as source: what they use in their
-    files may be imports, other functions and classes at the top level, and plain constants. Where
-    that is not enough it is refused, and the reason says why.
+    files may be imports, other functions and classes at the top level, and plain constants. If that
+    is not sufficient, the node is refused, and the reason says why.
 
     Raises TypeError, ValueError (naming parameter, value and what is allowed), SecretError,
-    FileNotFoundError, or what pickling the computation raises. It starts nothing then. A context
-    manager: see `close`, which it calls at the end.
+    FileNotFoundError, or what pickling the computation raises; in this case nothing was started. A
+    cluster is a context manager, which calls `close` at the end.
     """
 
     _is_shared = False    # its nodes are a scheduler's
@@ -17772,21 +17775,23 @@ class JobCluster(OldCluster):
     def submit(self, /, *args: Any, **kwargs: Any) -> DispyJob:
         """Run the computation once, with these arguments. Returns the job. Any thread.
 
-        Keywords that are not passed on:
-        dispy_timeout - seconds of running after which it is ended
-        dispy_priority - int, higher goes first (default 0); then the order of submission
-        dispy_cpus - CPUs that it takes on its node (default 1)
-        dispy_memory - bytes that its process and those it starts may use together; with more they
-            are killed (default: no limit). So much of the node's memory is kept for it
-        dispy_resources - what it needs beside CPUs, as {'gpu': 1}, instead of the cluster's
-            `resources`; {}: nothing
-        dispy_retries - so often it is tried again if its worker or node is lost, also if the
-            cluster is not reentrant;
-            then it is Abandoned
-        dispy_retry_on - classes of exceptions, or True for any failure, exit statuses of programs
-            included: it is tried again, so often in all, after such a failure of its own too
-        dispy_retry_delay - seconds before that, doubled each time (default 0)
-        dispy_job_depends - list of paths of files, functions and classes for this job alone
+        Keywords that are not passed on to the computation:
+        dispy_timeout - after how many seconds of running the job is ended
+        dispy_priority - an int: jobs with higher priority go first (default 0), then those
+            submitted earlier
+        dispy_cpus - how many CPUs of its node the job uses (default 1)
+        dispy_memory - how many bytes its process and the processes that it starts may use together;
+            if they use more, they are killed (default: no limit). This amount of the node's memory
+            is reserved for the job
+        dispy_resources - what the job needs besides CPUs, such as {'gpu': 1}, instead of the
+            cluster's `resources`; {} means nothing
+        dispy_retries - how often the job is tried again if its worker or node is lost, even if the
+            cluster is not reentrant; after that it is Abandoned
+        dispy_retry_on - classes of exceptions, or True for any failure, including exit statuses of
+            programs: after such a failure of its own the job is tried again as well, up to the same
+            total number
+        dispy_retry_delay - how many seconds to wait before that, doubled each time (default 0)
+        dispy_job_depends - a list of paths of files, functions and classes for this job alone
 
         Raises RuntimeError on a closed cluster; TypeError, ValueError or FileNotFoundError for bad
         keywords; ValueError for arguments of more than 4 GiB (with a recover_file: 900 MiB); and
@@ -18486,12 +18491,12 @@ class SharedProgramCluster(ProgramCluster):
 
 
 class SharedJobCluster(JobCluster):
-    """As JobCluster, with nodes that a dispyscheduler shares between several programs.
+    """A JobCluster whose nodes a dispyscheduler shares between several programs.
 
     Parameters, in addition to those of JobCluster:
-    nodes - which of the scheduler's nodes may be used; None: all; those named here that it does not
-        know yet it looks for
-    scheduler_host - host name or address where dispyscheduler runs, as HOST or HOST:PORT; None:
+    nodes - which of the scheduler's nodes may be used; None: all. The scheduler looks for nodes
+        that are named here and that it does not know yet
+    scheduler_host - the host name or address where dispyscheduler runs, as HOST or HOST:PORT; None:
         this machine (old name: scheduler_node)
     scheduler_port - its TCP port (default 9702)
     exclusive - True: no other cluster uses these nodes at the same time
@@ -19144,25 +19149,25 @@ def _close_later(clusters: Sequence[JobCluster]) -> None:
 
 
 class DispyExecutor(concurrent.futures.Executor):
-    """A concurrent.futures.Executor whose calls run on the nodes of a cluster: any function a call,
-    exceptions as they were raised with the node's traceback as their cause. `cluster` is the
-    cluster.
+    """A concurrent.futures.Executor whose calls run on the nodes of a cluster: each call may name
+    another function, and exceptions are raised as on the node, with the node's traceback as their
+    cause. The attribute `cluster` is the cluster.
 
     Parameters:
-    max_workers - CPUs that calls use at once, over all nodes (default: all that these have). A node
-        that this program has started itself runs so many calls at once even if the machine has
-        fewer CPUs
-    nodes - as of JobCluster, whose other parameters but `computation` and `job_status` may be given
-        as well
-    initializer, initargs - a function and its arguments: each worker process calls it before its
-        first call. A node where it fails is not used; if there is no other, all futures and
-        `submit` raise BrokenExecutor
-    max_tasks_per_child - a worker process is replaced after so many calls (default: never)
+    max_workers - how many CPUs calls use at once, over all nodes (default: all that these have). A
+        node that this program has started itself runs this number of calls at once even if the
+        machine has fewer CPUs
+    nodes - as in JobCluster, whose other parameters except `computation` and `job_status` are also
+        accepted
+    initializer, initargs - a function and its arguments: each worker process calls the function
+        before its first call. A node where it fails is not used; if there is no other node, all
+        futures and `submit` raise BrokenExecutor
+    max_tasks_per_child - a worker process is replaced after this number of calls (default: never)
     mp_context - a context of `multiprocessing`, or the name of a start method: see `start_method`
-        of JobCluster. Any but fork and spawn is taken for spawn, and is named in the log, once
+        of JobCluster. Methods other than fork and spawn are treated as spawn, and are logged once
 
-    A worker process that is killed ends its call with WorkerLost, which is a BrokenExecutor; the
-    executor itself goes on. When the program ends, it waits for calls that have not ended; Ctrl-C
+    If a worker process is killed, its call ends with WorkerLost, which is a BrokenExecutor; the
+    executor itself goes on. At its end, the program waits for calls that have not ended; Ctrl-C
     ends that wait. Raises what JobCluster raises.
     """
     _cluster_class: Callable[..., JobCluster] = JobCluster
