@@ -20050,7 +20050,7 @@ EXTENSION = LazyPattern(r'\.[^/.]+\Z')
 
 
 def without_extension(path: str) -> str:
-    """What {.} stands for: a path without the extension of its last part."""
+    """Return what {.} stands for: a path without the extension of its last part."""
     return EXTENSION.sub('', path)
 
 
@@ -20088,14 +20088,14 @@ class Replacement(NamedTuple):
 
     @classmethod
     def parse(cls, match: Any) -> 'Replacement':
-        """Of a match of REPLACEMENT."""
+        """Return the replacement string for a match of REPLACEMENT."""
         number, which, form = match.groups()
         is_number = number is not None
         index = int(which or 0)
         return cls(is_number, index, FORMS[form or ''])
 
     def texts(self, values: Sequence[str], number: int) -> List[str]:
-        """What it stands for. A value that is not there is empty."""
+        """Return the texts for which it stands. A missing value is an empty text."""
         if self.is_number:
             return [str(number)]
         if self.which == 0:
@@ -20109,9 +20109,9 @@ class Replacement(NamedTuple):
 
 
 class Template:
-    """A text with replacement strings, such as {} or {1.}. `quotes`: what they stand for is quoted
-    for a shell, except at the beginning of the text, where it is the name of a program or a whole
-    command line, as with GNU parallel."""
+    """A text with replacement strings, such as {} or {1.}. `quotes` says that the texts for which
+    they stand are quoted for a shell, except at the beginning of the template, which is the name of
+    a program or a whole command line, as with GNU parallel."""
 
     def __init__(self, text: str, quotes: bool = False) -> None:
         self.text = text
@@ -20129,7 +20129,7 @@ class Template:
         self.replaces = any(isinstance(piece, Replacement) for piece in self._pieces)
 
     def expand(self, values: Sequence[str], number: int) -> str:
-        """The text for a job."""
+        """Return the text for a job."""
         if not self.replaces:
             return self.text
         return ''.join(self._texts(values, number))
@@ -20145,8 +20145,8 @@ class Template:
             yield ' '.join(texts)
 
     def words(self, values: Sequence[str], number: int) -> List[str]:
-        """The words of a command for which this stands: one, or, where it is a lone {}, as many as
-        there are values."""
+        """Return the words of a command for which this template stands: one or, if it is only {},
+        as many as there are values."""
         first, *others = self._pieces or ['']
         if isinstance(first, Replacement) and not others:
             return first.texts(values, number)
@@ -20154,8 +20154,8 @@ class Template:
 
 
 def _in_path(name: str) -> Optional[str]:
-    """What PATH has by this name. Windows looks into the working directory before, which nodes do
-    not have."""
+    """Return the file that PATH has by this name. Windows looks into the working directory first,
+    which nodes do not have."""
     found = shutil.which(name)
     if found is None or os.name != 'nt':
         return found
@@ -20165,18 +20165,18 @@ def _in_path(name: str) -> Optional[str]:
 
 
 class ProgramFile(NamedTuple):
-    """Where the program of a command comes from."""
+    """Where the program of a command is found."""
     word: str                   # what a node runs
     path: Optional[str] = None  # the file that travels; None: the nodes have the program
     by_python: bool = False     # a node's Python runs the file
 
     @classmethod
     def find(cls, word: str) -> 'ProgramFile':
-        """Of the first word of a command. Looks at files. Raises FileNotFoundError, and ValueError
-        for a file that cannot be run.
+        """Find the first word of a command. This examines files. Raises FileNotFoundError, and
+        ValueError for a file that cannot be run.
 
-        A path travels, unless it is what PATH finds for its name; so does a file in the working
-        directory that PATH does not find.
+        A path is sent to the nodes, unless PATH finds it by its name; a file in the working
+        directory that PATH does not find is sent, too.
         """
         name = os.path.basename(word)
         installed = _in_path(name)
@@ -20195,7 +20195,7 @@ class ProgramFile(NamedTuple):
 
 
 def is_python_script(path: str) -> bool:
-    """Return whether a file is one that Python runs, by its name or its first line."""
+    """Return whether Python runs a file, by its name or its first line."""
     if path.endswith('.py'):
         return True
     with open(path, 'rb') as file:
@@ -20211,8 +20211,8 @@ FIRST_WORD = LazyPattern(r'\s*([\w./+@%:,-]+)(?=\s|\Z)')
 
 
 class Command:
-    """What is run for each input: words, of which the first is a program, or one line for `sh`.
-    `travels`: a program that is not installed goes to the nodes."""
+    """The command for each input: words, of which the first is a program, or one line for `sh`.
+    `travels`: a program that is not installed is sent to the nodes."""
 
     def __init__(self, words: Sequence[str], travels: bool = True) -> None:
         self.is_given = bool(words)
@@ -20251,7 +20251,8 @@ class Command:
         texts[0] = self.program.word
 
     def _find_program_of_line(self, texts: List[str]) -> None:
-        """A line may begin with anything; what is no program here is left to the shell there."""
+        """Find the program of a line, which may begin with anything; if its first word is not a
+        program here, the shell of the node handles it."""
         match = FIRST_WORD.match(texts[0])
         if match is None:
             return
@@ -20268,7 +20269,7 @@ class Command:
         return self.program.word
 
     def words(self, values: Sequence[str], number: int) -> List[str]:
-        """What a node runs, as CommandLines takes it."""
+        """Return the words that a node runs, as CommandLines takes them."""
         if self.is_line:
             expand = self._templates[0].expand(values, number)
             return ['sh', '-c', expand]
@@ -20284,14 +20285,14 @@ class Command:
         return words
 
     def text(self, values: Sequence[str], number: int) -> str:
-        """The command of a job as people read it, and as a shell would take it."""
+        """Return the command of a job for people, in a form that a shell accepts."""
         if self.is_line:
             return self._templates[0].expand(values, number)
         return ' '.join(map(shlex.quote, self._words(values, number)))
 
     @property
     def name(self) -> str:
-        """Of the computation, for people."""
+        """Return the name of the computation, for people."""
         words = self._templates[0].text.split(None, 1)
         if not words:
             return 'commands'
@@ -20306,7 +20307,7 @@ RECORDS_READ = 1 << 16      # bytes read at once
 
 
 def records(read: Callable[[int], bytes], delimiter: bytes) -> Iterator[str]:
-    """Records that are ended by a delimiter, each as soon as it has come, and as it is."""
+    """Yield records that a delimiter ends, each as soon as it has come, and unchanged."""
     rest = b''
     while True:
         data = read(RECORDS_READ)
@@ -20319,8 +20320,9 @@ def records(read: Callable[[int], bytes], delimiter: bytes) -> Iterator[str]:
 
 
 def records_of(path: str, delimiter: bytes) -> Iterator[str]:
-    """Records of a file, or of standard input ('-'), which is read without Python's buffer: a
-    thread that waits in it holds a lock without which the interpreter cannot end."""
+    """Yield the records of a file, or of standard input ('-'). Standard input is read without
+    Python's buffer: a thread that waits in it holds a lock without which the interpreter cannot
+    end."""
     if path == '-':
         yield from records(functools.partial(os.read, 0), delimiter)
         return
@@ -20329,7 +20331,7 @@ def records_of(path: str, delimiter: bytes) -> Iterator[str]:
 
 
 def split_as_shell(line: str) -> Union[Values, ValueError]:
-    """The words of a line of --args-file; what is wrong with one that cannot be split."""
+    """Return the words of a line of --args-file, or the error for a line that cannot be split."""
     try:
         return tuple(shlex.split(line))
     except ValueError as exc:
@@ -20337,13 +20339,13 @@ def split_as_shell(line: str) -> Union[Values, ValueError]:
 
 
 def linked(sources: Sequence[Iterable[str]]) -> Iterator[Values]:
-    """One value of each source, as long as all have one."""
+    """Yield one value of each source, as long as all of them have one."""
     return zip(*sources)
 
 
 def combinations(groups: Sequence[Sequence[Iterable[str]]]) -> Iterator[Values]:
-    """Each combination of the values of groups; the sources of a group are linked. The first group
-    is read as it comes."""
+    """Yield each combination of the values of groups; the sources of a group are linked. The first
+    group is read as it comes."""
     first, *others = groups
     rest = []
     for group in others:
@@ -20354,7 +20356,7 @@ def combinations(groups: Sequence[Sequence[Iterable[str]]]) -> Iterator[Values]:
 
 
 def in_columns(values: Values, separator: Any) -> Values:
-    """The columns of all values, without the space around them."""
+    """Return the columns of all values, without the space around them."""
     columns: List[str] = []
     for value in values:
         columns += separator.split(value)
@@ -20365,7 +20367,7 @@ SOURCE_MARKS = (':::', '::::', ':::+', '::::+')
 
 
 def split_sources(words: Sequence[str]) -> Tuple[List[str], List[Tuple[str, List[str]]]]:
-    """The words of a command, and what follows each of the marks behind it."""
+    """Return the words of a command, and the words after each of the marks that follow it."""
     command: List[str] = []
     groups: List[Tuple[str, List[str]]] = []
     here = command
@@ -20379,8 +20381,8 @@ def split_sources(words: Sequence[str]) -> Tuple[List[str], List[Tuple[str, List
 
 
 class Inputs:
-    """The arguments of the jobs, read as they are wanted. Iterating yields, for each job, its
-    values, or a ValueError for a line that has none."""
+    """The arguments of the jobs, which are read as they are wanted. Iterating yields, for each job,
+    its values, or a ValueError for a line that has none."""
 
     def __init__(self, args: argparse.Namespace, marked: Sequence[Tuple[str, List[str]]]) -> None:
         self._own = list(map(split_as_shell, args.args))
@@ -20404,7 +20406,7 @@ class Inputs:
 
     @property
     def is_old(self) -> bool:
-        """Return whether whole argument lists are given, each split as a shell does."""
+        """Return whether complete argument lists are given, each split as a shell does."""
         return bool(self._own or self._file)
 
     def _records(self, path: str) -> Iterator[str]:
@@ -20413,13 +20415,14 @@ class Inputs:
 
     @staticmethod
     def _check(path: str) -> None:
-        """One that cannot be read is told before anything runs. A pipe can be opened only once."""
+        """Raise the error of a file that cannot be read before anything runs. A pipe can be opened
+        only once."""
         is_pipe = os.path.exists(path) and not os.path.isfile(path)
         if path != '-' and not is_pipe:
             open(path, 'rb').close()
 
     def _add(self, mark: str, words: List[str]) -> None:
-        """What follows a mark: values, or files of values."""
+        """Add what follows a mark: values, or files of values."""
         if mark.startswith('::::'):
             sources = list(map(self._records, words))
         else:
@@ -20459,7 +20462,7 @@ OLD_HALTS = {'0': 'never', '1': 'soon,fail=1', '2': 'now,fail=1', '-1': 'soon,su
 
 
 class HaltRule(NamedTuple):
-    """When no more jobs are started."""
+    """The rule for when no more jobs are started."""
     is_now: bool        # those that run are cancelled
     why: str            # what is counted: 'fail', 'success' or 'done'
     limit: int
@@ -20467,7 +20470,7 @@ class HaltRule(NamedTuple):
 
     @classmethod
     def parse(cls, text: str) -> Optional['HaltRule']:
-        """A rule as GNU parallel has it; None for 'never'. Raises ArgumentTypeError."""
+        """Return a rule in the form of GNU parallel; None for 'never'. Raises ArgumentTypeError."""
         text = OLD_HALTS.get(text, text)
         if text == 'never':
             return None
@@ -20486,7 +20489,7 @@ class HaltRule(NamedTuple):
         return '%s,%s=%d%s' % (when, self.why, self.limit, '%' * self.is_percent)
 
     def is_reached(self, done: int, failed: int, total: int) -> bool:
-        """Return whether to stop, after so many jobs of all."""
+        """Return whether to stop, after so many of all jobs."""
         success = done - failed
         counts = {'fail': failed, 'success': success, 'done': done}
         counted = counts[self.why]
@@ -20495,7 +20498,8 @@ class HaltRule(NamedTuple):
         return counted >= self.limit
 
     def exit_status(self, last: int, failed: int, total: int) -> int:
-        """When it has been reached; `last`: exit status of the job that did that."""
+        """Return the exit status when the rule has applied; `last` is the exit status of the job
+        that caused this."""
         if self.why == 'success':
             return 0
         if self.is_percent:
@@ -20513,7 +20517,7 @@ NO_STATUS = -1           # in the log: the job has no exit status
 
 
 class Ended(NamedTuple):
-    """A job that has ended, as the shell speaks of it."""
+    """A job that has ended, in the terms of the shell."""
     number: int
     values: Values
     command: str
@@ -20530,18 +20534,18 @@ class Ended(NamedTuple):
 
     @property
     def shell_status(self) -> int:
-        """What a shell would call its exit status."""
+        """Return the exit status that a shell would report."""
         if self.signal:
             return 128 + self.signal
         return self.status & 255
 
     @property
     def tag(self) -> str:
-        """Its arguments in one text."""
+        """Return its arguments in one text."""
         return ' '.join(self.values)
 
     def message(self) -> str:
-        """A line on its failure."""
+        """Return a line about its failure."""
         if self.values:
             about = ' (%s)' % shown(self.tag)
         else:
@@ -20554,7 +20558,7 @@ class Ended(NamedTuple):
 
 
 def shown(text: str) -> str:
-    """Arguments in a message: one line, not too long for it."""
+    """Return arguments for a message: in one line, shortened if necessary."""
     text = ' '.join(text.split())
     if len(text) > 100:
         return text[:97] + '...'
@@ -20562,8 +20566,8 @@ def shown(text: str) -> str:
 
 
 def open_table(path: str, appends: bool, columns: Sequence[str]) -> Any:
-    """A file of lines with columns, of which each is written as soon as it is there; new, or one
-    that is added to."""
+    """Open a file of lines with columns, in which each line is written as soon as it is complete;
+    it is a new file, or one to which lines are added."""
     if appends:
         mode = 'a'
     else:
@@ -20575,7 +20579,7 @@ def open_table(path: str, appends: bool, columns: Sequence[str]) -> Any:
 
 
 def write_row(file: Any, columns: Iterable[Any]) -> None:
-    """Add a line to a table. What is empty is a dash."""
+    """Add a line to a table. An empty value is written as a dash."""
     words = []
     for column in columns:
         word = JobLog.one_line(str(column)) or '-'
@@ -20584,8 +20588,8 @@ def write_row(file: Any, columns: Iterable[Any]) -> None:
 
 
 class JobLog:
-    """--joblog: a line for each job that has ended, in GNU parallel's columns, and the node's name
-    behind them. Appends to a file, or writes a new one."""
+    """--joblog: a table with a line for each job that has ended, in GNU parallel's columns,
+    followed by the node's name. Lines are appended to a file, or a new file is written."""
     COLUMNS = ('Seq', 'Host', 'Starttime', 'JobRuntime', 'Send', 'Receive', 'Exitval', 'Signal',
                'Command', 'Node')
     ROW = LazyPattern(r'(\d+)\t(?:[^\t]*\t){5}(-?\d+)\t(\d+)\t([^\t\n]*)')
@@ -20604,18 +20608,18 @@ class JobLog:
         write_row(self._file, columns)
 
     def close(self) -> None:
-        """All is in the file."""
+        """Close the file."""
         self._file.close()
 
     @staticmethod
     def one_line(command: str) -> str:
-        """A command without what separates columns and lines."""
+        """Return a command without characters that separate columns and lines."""
         return re.sub(r'[\t\r\n]', ' ', command)
 
     @classmethod
     def read(cls, path: str) -> Dict[int, Tuple[bool, str]]:
-        """Number -> whether the job has gone well, and its command; of the last line on each job.
-        Reads the file; one that is not there is empty."""
+        """Return number -> (whether the job has succeeded, its command), from the last line about
+        each job. This reads the file; a missing file is empty."""
         found: Dict[int, Tuple[bool, str]] = {}
         with contextlib.suppress(FileNotFoundError):
             with open(path, encoding='utf-8', errors='surrogateescape') as file:
@@ -20627,7 +20631,7 @@ class JobLog:
 
 
 class Resume:
-    """Which jobs an earlier run has done, by its log."""
+    """Which jobs an earlier run has done, according to its log."""
 
     def __init__(self, path: str, again: bool) -> None:
         self._path = path
@@ -20636,7 +20640,7 @@ class Resume:
         self.changed = ''                  # what is to be said of a log that does not fit
 
     def skips(self, number: int, command: str) -> bool:
-        """Return whether a job is not run. Notes the first whose command is another now."""
+        """Return whether a job is not run. Notes the first job whose command differs now."""
         if number not in self._known:
             return False
         is_well, known = self._known[number]
@@ -20651,7 +20655,7 @@ class Resume:
 
 
 def write_file(path: str, data: bytes) -> None:
-    """A file with this content."""
+    """Write a file with this content."""
     with open(path, 'wb') as file:
         file.write(data)
 
@@ -20661,7 +20665,7 @@ NAME_LONGEST = 200        # bytes of a file's name; file systems take 255
 
 
 def as_file_name(value: str) -> str:
-    """An argument as the name of a directory, as GNU parallel writes it."""
+    """Return an argument as the name of a directory, in the way of GNU parallel."""
     signs = []
     for sign in value:
         signs.append(ESCAPES.get(sign, sign))
@@ -20678,7 +20682,7 @@ def as_file_name(value: str) -> str:
 
 
 def results_path(values: Values) -> str:
-    """Below --results, the directory for a job with these arguments."""
+    """Return the directory for a job with these arguments below that of --results."""
     parts: List[str] = []
     for number, value in enumerate(values, 1):
         parts += [str(number), as_file_name(value)]
@@ -20686,7 +20690,8 @@ def results_path(values: Values) -> str:
 
 
 class ResultFiles:
-    """--results: the output of each job in a directory by its arguments, and a table."""
+    """--results: the output of each job in a directory that is named by its arguments, and a
+    table."""
     TABLE = 'jobs.tsv'
     COLUMNS = ('Seq', 'Arguments', 'Node', 'Status', 'Directory')
 
@@ -20713,7 +20718,7 @@ class ResultFiles:
         write_row(self._table, columns)
 
     def _free_name(self, ended: Ended) -> str:
-        """Jobs with the same arguments have a directory each."""
+        """Return an unused name, because jobs with the same arguments have a directory each."""
         name = results_path(ended.values)
         if not name or name in self._used:
             name = '%s~%d' % (name, ended.number)
@@ -20721,12 +20726,12 @@ class ResultFiles:
         return name
 
     def close(self) -> None:
-        """All is in the files."""
+        """Close the table."""
         self._table.close()
 
 
 class NumberedFiles:
-    """--output: the output of each job in two files by its number."""
+    """--output: the output of each job in two files that are named by its number."""
 
     def __init__(self, directory: str) -> None:
         self._directory = directory
@@ -20740,32 +20745,32 @@ class NumberedFiles:
         write_file(path + '.err', ended.stderr)
 
     def close(self) -> None:
-        """Each file has been closed."""
+        """Do nothing, because each file has been closed."""
 
 
 LINES = LazyPattern(rb'[^\n]*\n|[^\n]+')
 
 
 def tagged(data: bytes, tag: str) -> bytes:
-    """Lines with the arguments of their job before each."""
+    """Return lines with the arguments of their job before each."""
     prefix = os.fsencode(tag) + b'\t'
     lines = LINES.findall(data)
     return b''.join(prefix + line for line in lines)
 
 
 class ShownOutput:
-    """--line-buffer: how much of the output of jobs that run has been shown."""
+    """--line-buffer: how much of the output of running jobs has been shown."""
 
     def __init__(self) -> None:
         self._held: Dict[Tuple[int, str], bytearray] = {}   # not shown yet
         self._shown: Dict[Tuple[int, str], int] = {}        # bytes
 
     def add(self, number: int, stream: str, data: bytes) -> None:
-        """A job has printed this."""
+        """Note that a job has printed this."""
         self._held.setdefault((number, stream), bytearray()).extend(data)
 
     def take(self, number: int, stream: str) -> bytes:
-        """The whole lines that are to be shown now."""
+        """Return the complete lines that are to be shown now."""
         held = self._held.get((number, stream), bytearray())
         end = held.rfind(b'\n') + 1
         data = bytes(held[:end])
@@ -20775,7 +20780,7 @@ class ShownOutput:
         return data
 
     def rest(self, number: int, stream: str, whole: bytes) -> bytes:
-        """What has not been shown of the output of a job that has ended."""
+        """Return the part of the output of a job that has ended which has not been shown."""
         self._held.pop((number, stream), None)
         return whole[self._shown.pop((number, stream), 0):]
 
@@ -20786,7 +20791,8 @@ HOST_WITH_CPUS = LazyPattern(r'(?:([0-9]+)/)?((?:ssh://)?[^/]+)\Z')
 
 
 def cpus_and_host(word: str) -> Tuple[int, str]:
-    """'4/host': at most 4 CPUs of a host; without a number 0, which means all."""
+    """Split '4/host', which means at most 4 CPUs of a host; without a number the CPUs are 0, which
+    means all."""
     match = HOST_WITH_CPUS.match(word)
     if match is None:
         raise ValueError('%r is not HOST, HOST:PORT or either with CPUS/ before it' % word)
@@ -20795,7 +20801,7 @@ def cpus_and_host(word: str) -> Tuple[int, str]:
 
 
 def hosts_in(path: str) -> List[str]:
-    """The hosts of a file for --hosts, as written there. Reads the file."""
+    """Return the hosts in a file for --hosts, as they are written there. This reads the file."""
     words: List[str] = []
     with open(path) as file:
         for line in file:
@@ -20805,8 +20811,8 @@ def hosts_in(path: str) -> List[str]:
 
 
 def as_node(word: str) -> Any:
-    """An element of `nodes` for a host as -n and --hosts have it. What is for ssh alone, a user and
-    ssh's port, is left out."""
+    """Return an element of `nodes` for a host as -n and --hosts have it. The parts that are for ssh
+    alone, a user and ssh's port, are left out."""
     cpus, host = cpus_and_host(word)
     if host.startswith('ssh://'):
         host = host[len('ssh://'):]
@@ -20828,7 +20834,7 @@ DURATION_PART = LazyPattern(r'(\d*\.?\d+)([smhd]?)')
 
 
 def duration_option(text: str) -> float:
-    """Seconds, or such as 1m30s or 2h."""
+    """Parse a number of seconds, or a time such as 1m30s or 2h."""
     if not text or DURATION.match(text) is None:
         raise argparse.ArgumentTypeError('%r is not a time such as 10, 1.5, 90s or 1h30m' % text)
     seconds = 0.0
@@ -20839,14 +20845,14 @@ def duration_option(text: str) -> float:
 
 
 def count_option(text: str) -> int:
-    """Read a whole number that is at least 1."""
+    """Parse a whole number that is at least 1."""
     if not text.isdigit() or int(text) < 1:
         raise argparse.ArgumentTypeError('%r is not a whole number above 0' % text)
     return int(text)
 
 
 def resource_option(text: str) -> Tuple[str, int]:
-    """Read NAME=N."""
+    """Parse NAME=N."""
     name, _, count = text.partition('=')
     try:
         request = request_of('--resource', {name: int(count)})
@@ -20856,14 +20862,14 @@ def resource_option(text: str) -> Tuple[str, int]:
 
 
 def slots_option(text: str) -> int:
-    """How many jobs at once; 0: as many as the nodes have CPUs."""
+    """Parse the number of jobs that run at once; 0 means as many as the nodes have CPUs."""
     if text in ('0', '100%'):
         return 0
     return count_option(text)
 
 
 def delimiter_option(text: str) -> bytes:
-    """What ends a record, with escapes such as \\n, \\0 and \\x1f."""
+    """Parse what ends a record, with escapes such as \\n, \\0 and \\x1f."""
     try:
         decoded = os.fsencode(text).decode('unicode_escape')
         data = decoded.encode('latin-1')
@@ -20875,7 +20881,7 @@ def delimiter_option(text: str) -> bytes:
 
 
 def pattern_option(text: str) -> Any:
-    """Read a regular expression."""
+    """Parse a regular expression."""
     try:
         return re.compile(text)
     except re.error as exc:
@@ -20884,17 +20890,17 @@ def pattern_option(text: str) -> Any:
 
 
 class OptionParser(argparse.ArgumentParser):
-    """Options that end where a command begins, as of `env` and GNU parallel: what follows the first
-    word that is no option is not looked at. Values may begin with a dash. Wrong usage ends the
-    program with the exit status 255."""
+    """A parser for options that end where a command begins, like those of `env` and GNU parallel:
+    everything after the first word that is not an option is left alone. Values may begin with a
+    dash. Wrong usage ends the program with the exit status 255."""
 
     def error(self, message: str) -> NoReturn:
-        """Say what is wrong, and end."""
+        """Print what is wrong, and end the program."""
         self.print_usage(sys.stderr)
         self.exit(EXIT_USAGE, '%s: error: %s\n' % (self.prog, message))
 
     def split(self, argv: Sequence[str]) -> Tuple[List[str], List[str]]:
-        """Options, each in one word, and what follows them."""
+        """Return the options, each as one word, and the words that follow them."""
         left = collections.deque(argv)
         options: List[str] = []
         while left and left[0][:1] == '-' and left[0] != '-':
@@ -20908,7 +20914,7 @@ class OptionParser(argparse.ArgumentParser):
         return options, list(left)
 
     def _long(self, word: str, left: Deque[str]) -> str:
-        """An option with its value behind a sign, which may be the next word."""
+        """Return an option with its value after an equals sign; the value may be the next word."""
         name, sign, value = word.partition('=')
         name = self._whole_name(name)
         if self._option_string_actions[name].nargs == 0:
@@ -20918,7 +20924,8 @@ class OptionParser(argparse.ArgumentParser):
         return '%s=%s' % (name, value)
 
     def _whole_name(self, name: str) -> str:
-        """An option from its beginning, or in dispy 4's spelling with underscores."""
+        """Return the full name of an option from its beginning, or from dispy 4's spelling with
+        underscores."""
         known = self._option_string_actions
         name = name.replace('_', '-')
         if name in known:
@@ -20942,7 +20949,7 @@ class OptionParser(argparse.ArgumentParser):
         return left.popleft()
 
     def _short(self, word: str, left: Deque[str]) -> Iterator[str]:
-        """Options of one letter, several of which may stand in one word."""
+        """Return options of one letter, several of which may be in one word."""
         for index, letter in enumerate(word[1:], 2):
             action = self._option_string_actions.get('-' + letter)
             if action is None:
@@ -21176,10 +21183,10 @@ def make_parser() -> OptionParser:
 
 
 class Plan:
-    """What a command line asks for. It does not change."""
+    """What a command line requests. It does not change."""
 
     def __init__(self, args: argparse.Namespace, words: Sequence[str]) -> None:
-        """Looks at files. Raises ValueError, OSError."""
+        """Examines files. Raises ValueError or OSError."""
         command, marked = split_sources(words)
         self.args = args
         self.command = Command(command, args.workdir is None)
@@ -21196,7 +21203,7 @@ class Plan:
             self._check_commands(inputs)
 
     def _check_commands(self, inputs: Inputs) -> None:
-        """The arguments are the commands: wait for the first."""
+        """Wait for the first argument, because the arguments are the commands."""
         first = list(itertools.islice(inputs, 1))
         if not first or inputs.is_old:
             raise ValueError('PROGRAM is missing, and there are no command lines as arguments')
@@ -21210,13 +21217,14 @@ class Plan:
                              '--return each has one of its own')
 
     def _directory(self) -> Optional[str]:
-        """Where commands run, on the nodes; None: in the directory of the job's files."""
+        """Return the directory in which commands run on the nodes; None for the directory of the
+        job's files."""
         if self.args.workdir is None:
             return None
         return os.path.abspath(os.path.expanduser(self.args.workdir))
 
     def _options(self) -> Dict[str, Any]:
-        """What `submit` is told of each job."""
+        """Return the keywords of `submit` for each job."""
         args = self.args
         found = {'dispy_timeout': args.timeout, 'dispy_memory': args.memory,
                  'dispy_cpus': args.cpus, 'dispy_priority': args.priority,
@@ -21228,7 +21236,7 @@ class Plan:
 
     @property
     def paces(self) -> bool:
-        """Return whether no job may wait behind others at a node."""
+        """Return whether no job may wait behind others on a node."""
         return bool(self.args.delay or self.args.halt)
 
     @property
@@ -21242,11 +21250,11 @@ class Plan:
 
     @property
     def is_resumed(self) -> bool:
-        """Return whether what an earlier run has written is added to."""
+        """Return whether this run continues the files that an earlier run has written."""
         return bool(self.args.resume or self.args.resume_failed)
 
     def words(self, values: Values, number: int) -> List[str]:
-        """The arguments of a job."""
+        """Return the arguments of a job."""
         words = self.command.words(values, number)
         if self.directory is not None:
             words.append(RUN_IN + self.directory)
@@ -21257,7 +21265,7 @@ class Plan:
         return words
 
     def files(self, values: Values, number: int) -> OwnDirectory:
-        """The files of a job alone."""
+        """Return the files for a job alone."""
         files = OwnDirectory()
         for template in self.transfers:
             path = template.expand(values, number)
@@ -21267,7 +21275,8 @@ class Plan:
 
     @staticmethod
     def _below(path: str, option: str) -> str:
-        """A path as the job has it: below its directory, as it is below ours."""
+        """Return a path as the job has it: it is below the job's directory as it is below the
+        working directory here."""
         name = os.path.normpath(path)
         if os.path.isabs(name):
             name = os.path.relpath(name)
@@ -21291,7 +21300,7 @@ LATE = 1.0                 # s without a job that has ended, after which the lin
 
 
 class Window:
-    """How many jobs are under way, and whether another may start. Any thread."""
+    """How many jobs are in progress, and whether another one may start. Any thread."""
 
     def __init__(self, most: Callable[[], int], changes: bool) -> None:
         self._most = most
@@ -21303,7 +21312,8 @@ class Window:
         self.is_closed = False
 
     def enter(self, size: int) -> bool:
-        """Wait until a job with so many bytes of files may start; False: none may any more."""
+        """Wait until a job with so many bytes of files may start. Returns false if none may start
+        any more."""
         with self._changed:
             while not self.is_closed and not self._has_room(size):
                 self._changed.wait(CPUS_ASKED if self._changes else None)
@@ -21325,7 +21335,7 @@ class Window:
         return self._bytes + size <= BYTES_AHEAD
 
     def leave(self, size: int) -> None:
-        """A job has ended."""
+        """Note that a job has ended."""
         with self._changed:
             self.count -= 1
             self._bytes -= size
@@ -21333,7 +21343,7 @@ class Window:
                 self._changed.notify()
 
     def pause(self, seconds: float) -> None:
-        """Wait so long, or until no job may start any more."""
+        """Wait for so many seconds, or until no job may start any more."""
         with self._changed:
             self._changed.wait_for(lambda: self.is_closed, seconds)
 
@@ -21345,9 +21355,9 @@ class Window:
 
 
 class Terminal:
-    """Standard output and error: what jobs print, messages, and at a terminal a line with the
-    progress, which never stands between them. The main thread. Raises BrokenPipeError when nobody
-    reads any more."""
+    """Standard output and error: what jobs print, messages and, on a terminal, a line with the
+    progress, which never appears between them. The main thread uses this class. Raises
+    BrokenPipeError when nobody reads any more."""
 
     def __init__(self) -> None:
         self._shows = sys.stderr.isatty()
@@ -21357,7 +21367,7 @@ class Terminal:
         self._size = 0
 
     def out(self, data: bytes) -> None:
-        """Of a job's standard output."""
+        """Write to standard output what a job has written there."""
         if data:
             self._held.append(data)
             self._size += len(data)
@@ -21365,19 +21375,20 @@ class Terminal:
                 self.flush()
 
     def err(self, data: bytes) -> None:
-        """Of a job's standard error, behind all that has been printed before."""
+        """Write to standard error what a job has written there, after everything that has been
+        printed before."""
         if data:
             self.flush()
             self._erase()
             self._write(sys.stderr.buffer, data)
 
     def message(self, text: str) -> None:
-        """Print a line of our own."""
+        """Print a line of dispy itself."""
         data = (text + '\n').encode(errors='backslashreplace')
         self.err(data)
 
     def flush(self) -> None:
-        """All that has been printed is written."""
+        """Write everything that has been printed."""
         if self._held:
             self._erase()
             data = b''.join(self._held)
@@ -21396,7 +21407,7 @@ class Terminal:
             self._write(sys.stderr.buffer, b'\r\033[K')
 
     def progress(self, line: Callable[[], str], at_once: bool = False) -> None:
-        """Show how far it is, if it is time for that."""
+        """Show the progress, if it is time for that."""
         if not self._shows:
             return
         now = time.monotonic()
@@ -21410,7 +21421,7 @@ class Terminal:
         self._write(sys.stderr.buffer, b'\r%s\033[K' % data)
 
     def close(self) -> None:
-        """What is shown stays there, in a line of its own."""
+        """Leave what is shown on a line of its own."""
         self.flush()
         if self._line:
             self._line = ''
@@ -21418,7 +21429,7 @@ class Terminal:
 
 
 class Tally:
-    """How many jobs there are, and how many have ended. The main thread."""
+    """The number of jobs, and how many have ended. The main thread uses this class."""
 
     def __init__(self, display: str) -> None:
         self._display = display        # 'eta', 'bar' or ''
@@ -21439,7 +21450,7 @@ class Tally:
 
     @property
     def all(self) -> int:
-        """How many jobs there are, as far as that is known."""
+        """Return the number of jobs, as far as it is known."""
         if self.total is None:
             return self.read
         return self.total - self.skipped
@@ -21469,14 +21480,14 @@ class Tally:
 
 
 class Names:
-    """The names of nodes by their addresses. The main thread."""
+    """The names of nodes by their addresses. The main thread uses this class."""
 
     def __init__(self, cluster: JobCluster) -> None:
         self._cluster = cluster
         self._known: Dict[str, str] = {}
 
     def of(self, address: str) -> str:
-        """The name of the node at an address; the address if there are several."""
+        """Return the name of the node at an address; the address itself if there are several."""
         if address and address not in self._known:
             self._look(address)
         return self._known.get(address, '')
@@ -21491,7 +21502,7 @@ class Names:
 
 
 class PendingJob(NamedTuple):
-    """A job on its way."""
+    """A job that was submitted."""
     values: Values
     command: str
     size: int = 0            # bytes of its files
@@ -21515,15 +21526,15 @@ class TotalKnown(NamedTuple):
 
 
 class Printed(NamedTuple):
-    """A job that runs has printed this."""
+    """A running job has printed this."""
     number: int
     stream: str
     data: bytes
 
 
 class Feeder:
-    """Reads arguments and submits jobs, in a thread of its own: they may come slowly. The main
-    thread is told by `events`."""
+    """Reads arguments and submits jobs in a thread of its own, because arguments may come slowly.
+    The main thread gets `events`."""
 
     def __init__(self, plan: Plan, cluster: JobCluster, window: Window,
                  events: 'queue.SimpleQueue[Any]', resume: Optional[Resume]) -> None:
@@ -21617,12 +21628,12 @@ class Feeder:
 
 
 class Halted(Exception):
-    """No more jobs are wanted, and those that run neither."""
+    """No more jobs are started, and those that run are not wanted either."""
 
 
 class Shell:
-    """Runs what a plan says: owns the cluster, the terminal and the files that are written. The
-    main thread; only `_cpus` is called by another."""
+    """Runs a plan: it owns the cluster, the terminal and the files that are written. The main
+    thread uses this class, except for `_most`."""
 
     def __init__(self, plan: Plan) -> None:
         """Opens the files. Raises OSError."""
@@ -21668,7 +21679,7 @@ class Shell:
     # -- the cluster -------------------------------------------------------------------------------
 
     def open(self, nodes: Any, access: Dict[str, Any]) -> None:
-        """Make the cluster that runs the jobs. Raises what making one raises."""
+        """Make the cluster that runs the jobs. Raises what making a cluster raises."""
         args = self._args
         path = self._plan.command.program.path
         depends = list(args.depends)
@@ -21706,7 +21717,7 @@ class Shell:
         self._events.put(Printed(job.id, stream, data))
 
     def _most(self) -> int:
-        """How many jobs may be under way. The thread that submits."""
+        """Return how many jobs may be in progress. The thread that submits."""
         if not self._plan.paces:
             return JOBS_AHEAD
         cpus, when = self._cpus_known
@@ -21726,8 +21737,8 @@ class Shell:
     # -- the run -----------------------------------------------------------------------------------
 
     def run(self) -> int:
-        """Run all; it has been opened. Returns the exit status. Raises OSError for what cannot be
-        written."""
+        """Run all jobs, after `open`. Returns the exit status. Raises OSError for a file that
+        cannot be written."""
         try:
             with self._cluster:
                 self._run()
@@ -21776,7 +21787,7 @@ class Shell:
         return self._input_ended or self._window.is_closed
 
     def _next_event(self) -> Any:
-        """What comes next. While nothing does, all that has been printed can be seen."""
+        """Return the next event. While none comes, everything that has been printed is visible."""
         with contextlib.suppress(queue.Empty):
             return self._events.get_nowait()
         self._terminal.flush()
@@ -21814,7 +21825,7 @@ class Shell:
                                    'started' % event.error)
 
     def _ended_of(self, job: DispyJob) -> Ended:
-        """What is said of a job that has ended."""
+        """Return the description of a job that has ended."""
         submitted = self._feeder.jobs[job.id]
         address = job.ip_addr or ''
         status = NO_STATUS
@@ -21876,7 +21887,7 @@ class Shell:
             self._show_lines(order[0])
 
     def _show(self, ended: Ended) -> None:
-        """The output and the fate of a job."""
+        """Show the output of a job, and how it ended."""
         for stream, data in (('stdout', ended.stdout), ('stderr', ended.stderr)):
             if self._args.line_buffer:
                 data = self._live.rest(ended.number, stream, data)
@@ -21895,7 +21906,8 @@ class Shell:
             self._terminal.err(data)
 
     def _on_printed(self, event: Printed) -> None:
-        """Of a job that runs; if it has ended meanwhile, it has been shown."""
+        """Show what a running job has printed; if it has ended in the meantime, its output has been
+        shown already."""
         number = event.number
         if number in self._feeder.jobs:
             self._live.add(number, event.stream, event.data)
@@ -21904,7 +21916,7 @@ class Shell:
                 self._show_lines(number)
 
     def _show_lines(self, number: int) -> None:
-        """The whole lines that a job has printed."""
+        """Show the complete lines that a job has printed."""
         submitted = self._feeder.jobs.get(number)
         if submitted is None:
             return
@@ -21946,7 +21958,7 @@ class BugReport:
         self._lines: List[str] = []
 
     def add(self, title: str, find: Callable[[], Iterable[str]]) -> None:
-        """A section with the lines that are found."""
+        """Add a section with the lines that a function returns."""
         self._lines += ['', '== %s' % title]
         try:
             self._lines += map(self.plain, find())
@@ -21956,7 +21968,7 @@ class BugReport:
             self._lines.append(self.plain(line))
 
     def plain(self, line: str) -> str:
-        """A line without what nobody else may see."""
+        """Return a line without what nobody else may see."""
         for secret in self._secrets:
             line = line.replace(secret, '<left out>')
         for pattern, words in LEFT_OUT:
@@ -21980,7 +21992,7 @@ def versions() -> Iterator[str]:
 
 
 def surroundings() -> Iterator[str]:
-    """Variables and files that dispy reads."""
+    """Return the variables and files that dispy reads."""
     for name in sorted(os.environ):
         if name.startswith('DISPY_') and name != 'DISPY_SECRET':
             yield '%s=%s' % (name, os.environ[name])
@@ -21994,7 +22006,7 @@ def surroundings() -> Iterator[str]:
 
 
 def told_words(words: Sequence[str]) -> Iterator[str]:
-    """A daemon's command line, without the values of options that may be secret."""
+    """Return a daemon's command line, without the values of options that may be secret."""
     tells = True
     for word in words:
         name, sign, _ = word.partition('=')
@@ -22006,7 +22018,7 @@ def told_words(words: Sequence[str]) -> Iterator[str]:
 
 
 def daemons() -> List[Any]:
-    """The processes of dispy's daemons that belong to this user."""
+    """Return the processes of dispy's daemons that belong to this user."""
     import psutil
     found = []
     for process in psutil.process_iter(['cmdline', 'username', 'pid']):
@@ -22028,7 +22040,8 @@ def _own_name() -> str:
 
 
 def processes() -> Iterator[str]:
-    """The daemons on this machine: what they are, and what each thread of them waits in."""
+    """Return the daemons on this machine: what they are, and where in the kernel each of their
+    threads waits."""
     import psutil
     for process in daemons():
         with contextlib.suppress(psutil.Error):
@@ -22041,7 +22054,8 @@ def processes() -> Iterator[str]:
 
 
 def waits_of(process: int) -> Iterator[str]:
-    """For each thread of a process, its name and the function of the kernel that it is in."""
+    """Return, for each thread of a process, its name and the function of the kernel in which it
+    is."""
     root = '/proc/%d/task' % process
     if not os.path.isdir(root):   # another system
         return
@@ -22057,8 +22071,8 @@ def waits_of(process: int) -> Iterator[str]:
 
 
 def stacks() -> Iterator[str]:
-    """The stacks of the daemons on this machine: where each thread of them is in the program, and
-    no values."""
+    """Return the stacks of the daemons on this machine: where in the program each of their threads
+    is, without any values."""
     for process in daemons():
         path = _stacks_path(process.pid)
         if path is None:
@@ -22072,7 +22086,7 @@ def stacks() -> Iterator[str]:
 
 
 def _stacks_path(process: int) -> Optional[str]:
-    """Where a daemon writes its stacks at SIGUSR2; None if it does not."""
+    """Return where a daemon writes its stacks at SIGUSR2; None if it does not."""
     root = '/proc/%d/fd' % process
     with contextlib.suppress(OSError):   # another system, or the process of another user
         status = _since('/proc/%d/status' % process)
@@ -22090,7 +22104,7 @@ def _stacks_path(process: int) -> Optional[str]:
 
 
 def _read_stacks(path: str) -> List[str]:
-    """What a daemon has written, when no more comes."""
+    """Return what a daemon has written, when no more comes."""
     until = time.monotonic() + STACKS_TIME
     data = b''
     while time.monotonic() < until:
@@ -22103,7 +22117,7 @@ def _read_stacks(path: str) -> List[str]:
 
 
 def logs() -> Iterator[str]:
-    """The last lines of the logs of daemons on this machine."""
+    """Return the last lines of the logs of daemons on this machine."""
     expanded_path = os.path.expanduser('~/.dispy/*/log')
     found = set(glob.glob(expanded_path))
     for process in daemons():
@@ -22122,7 +22136,7 @@ def logs() -> Iterator[str]:
 
 
 def nodes_seen(args: argparse.Namespace) -> Iterator[str]:
-    """The table of nodes, as of --list-nodes."""
+    """Return the table of nodes, as --list-nodes prints it."""
     table = io.StringIO()
     with contextlib.redirect_stdout(table), contextlib.redirect_stderr(table):
         _look_at_nodes(args)
@@ -22137,7 +22151,7 @@ def _known_secrets(args: argparse.Namespace) -> Iterator[str]:
 
 
 def _report(argv: Sequence[str]) -> int:
-    """`dispy report`. Returns the exit status."""
+    """Carry out `dispy report`. Returns the exit status."""
     parser = OptionParser(prog='dispy report', description=(
         'Write a file for a report of a fault: versions, settings, daemons of this machine with '
         'the last lines of their logs, and the nodes. Secrets, tokens and arguments of jobs are '
@@ -22223,11 +22237,11 @@ class NodeRequest(NamedTuple):
 
     @property
     def megabytes(self) -> int:
-        """The memory, rounded up."""
+        """The memory in MiB, rounded up."""
         return -(-self.memory >> 20)
 
     def fields(self) -> Dict[str, Any]:
-        """What stands in options of engines."""
+        """Return the values for the options of engines."""
         found: Dict[str, Any] = self._asdict()
         minutes, seconds = divmod(self.seconds, 60)
         hours, minutes = divmod(minutes, 60)
@@ -22242,8 +22256,8 @@ class NodeRequest(NamedTuple):
 
 
 class Engine:
-    """A system that gives a part of a host for some time, to whoever submits a script with options
-    in comments. The subclasses have what each of them understands."""
+    """A system that gives a part of a host for some time to a user who submits a script with
+    options in comments. The subclasses have the commands and options of each system."""
     name = ''
     title = ''
     number = ''                   # what a shell there puts in place for the number of its job
@@ -22256,7 +22270,7 @@ class Engine:
     table: Dict[str, Sequence[str]] = {}
 
     def options(self, request: NodeRequest) -> List[str]:
-        """What is asked for, in options."""
+        """Return the options that describe the request."""
         fields = request.fields()
         found: List[str] = []
         for field, options in self.table.items():
@@ -22265,7 +22279,7 @@ class Engine:
         return found
 
     def script(self, request: NodeRequest, command: str) -> str:
-        """The script that runs the command of a node."""
+        """Return the script that runs the command of a node."""
         lines = ['#!/bin/sh']
         for option in (*self.options(request), *request.more):
             lines.append('%s %s' % (self.mark, option))
@@ -22285,7 +22299,7 @@ class Engine:
         self._run([*self.cancels, *jobs])
 
     def alive(self, jobs: Iterable[str]) -> Set[str]:
-        """Those of these jobs that wait or run. Raises DispyError."""
+        """Return those of these jobs that wait or run. Raises DispyError."""
         said = self._run(self.lists)
         known = self.listed(said)
         found = set()
@@ -22296,7 +22310,7 @@ class Engine:
         return found
 
     def listed(self, said: str) -> Set[str]:
-        """The numbers of the jobs in what `lists` has printed."""
+        """Return the numbers of the jobs in the output of `lists`."""
         found = set()
         for line in said.splitlines():
             words = line.split()
@@ -22330,7 +22344,7 @@ class Engine:
 
 
 class SlurmEngine(Engine):
-    """Slurm, as sbatch, scancel and squeue have it."""
+    """Slurm, with sbatch, scancel and squeue."""
     name = 'slurm'
     title = 'Slurm'
     number = '$SLURM_JOB_ID'
@@ -22364,11 +22378,11 @@ class PbsEngine(Engine):
 
     @property
     def lists(self) -> Sequence[str]:  # type: ignore[override]
-        """The command that prints the jobs of this user."""
+        """Return the command that prints the jobs of this user."""
         return ('qselect', '-u', _user_name())
 
     def options(self, request: NodeRequest) -> List[str]:
-        """The others stand in the table; CPUs, memory and GPUs in one chunk."""
+        """Return the options of the table, and CPUs, memory and GPUs in one chunk."""
         chunk = '-l select=1:ncpus=%d' % request.cpus
         if request.memory:
             chunk += ':mem=%dmb' % request.megabytes
@@ -22396,13 +22410,13 @@ class LsfEngine(Engine):
     }
 
     def is_nothing(self, done: 'subprocess.CompletedProcess[bytes]') -> bool:
-        """bjobs fails if there are none."""
+        """Return whether a failure of bjobs means that there are no jobs."""
         return b'No unfinished job' in done.stderr
 
 
 class SgeEngine(Engine):
-    """Grid Engine. Its parallel environment and its name of GPUs are the site's: 'smp' and 'gpu',
-    unless options for the engine say others."""
+    """Grid Engine. The names of its parallel environment and of GPUs depend on the site: they are
+    'smp' and 'gpu', unless options for the engine give others."""
     name = 'sge'
     title = 'Grid Engine'
     number = '$JOB_ID'
@@ -22420,13 +22434,13 @@ class SgeEngine(Engine):
 
     @property
     def lists(self) -> Sequence[str]:  # type: ignore[override]
-        """The command that prints the jobs of this user."""
+        """Return the command that prints the jobs of this user."""
         return ('qstat', '-u', _user_name())
 
 
 class KubernetesEngine(Engine):
-    """Kubernetes: a Job with one pod for each node; dispynode.py and the secret are mounted
-    there."""
+    """Kubernetes: a Job with one pod for each node, into which dispynode.py and the secret are
+    mounted."""
     name = 'k8s'
     title = 'Kubernetes'
     number = '$HOSTNAME'
@@ -22437,7 +22451,7 @@ class KubernetesEngine(Engine):
 
     @staticmethod
     def manifest(request: NodeRequest, command: str) -> Dict[str, Any]:
-        """The Job of a node."""
+        """Return the Job of a node."""
         job = copy.deepcopy(POD_JOB)
         spec = job['spec']
         spec['activeDeadlineSeconds'] = request.seconds
@@ -22459,7 +22473,7 @@ class KubernetesEngine(Engine):
 
     @staticmethod
     def files(source: bytes, secret: bytes) -> List[Dict[str, Any]]:
-        """What all nodes have: dispynode.py and the secret."""
+        """Return the files that all nodes have: dispynode.py and the secret."""
         files = copy.deepcopy(POD_FILES)
         compressed = zlib.compress(source, 9)
         packed = base64.b64encode(compressed)
@@ -22469,7 +22483,7 @@ class KubernetesEngine(Engine):
         return files
 
     def listed(self, said: str) -> Set[str]:
-        """The Jobs that have not ended."""
+        """Return the Jobs that have not ended."""
         found = set()
         for job in json.loads(said)['items']:
             status = job.get('status', {})
@@ -22487,7 +22501,7 @@ class KubernetesEngine(Engine):
         return self.listed(said).intersection(jobs)
 
     def put_files(self, source: bytes, secret: bytes) -> None:
-        """Make what all nodes have, anew. Raises DispyError."""
+        """Create the files that all nodes have, or replace them. Raises DispyError."""
         for item in self.files(source, secret):
             kind = item['kind'].lower()
             name = item['metadata']['name']
@@ -22496,7 +22510,7 @@ class KubernetesEngine(Engine):
             self._run(self.submits, dumped)
 
     def remove_files(self) -> None:
-        """Remove what `put_files` has made. Raises DispyError."""
+        """Remove what `put_files` has created. Raises DispyError."""
         self._run([*self.cancels, 'configmap/dispy-node', 'secret/dispy-node'])
 
 
@@ -22508,8 +22522,8 @@ ENGINE_OPTIONS = frozenset('--' + name for name in ENGINES)
 
 
 class EngineNodes:
-    """The jobs by which an engine places nodes for this user, in a file that outlives this process.
-    A context, so that one deploy or stop changes it at a time.
+    """The jobs of an engine that run nodes for this user, in a file that outlives this process. The
+    object is a context manager, so that one deploy or stop at a time changes the file.
 
     jobs - number of a job -> whether its node stays when it has no jobs
     """
@@ -22557,7 +22571,7 @@ class EngineNodes:
         return job
 
     def end(self) -> int:
-        """End all. Returns how many there were. Raises DispyError."""
+        """End all of them. Returns how many there were. Raises DispyError."""
         self.look()
         count = len(self.jobs)
         if count:
@@ -22569,7 +22583,7 @@ class EngineNodes:
         return count
 
     def _remove_files(self) -> None:
-        """Remove what nodes were given, unless those of other engines need it."""
+        """Remove the files that nodes were given, unless nodes of other engines need them."""
         names = os.listdir(self.directory)
         others = [name for name in names if name.endswith('.json')]
         if others not in ([], [os.path.basename(self._path)]):
@@ -22581,15 +22595,15 @@ class EngineNodes:
 
 
 class NodeDemand(NamedTuple):
-    """What a scheduler has to do, for whoever places its nodes."""
+    """What a scheduler has to do, for the process that starts its nodes."""
     waiting: int      # jobs that wait for a CPU, without those that a limit holds
     idle: int         # CPUs that are idle
     there: int        # nodes that were placed and are connected
 
 
 def nodes_lacking(demand: NodeDemand, alive: int, cpus: int, least: int, most: int) -> int:
-    """How many nodes more are to be asked for. `alive` were and have not ended, with so many CPUs
-    each; there shall be `least` to `most`."""
+    """Return how many more nodes are to be requested. `alive` nodes were requested and have not
+    ended, with so many CPUs each; the total is to be between `least` and `most`."""
     coming = max(0, alive - demand.there)
     jobs = demand.waiting - demand.idle
     jobs -= coming * cpus
@@ -22600,10 +22614,10 @@ def nodes_lacking(demand: NodeDemand, alive: int, cpus: int, least: int, most: i
 
 
 class NodePlacement:
-    """What is asked of an engine by `dispy deploy`: nodes with these options."""
+    """What `dispy deploy` requests from an engine: nodes with these options."""
 
     def __init__(self, engine: Engine, args: argparse.Namespace, options: List[str]) -> None:
-        """Raises ValueError, OSError, DispyError."""
+        """Examines the options. Raises ValueError, OSError or DispyError."""
         import dispynode
         self.engine = engine
         self._args = args
@@ -22636,7 +22650,7 @@ class NodePlacement:
         self.request = self.request._replace(**given)
 
     def _words(self, stays: bool) -> List[str]:
-        """The options of a node that tell it what the engine is told."""
+        """Return the options of a node that tell it what was requested from the engine."""
         args = self._args
         told = {'port': '0'}
         told['scheduler-host'] = args.scheduler_host
@@ -22657,8 +22671,8 @@ class NodePlacement:
         return words
 
     def command(self, stays: bool) -> str:
-        """The command of a node, for a shell. Its name and its directory have the number of the
-        job."""
+        """Return the command of a node, for a shell. Its name and its directory contain the number
+        of the job."""
         engine = self.engine
         name = '%s-%s' % (engine.name, engine.number)
         words = [self._args.python]
@@ -22670,7 +22684,7 @@ class NodePlacement:
         return ' '.join(words)
 
     def put_files(self) -> None:
-        """Put what nodes need where they find it. Raises OSError, DispyError."""
+        """Put the files that nodes need where they find them. Raises OSError or DispyError."""
         if isinstance(self.engine, KubernetesEngine):
             self.engine.put_files(self._source, self.secret)
             return
@@ -22680,14 +22694,14 @@ class NodePlacement:
                 write_private(path, data)
 
     def add(self, count: int, stays: bool) -> None:
-        """Ask for nodes, within the context of `nodes`. Raises DispyError."""
+        """Request nodes, in the context of `nodes`. Raises DispyError."""
         command = self.command(stays)
         for _ in range(count):
             job = self.nodes.add(self.request, command, stays)
             print('%s: job %s is submitted' % (self.engine.title, job), flush=True)
 
     def adapt(self, demand: NodeDemand, least: int, most: int) -> None:
-        """Ask for as many nodes as are lacking. Raises DispyError, OSError."""
+        """Request as many nodes as are lacking. Raises DispyError or OSError."""
         with self.nodes:
             self.nodes.look()
             jobs = self.nodes.jobs
@@ -22702,7 +22716,7 @@ class DemandOfScheduler:
     """Asks a scheduler what it has to do."""
 
     def __init__(self, placement: NodePlacement, args: argparse.Namespace) -> None:
-        """Raises ValueError, OSError, DispyError."""
+        """Connects to the scheduler. Raises ValueError, OSError or DispyError."""
         import dispy_httpd
         import dispyscheduler
         self._prefix = placement.engine.name + '-'
@@ -22716,7 +22730,8 @@ class DemandOfScheduler:
         self._operator = dispyscheduler.Operator(self.link.ask)
 
     def look(self) -> NodeDemand:
-        """What there is to do. Raises RuntimeError, DispyError or OSError if that is not told."""
+        """Return what the scheduler has to do. Raises RuntimeError, DispyError or OSError if the
+        scheduler does not answer."""
         waiting = 0
         for program in self._operator.programs():
             waiting += max(0, program['waiting'] - program['limited'])
@@ -22730,7 +22745,7 @@ class DemandOfScheduler:
 
 
 def _range_option(text: str) -> Tuple[int, int]:
-    """Read MIN:MAX."""
+    """Parse MIN:MAX."""
     least, _, most = text.partition(':')
     if least.isdigit() and most.isdigit():
         bounds = (int(least), int(most))
@@ -22808,7 +22823,7 @@ def _engine_parser(task: str) -> argparse.ArgumentParser:
 
 
 def _engine_of(args: argparse.Namespace) -> Tuple[Engine, int]:
-    """The engine that is meant, and the number that is given with it, or 0."""
+    """Return the engine that the options name, and the number that is given with it, or 0."""
     for name, engine in ENGINES.items():
         number = getattr(args, name)
         if number is not None:
@@ -22828,7 +22843,7 @@ def _check_placement(args: argparse.Namespace, engine: Engine, count: int) -> No
 
 
 def _adapt(placement: NodePlacement, args: argparse.Namespace) -> int:
-    """Place nodes as jobs wait, until Ctrl-C. Raises ValueError, OSError, DispyError."""
+    """Start nodes as jobs wait, until Ctrl-C. Raises ValueError, OSError or DispyError."""
     source = DemandOfScheduler(placement, args)
     never = threading.Event()
     try:
@@ -22850,7 +22865,8 @@ def _adapt(placement: NodePlacement, args: argparse.Namespace) -> int:
 
 
 def _place(task: str, argv: List[str], options: List[str]) -> int:
-    """`dispy deploy` and `dispy stop` of nodes that an engine places. Returns the exit status."""
+    """Carry out `dispy deploy` and `dispy stop` for nodes that an engine runs. Returns the exit
+    status."""
     parser = _engine_parser(task)
     args = parser.parse_args(argv)
     engine, count = _engine_of(args)
@@ -22890,8 +22906,9 @@ class Deployment:
     """The node that was deployed on this host for this user: its file, its log, and a note of how
     it was started.
 
-    The directory has the host's name, since hosts may share a home. A context, so that one deploy
-    or stop is at work at a time; at its end the directory goes unless something is deployed.
+    The name of the directory contains that of the host, since hosts may share a home directory. The
+    object is a context manager, so that one deploy or stop works at a time; at its end the
+    directory is removed unless a node is deployed.
     """
 
     def __init__(self) -> None:
@@ -22927,9 +22944,9 @@ class Deployment:
 
     def deploy(self, source: bytes, secret: bytes, options: List[str], replace_secret: bool,
                restart: bool) -> str:
-        """Have a node run from this source with these options and, if one is given, this secret.
-        Returns what was done. Raises StartError, SecretError or OSError, and then nothing is left
-        of a node that does not run."""
+        """Run a node from this source with these options and, if one is given, this secret. Returns
+        a text that says what was done. Raises StartError, SecretError or OSError; in this case
+        nothing remains of a node that does not run."""
         path = secret_path()
         if secret:
             have = self._present_secret(path)
@@ -22970,8 +22987,9 @@ class Deployment:
                                         self._note['pid'])
 
     def stop(self, when_idle: bool = False, grace: Optional[float] = None) -> str:
-        """Undo `deploy`. Returns what was done. With `when_idle`, the node ends when its jobs have
-        ended, and at most `grace` seconds later in any case. Raises StartError or OSError."""
+        """Undo `deploy`. Returns a text that says what was done. With `when_idle`, the node ends
+        when its jobs have ended, and at the latest after `grace` seconds. Raises StartError or
+        OSError."""
         if not self._note:
             return 'nothing was deployed here'
         pid = self._running()
@@ -23022,8 +23040,8 @@ class Deployment:
         write_private(self._noted, data)
 
     def _running(self) -> int:
-        """PID of the daemon, 0 when it runs no more. A number that was given to another process is
-        not taken for it."""
+        """Return the PID of the daemon, 0 if it does not run any more. Another process that has got
+        the same PID is recognized."""
         pid = self._note.get('pid', 0)
         if not pid:
             return 0
@@ -23037,7 +23055,7 @@ class Deployment:
         return 0
 
     def _busy(self) -> bool:
-        """Return whether a computation is there."""
+        """Return whether a computation is on the node."""
         root = self._note.get('root', '')
         if not os.path.isdir(root):
             return False
@@ -23045,7 +23063,8 @@ class Deployment:
         return any(name.startswith('p-') for name in names)
 
     def _let_finish(self, pid: int, grace: Optional[float]) -> None:
-        """Wait until it has no jobs any more and has ended for that, or for `grace` seconds."""
+        """Wait until the node has no jobs any more and has ended because of that, or for `grace`
+        seconds."""
         until = math.inf
         if grace is not None:
             until = time.monotonic() + grace
@@ -23055,14 +23074,14 @@ class Deployment:
             time.sleep(0.1)
 
     def _grace(self) -> float:
-        """Seconds that its jobs have when it is stopped."""
+        """Return how many seconds its jobs have when it is stopped."""
         wanted = self._note.get('wanted', {})
         parser = dispynode.make_parser()
         return float(parser.parse_args(wanted.get('options', [])).grace)
 
     def _end(self, pid: int) -> None:
-        """SIGTERM, and another for one that does not end by itself. Its directory goes if nothing
-        is in it."""
+        """Send SIGTERM, and a second one if the node does not end. Its directory is removed if it
+        is empty."""
         begin = time.monotonic() + self._grace()
         for until in (begin + 2 * GRACE, begin + 5 * GRACE):
             if self._running():
@@ -23079,13 +23098,14 @@ class Deployment:
                 os.rmdir(os.path.dirname(default_directory(0)))
 
     def _undo(self, path: str, put: str, foreign: bytes) -> None:
-        """Take away what `deploy` has put here, and put back the secret that it has replaced."""
+        """Remove what `deploy` has put here, and restore the secret that it has replaced."""
         self._remove()
         if put and foreign:
             write_private(path, foreign + b'\n')
 
     def _remove(self) -> None:
-        """Take away what `deploy` has put here; the secret if it is the one that it put there."""
+        """Remove what `deploy` has put here; the secret if it is the one that `deploy` has put
+        there."""
         path = secret_path()
         if os.path.lexists(path) and self._digest(read_secret(path)) == self._note.get('secret'):
             os.unlink(path)
@@ -23098,7 +23118,8 @@ class Deployment:
         return hashlib.sha256(secret).hexdigest()
 
     def _digest_put(self, secret: bytes, foreign: bytes) -> str:
-        """The digest of the secret that will have been put here; empty if it was here before."""
+        """Return the digest of the secret that will have been put here; empty if it was here
+        before."""
         if not secret:
             return self._note.get('secret', '')  # type: ignore[no-any-return]
         if secret != foreign:
@@ -23113,7 +23134,7 @@ class Deployment:
 
 
 def _since(path: str, begin: int = 0) -> bytes:
-    """What a file has from there on; nothing if there is no such file."""
+    """Return the contents of a file from an offset on; nothing if there is no such file."""
     try:
         with open(path, 'rb') as file:
             file.seek(begin)
@@ -23123,8 +23144,8 @@ def _since(path: str, begin: int = 0) -> bytes:
 
 
 def deployment(source: bytes, task: str, *request: Any) -> None:
-    """Called by what `dispy deploy` and `stop` send to `python -` on a host. One line says what was
-    done, on stdout after DEPLOYED, or why not, on stderr."""
+    """Carry out a request that `dispy deploy` or `dispy stop` sends to `python -` on a host. One
+    line on stdout after DEPLOYED says what was done, or one on stderr why it failed."""
     try:
         if os.name == 'nt':
             raise StartError('deploy cannot start a daemon on Windows: run dispynode.py there')
@@ -23165,7 +23186,8 @@ deployment(source, *%a)
 
 
 def program_of_host() -> str:
-    """The source of what runs on a host: it uses dispynode, and nothing else that is ours."""
+    """Return the source of the program that runs on a host: it uses dispynode, and no other module
+    of dispy."""
     parts: Tuple[Any, ...] = (Deployment, _since, deployment)
     return '\n\n'.join([HOST_IMPORTS, *map(inspect.getsource, parts)])
 
@@ -23228,8 +23250,8 @@ def _deploy_parser(task: str) -> argparse.ArgumentParser:
 
 
 def _on_host(command: List[str], program: bytes, patience: Optional[float]) -> Tuple[bool, str]:
-    """Run a program by ssh: whether it did what it should, and the line that says so, or why
-    not. It has `patience` seconds."""
+    """Run a program by ssh. Returns whether it succeeded, and the line that says what was done or
+    why it failed. `patience` is the time limit in seconds."""
     try:
         done = subprocess.run(command,
                               input=program,
@@ -23246,8 +23268,8 @@ def _on_host(command: List[str], program: bytes, patience: Optional[float]) -> T
 
 
 def _request(task: str, args: argparse.Namespace, options: List[str]) -> Tuple[Any, ...]:
-    """What the program at the other end of ssh is to do; `options` are dispynode's. Raises
-    ValueError, OSError, DispyError."""
+    """Return what the program at the other end of ssh is to do; `options` are those of dispynode.
+    Raises ValueError, OSError or DispyError."""
     import dispynode
     if task != 'deploy':
         if options:
@@ -23267,7 +23289,7 @@ def _request(task: str, args: argparse.Namespace, options: List[str]) -> Tuple[A
 
 
 def _patience(task: str, args: argparse.Namespace) -> Optional[float]:
-    """Seconds that a host may take for what it is to do; None: any number."""
+    """Return the time limit of a request to a host in seconds; None: no limit."""
     if task == 'stop' and args.when_idle:
         if args.grace is None:
             return None
@@ -23276,7 +23298,8 @@ def _patience(task: str, args: argparse.Namespace) -> Optional[float]:
 
 
 def _deploy(task: str, argv: List[str]) -> int:
-    """`dispy deploy` and `dispy stop`. Returns the number of hosts that failed, at most 101."""
+    """Carry out `dispy deploy` and `dispy stop`. Returns the number of hosts that failed, at most
+    101."""
     import dispynode
     if '--' in argv:
         ours, options = (argv[:argv.index('--')], argv[argv.index('--') + 1:])
@@ -23318,7 +23341,7 @@ def _deploy(task: str, argv: List[str]) -> int:
 
 
 def _listed(node: DispyNode) -> Tuple[str, ...]:
-    """The line of a node in the list."""
+    """Return the line of a node in the list."""
     address = format_address(node.ip_addr, node.port) if node.port else node.ip_addr
     row = [address, node.name or '-']
     if node.state == 'connected':
@@ -23337,7 +23360,7 @@ def _listed(node: DispyNode) -> Tuple[str, ...]:
 
 
 def _list_nodes(nodes: List[DispyNode]) -> int:
-    """A line a node. Returns 0 if any can be used, else 1."""
+    """Print a line for each node. Returns 0 if any can be used, else 1."""
     rows = [('ADDRESS', 'NAME', 'CPUS', 'CPU FREE', 'MEMORY FREE', 'RESOURCES', 'DISPY', 'PYTHON',
              'STATE')]
     usable = 0
@@ -23360,7 +23383,7 @@ def _list_nodes(nodes: List[DispyNode]) -> int:
 
 
 def _nodes_of(args: argparse.Namespace) -> Any:
-    """The nodes that a command line names, as `nodes` of a cluster. Reads files."""
+    """Return the nodes that a command line names, as `nodes` of a cluster. Reads files."""
     words = list(args.nodes)
     for path in args.hosts:
         words += hosts_in(path)
@@ -23372,7 +23395,7 @@ def _nodes_of(args: argparse.Namespace) -> Any:
 
 
 def _access_of(args: argparse.Namespace) -> Dict[str, Any]:
-    """Secret and certificate, as options of a cluster."""
+    """Return secret and certificate, as options of a cluster."""
     if args.secret or args.secret_file:
         secret: Optional[bytes] = find_secret(args.secret, args.secret_file)
     else:
@@ -23400,7 +23423,7 @@ def _look_at_nodes(args: argparse.Namespace) -> int:
 
 
 def _dry_run(plan: Plan) -> int:
-    """--dry-run: the commands of the jobs."""
+    """Carry out --dry-run: print the commands of the jobs."""
     terminal = Terminal()
     for number, values in enumerate(plan.inputs, 1):
         if isinstance(values, ValueError):
@@ -23413,14 +23436,16 @@ def _dry_run(plan: Plan) -> int:
 
 
 def _tell_of_terminal(plan: Plan) -> None:
-    """Whoever has forgotten the arguments would wait for ever."""
+    """Print that arguments are read from the terminal, because a user who has forgotten the
+    arguments would wait forever."""
     if plan.reads_stdin and os.isatty(0):
         print('dispy: the arguments are read from the terminal, one per line, until Ctrl-D',
               file=sys.stderr)
 
 
 def _run_commands(parser: OptionParser, args: argparse.Namespace, words: Sequence[str]) -> int:
-    """Everything but the modes with an option of their own. Returns the exit status."""
+    """Carry out everything except the modes with an option of their own. Returns the exit
+    status."""
     try:
         plan = Plan(args, words)
         if args.dry_run:
@@ -23456,8 +23481,8 @@ def _choose(argv: List[str]) -> int:
 
 
 def _end_quietly() -> int:
-    """Whoever reads our output has gone, as `head` does. What is still to be written goes nowhere:
-    otherwise the interpreter would complain of it at its end."""
+    """Discard what is still to be written, because the reader of the output has ended, as `head`
+    does: otherwise the interpreter would report an error at its end."""
     nothing = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nothing, 1)
     os.dup2(nothing, 2)
@@ -23465,8 +23490,8 @@ def _end_quietly() -> int:
 
 
 def main(argv: Optional[Sequence[str]] = None) -> int:
-    """The command line. Returns the number of jobs that failed, at most 101; wrong usage ends the
-    program with 255."""
+    """Run the command line. Returns the number of jobs that failed, at most 101; wrong usage ends
+    the program with 255."""
     if argv is None:
         argv = sys.argv[1:]
     words = list(argv)
