@@ -10425,11 +10425,11 @@ def offer_here() -> Offer:
 
 
 class EmbeddedNode:
-    """The node of this program: it runs in the driver's loop, connected by a link in memory, and
-    has its turns between those of the driver. The driver's thread uses this class."""
+    """The node of this program: it runs in the driver's loop, behind a link in memory, and has its
+    turns between those of the driver. The driver's thread."""
 
     def __init__(self, driver: 'Driver') -> None:
-        """Create the node. Raises StartError or OSError."""
+        """Raises StartError, OSError."""
         import tempfile
         python = own_python()
         root = tempfile.mkdtemp(prefix=LOCAL_PREFIX)
@@ -10454,14 +10454,13 @@ class EmbeddedNode:
         self._end, self.link = MemoryLink.pair(self._host.instance, driver.instance, driver.now)
 
     def connect(self) -> None:
-        """Begin, because the driver has attached its end of the link."""
+        """The driver has attached its end of the link."""
         self._end.owner = self._host
         self._driver.attach(self._end)
         self._host.link_up(self._end)
 
     def keep_notes(self, comp: str, journal: 'Journal') -> None:
-        """Have the runner note beside a recover_file which jobs have begun if this program is
-        killed."""
+        """Have it noted beside a recover_file which jobs have begun when this program is killed."""
         directory = self._host.directory
         try:
             notes = BegunNotes.begin(journal, comp, directory.private_of(comp))
@@ -10473,16 +10472,16 @@ class EmbeddedNode:
 
     @property
     def has_messages(self) -> bool:
-        """Return whether the driver has sent something."""
+        """Whether the driver has sent something."""
         return self._end.has_messages
 
     @property
     def is_due(self) -> bool:
-        """Return whether a turn of the node has something to do."""
+        """Whether a turn of the node has something to do."""
         return self._host.is_due or self._end.has_messages or not self._is_whole
 
     def turn(self) -> None:
-        """Handle what the driver and the processes have sent, and decide."""
+        """Take what the driver has sent, and what processes have, and decide."""
         self._is_whole = False
         if self._end.has_messages:
             self._driver.receive(self._end)
@@ -10490,13 +10489,13 @@ class EmbeddedNode:
         self._is_whole = True
 
     def next_timer(self) -> Optional[float]:
-        """Return when there is something to do for either side."""
+        """When there is something to do for either side."""
         if self._end.has_messages or self.link.has_messages:
             return self._host.now
         return self._host.next_timer()
 
     def after_fork(self) -> None:
-        """Let go of the node in a forked child: it belongs to the parent."""
+        """In a forked child: nothing of it is ours."""
         self._host.after_fork()
 
     def close(self) -> None:

@@ -1960,12 +1960,12 @@ class Allowance:
 
 
 class ValueRequests:
-    """Values that one place knows by their digests: which of them are present, which are needed,
-    and the requests that wait for some. Each computation has its own values. Requests are served in
-    the order of their arrival, and one value of a computation at a time is fetched. Values that
-    nobody needs make room for others, those first that were not needed for longest; a needed value
-    is fetched when there is room, or when no other value is needed. This class is pure. A request
-    is any object with an attribute `values` that has rows (size, digest)."""
+    """Values that are known by digest at one place: which are there, which are needed, and whoever
+    waits for some. Each computation has its own. Who waits is served in the order of coming, and
+    one value of a computation at a time is fetched. When values are there that nobody needs, those
+    that were not needed for longest make room for others; one that is needed is fetched when there
+    is room, or when nothing else is needed. Pure; whoever waits has an attribute `values`, which
+    are rows (size, digest)."""
 
     def __init__(self, most: int) -> None:
         self._most = most       # bytes
@@ -1978,12 +1978,11 @@ class ValueRequests:
         self.total = 0          # bytes that are there
 
     def __bool__(self) -> bool:
-        """Return whether any request waits."""
+        """Whether anybody waits."""
         return bool(self._waiting)
 
     def admit(self, comp: str, one: Any) -> bool:
-        """Return whether all values that this request needs are present. If not, the request
-        waits."""
+        """Whether all values are there that this one needs. Otherwise it waits."""
         if comp not in self._waiting:
             if self._has_all(comp, one):
                 self.hold(comp, one)
@@ -1995,7 +1994,7 @@ class ValueRequests:
         return all((comp, digest) in self._here for _, digest in one.values)
 
     def hold(self, comp: str, one: Any) -> None:
-        """Note that a request needs its values until they are released."""
+        """One needs its values, until they are released."""
         self._holders.add(one)
         for _, digest in one.values:
             self._needs[comp, digest] += 1
@@ -2003,7 +2002,7 @@ class ValueRequests:
                 self._here.move_to_end((comp, digest))
 
     def release(self, comp: str, one: Any) -> None:
-        """Note that a request does not need its values any more, if it was served."""
+        """One does not need its values any more, if it was served."""
         for _, digest in one.values if one in self._holders else ():
             self._needs[comp, digest] -= 1
             if not self._needs[comp, digest]:
@@ -2011,11 +2010,11 @@ class ValueRequests:
         self._holders.discard(one)
 
     def waiting(self, comp: str) -> Sequence[Any]:
-        """Return the requests that wait."""
+        """Return those who wait."""
         return self._waiting.get(comp, ())
 
     def leave(self, comp: str, some: Container[Any]) -> List[Any]:
-        """Let these requests wait no longer. Returns those of them that did wait."""
+        """These wait no more, if they do. Returns those that did."""
         waiting = self._waiting.get(comp, ())
         gone = []
         for one in waiting:
@@ -2033,48 +2032,44 @@ class ValueRequests:
             del self._waiting[comp]
 
     def come(self, comp: str, size: int, digest: bytes) -> None:
-        """Note that a value is present."""
+        """A value is there."""
         if (comp, digest) not in self._here:
             self.total += size
         self._here[comp, digest] = size
 
     def came(self, comp: str) -> None:
-        """Note that the value which was being fetched is present."""
+        """The value that was fetched is there."""
         self.come(comp, *self._coming.pop(comp))
 
     def coming(self, comp: str) -> bytes:
-        """Return the digest of the value that is being fetched; it is empty if there is none."""
+        """The digest of the value that is fetched; empty if none is."""
         return self._coming.get(comp, (0, b''))[1]
 
     def failed(self, comp: str) -> List[Any]:
-        """Note that the value which was being fetched is not available. Returns the requests that
-        waited for it."""
+        """The value that was fetched cannot be had. Returns those that waited for it."""
         _, digest = self._coming.pop(comp)
         return self.leave(comp, {one for one in self.waiting(comp)
                                  if any(digest == other for _, other in one.values)})
 
     def postpone(self, comp: str) -> None:
-        """Note that there is no room now for the value which was to be fetched; the next `serve`
-        tries again."""
+        """The value that was to be fetched finds no room now; the next `serve` tries again."""
         self._coming.pop(comp, None)
 
     def interrupt(self, comp: str) -> List[Any]:
-        """Note that the connection to the owner of the values has ended. Returns the requests that
-        waited."""
+        """Whoever has the values is not connected any more. Returns those that waited."""
         self._coming.pop(comp, None)
         return list(self._waiting.pop(comp, ()))
 
     def forget(self, comp: str) -> None:
-        """Note that a computation has ended and its values are gone; all of its requests were
-        released before."""
+        """A computation is over, and its values are gone; all that it had was released."""
         self.interrupt(comp)
         for key in [key for key in self._here if key[0] == comp]:
             self.total -= self._here.pop(key)
             self._needs.pop(key, None)
 
     def serve(self) -> Tuple[List[Tuple[str, Any]], List[Any]]:
-        """Return the requests that wait no longer, with their computations, and actions: which
-        values are to be fetched, and which are to be removed to make room for these."""
+        """Whoever waits no more, with its computation, and actions: what is to be fetched, and what
+        makes room for that."""
         served: List[Tuple[str, Any]] = []
         actions: List[Any] = []
         for comp in list(self._waiting):
@@ -12365,9 +12360,8 @@ class JobLookouts:
 
 
 class NodeService:
-    """Whether a node takes new jobs, and how it ends. The hours of service, the user of its machine
-    and its operator can pause it and let it go on; the operator or the end of its last lease stops
-    it.
+    """Whether a node takes new jobs, and how it ends: hours of service, the user of its machine and
+    its operator let it pause and go on; the operator or the end of its last lease stops it.
 
     paused - for each authority, why no new jobs are taken
     stopping - the node is about to end
@@ -12392,8 +12386,7 @@ class NodeService:
         self._leaving = False     # what runs was killed, and its end is waited for
 
     def refusal(self, comp: str) -> Optional[Refused]:
-        """Return why no client can have the node for a computation now; None if there is no
-        reason."""
+        """Why no client can have the node for a computation now; None if nothing is against it."""
         if self.stopping:
             return Refused(comp, 'stopping', 'the node is being stopped')
         if self.paused:
@@ -12407,8 +12400,7 @@ class NodeService:
     # -- the end -----------------------------------------------------------------------------------
 
     def stop(self, event: Stop, now: float) -> None:
-        """Return attempts that have not started, and interrupt those that run; a second call ends
-        the node at once."""
+        """Give back what has not started, interrupt what runs; a second time: leave."""
         if self.stopping:
             self._leave(now)
             return
@@ -12424,30 +12416,30 @@ class NodeService:
         self._interruptions.end_all(now)
 
     def finish(self, event: Finish, now: float) -> None:
-        """Take no new jobs, and end when the jobs that are here have ended."""
+        """Take no new jobs, and leave when those that are here have ended."""
         self._finishing = True
         pause = Pause('finish', 'the node ends when its jobs have ended')
         self.pause(pause, now)
         self._attempts.take_back_all()
 
     def leave_when_done(self, now: float) -> None:
-        """End a stopping node when nothing is left to do. This is called at the end of a turn."""
+        """The end of a turn: a node that is to end leaves when nothing is left to do."""
         if not self._has_work():
             self._leave(now)
 
     @property
     def has_jobs(self) -> bool:
-        """Return whether there are jobs here, whether they run or wait."""
+        """Whether there are jobs here, run or not."""
         comps = self._tables.comps.values()
         return any(comp.attempts for comp in comps)
 
     @property
     def is_ending(self) -> bool:
-        """Return whether the node ends when nothing is left to do."""
+        """Whether the node ends when nothing is left to do."""
         return self.stopping or self._finishing
 
     def _leave(self, now: float) -> None:
-        """Kill what runs, wait until it is known which attempts had begun, and end."""
+        """Kill what runs, wait until it is known what of it had begun, and leave."""
         tables = self._tables
         if not self._leaving and self._runs_jobs():
             self._leaving = True
@@ -12475,8 +12467,8 @@ class NodeService:
         return any(worker.queue for worker in workers)
 
     def _has_work(self) -> bool:
-        """Return whether workers have jobs, or connected clients have not acknowledged results;
-        after running jobs were killed, acknowledgements are not waited for."""
+        """Whether workers have jobs, or clients that are connected have not acknowledged results;
+        once what runs was killed, these are not waited for."""
         tables = self._tables
         if self._runs_jobs():
             return True
@@ -12497,7 +12489,7 @@ class NodeService:
     # -- pauses ------------------------------------------------------------------------------------
 
     def pause(self, event: Pause, now: float) -> None:
-        """Take no new jobs, and end those that run if this is requested."""
+        """Take no new jobs, and end those that run if that is asked for."""
         self.paused[event.by] = event.text
         self._attempts.refuses_new = True
         logger.info('this node takes no new jobs: %s', event.text)
@@ -12506,7 +12498,7 @@ class NodeService:
             self._interruptions.end_all(now)
 
     def resume(self, event: Resume, now: float) -> None:
-        """Take jobs again, if no other authority has paused the node."""
+        """Take jobs again, if no other authority is against it."""
         if self.paused.pop(event.by, None) is None:
             return
         if self.paused:
