@@ -1242,9 +1242,8 @@ class ClusterStatus(_NodesAndJobs, metaclass=Listed):
 
 # --------------------------------------------------------------------------------------------------
 # What people see: why jobs failed, lines of source code, representations. Values in, text out:
-# nothing here
-# asks a node. SourceHere and Failures look at files of this host, and keep what they have been
-# told.
+# nothing here asks a node. SourceHere and Failures examine files of this host, and keep what they
+# have been told.
 # --------------------------------------------------------------------------------------------------
 
 def many(count: int, word: str) -> str:
@@ -1735,10 +1734,9 @@ def nodes_text(nodes: Sequence['DispyNode']) -> str:
 
 
 # --------------------------------------------------------------------------------------------------
-# Schedule: which job goes where. Pure: nothing here opens a socket, reads a clock, takes a lock or
-# calls the
-# user's code. The same class serves all clusters of one program here and all clients of a
-# scheduler.
+# Schedule: which job goes to which node. It is pure: nothing here opens a socket, reads a clock,
+# takes a lock or calls the user's code. The same class serves all clusters of one program here and
+# all clients of a scheduler there.
 # --------------------------------------------------------------------------------------------------
 
 # Events.
@@ -5040,9 +5038,9 @@ _EVENT_OF = {
 }
 
 # --------------------------------------------------------------------------------------------------
-# Modules of the user's: which travel, and their files. Nothing here imports a module or takes a
-# lock: finders and loaders that are asked may be the user's code. What is remembered is in
-# dictionaries, of which one entry is replaced at a time.
+# The user's modules: which of them travel, and their files. Nothing here imports a module or takes
+# a lock: finders and loaders that are asked may be the user's code. Caches are dictionaries in
+# which one entry at a time is replaced.
 # --------------------------------------------------------------------------------------------------
 
 PACKAGE_DATA = 20 << 20    # bytes of data files that travel with one package
@@ -6876,7 +6874,7 @@ own_modules = OwnModules()
 
 
 # --------------------------------------------------------------------------------------------------
-# What the program has set in its modules, and bundles: the modules that a pickle needs, with their
+# What the program has set in its modules; and bundles: the modules that a pickle needs, with their
 # state
 # --------------------------------------------------------------------------------------------------
 
@@ -7992,8 +7990,7 @@ def _support_files() -> Dict[str, bytes]:
 
 
 # --------------------------------------------------------------------------------------------------
-# Source, for nodes with another version of Python: the statements that a computation needs, and no
-# others
+# Source code for nodes with another version of Python: only the statements that a computation needs
 # --------------------------------------------------------------------------------------------------
 
 def _refer_depend(picker: 'SourcePicker', name: str, obj: Any) -> Tuple[str, str]:
@@ -8437,7 +8434,7 @@ def pack_source(computation: Any, setup: Any, cleanup: Any, objects: Dict[str, A
 
 
 # --------------------------------------------------------------------------------------------------
-# Which nodes: what the user wrote, parsed
+# Which nodes: the parameter `nodes`, parsed
 # --------------------------------------------------------------------------------------------------
 
 LOCAL = 'local'
@@ -8776,7 +8773,7 @@ def _check_host(host: Any, elsewhere: bool) -> str:
 
 
 # --------------------------------------------------------------------------------------------------
-# Journal: what a cluster with a recover_file has submitted, sent and got back
+# Journal: the jobs that a cluster with a recover_file has submitted and sent, and their results
 # --------------------------------------------------------------------------------------------------
 
 def check_own_file(path: str, what: str) -> None:
@@ -9480,7 +9477,7 @@ class BegunNotes:
 
 
 # --------------------------------------------------------------------------------------------------
-# Trail: the small file by which what a program leaves on nodes is found when it ends before its
+# Trail: the small file with which jobs and results on nodes are found if a program ends before its
 # jobs
 # --------------------------------------------------------------------------------------------------
 
@@ -9875,8 +9872,8 @@ def who_holds(holder: Holder, place: str) -> str:
 
 
 # --------------------------------------------------------------------------------------------------
-# Driver: one thread that owns links and Schedule. Its helpers: dial threads, openers, callback
-# threads.
+# Driver: one thread that owns the links and the Schedule. Its helpers are dial threads, openers and
+# callback threads.
 # --------------------------------------------------------------------------------------------------
 
 class ConnectionSettings(NamedTuple):
@@ -15666,9 +15663,9 @@ def _end_embedded(process: 'subprocess.Popen[bytes]') -> None:
 
 
 # --------------------------------------------------------------------------------------------------
-# Clusters. A JobCluster is what the program has in hand; behind it stands a ProgramCluster, which
-# its driver knows, with parts that each have one responsibility. No part refers to the JobCluster
-# but ProgramCluster.cluster, so that it can be told when the program has dropped its own.
+# Clusters. A JobCluster is the object that the program has; behind it is a ProgramCluster, which
+# its driver knows, with parts that each have one responsibility. Only ProgramCluster.cluster refers
+# to the JobCluster, so that it is noticed when the program has dropped its own reference.
 # --------------------------------------------------------------------------------------------------
 
 def _python(python: Any) -> str:
@@ -17425,7 +17422,7 @@ def has_exception(row: tuple) -> bool:
 
 
 # --------------------------------------------------------------------------------------------------
-# Scripts for dispy 4: what they give, read and call that nothing else here needs
+# Scripts for dispy 4: what they pass, read and call that nothing else here needs
 # --------------------------------------------------------------------------------------------------
 
 class OldNames:
@@ -20041,8 +20038,8 @@ def _ended_by_error() -> bool:
 
 
 # --------------------------------------------------------------------------------------------------
-# The shell: commands, their arguments and what is written of them. Nothing here runs a command;
-# what reads or writes a file says so
+# The shell: commands, their arguments and the files that are written. Nothing here runs a command;
+# functions that read or write a file say so
 # --------------------------------------------------------------------------------------------------
 
 EXTENSION = LazyPattern(r'\.[^/.]+\Z')
@@ -22185,7 +22182,7 @@ def _report(argv: Sequence[str]) -> int:
 
 
 # --------------------------------------------------------------------------------------------------
-# Command line: nodes that an engine such as Slurm places
+# Command line: nodes that an engine such as Slurm runs
 # --------------------------------------------------------------------------------------------------
 
 ENGINE_TIME = 60.0            # s that a command of an engine may take

@@ -65,15 +65,16 @@ This file reads from the top down: what is used stands before what uses it.
 
 import sys
 
-# Before all else, as older versions lack some of the modules below. They must be able to compile
-# this file.
+# This comes first, since older versions lack some of the modules below. They must be able to
+# compile this file.
 if sys.version_info < (3, 8):
     sys.exit('dispynode.py needs Python 3.8 or later; this is Python %d.%d (%s)' %
              (sys.version_info[:2] + (sys.executable, )))
 
 if __name__ == '__main__':
-    # Once more under its own name, so that classes have one identity here and in the runners. Here,
-    # and not at the end: all that follows would be made for nothing. The code is compiled already.
+    # Run this file once more under its own name, so that classes have one identity here and in the
+    # runners. This happens here and not at the end, where everything below would have been executed
+    # for nothing. The code is compiled already.
     import importlib.util
     import os
     if __spec__ is None:   # not run by -m
@@ -148,7 +149,7 @@ from typing import (
     AbstractSet, Any, Callable, Container, Deque, Dict, FrozenSet, Iterable, Iterator, List,
     NamedTuple, NoReturn, Optional, Sequence, Set, TextIO, Tuple, Type, Union)
 
-__all__ = ['DispyError', 'SecretError', 'main']   # the others are dispy's own
+__all__ = ['DispyError', 'SecretError', 'main']   # the other names are for dispy's own modules
 
 __version__ = '5.0.0.dev0'
 
@@ -162,141 +163,148 @@ __version__ = '5.0.0.dev0'
 # --------------------------------------------------------------------------------------------------
 
 # Glossary
-#   client       a program that uses nodes, or a scheduler that uses them for programs
-#   computation  (comp) what one cluster of a program runs on a node: its code, files and jobs
-#   job          one call that the user has submitted; it has a number
-#   attempt      one try to run a job on some node. Its serial number has the job's number in the
-#                upper bits and the count of the try in the lower 16: see job_number, attempt_number
+#   program      what a user runs: its clusters submit jobs
+#   client       a process that uses nodes: a program, or a scheduler on behalf of programs
+#   node         what runs jobs on a host: a dispynode, or a part of a program ("embedded")
+#   computation  (comp) what a cluster has on nodes: its code, files and jobs
+#   job          one call that a user has submitted; it has a number
+#   attempt      one try to run a job on a node. The upper bits of its serial number are the number
+#                of the job, the lower 16 bits count the attempts: see job_number, attempt_number
 #   outcome      how an attempt ended; with times, value and output it is a row of Results
-#   acknowledge  (Ack) the client has a result: nobody else needs to keep it
+#   acknowledge  (Ack) to say that a result was received, so that no other process keeps it
+#   recall       (ReturnJobs) to ask for attempts that have not begun, to run them elsewhere
 #   spool        results on a node's disk, while their client is away
-#   lease        a client's hold on a node; a node serves one client at a time
+#   lease        a client's hold on a node, which serves one client at a time
 #   orphaned     without a connection to its client
-#   runner       the process that has loaded the code of a computation and starts its workers
+#   runner       the process that loads the code of a computation and starts its workers
 #   worker       the process that runs the jobs of a computation, one after the other
-#   slot         memory that all processes of a computation share, where a worker notes which
-#                attempts it has begun, so that this is known when it dies
+#   slot         shared memory in which a worker notes which attempts it has begun, so that they
+#                are known when it has died
 #   link         an authenticated connection between two processes, with heartbeats
-#   uplink       a link that a node has made itself, to a scheduler or to a client that listens
-#   frame        one message on a link, with its length, number and authentication code
-#   record       one message on a pipe between a daemon, its runners and its workers
+#   uplink       a link that a node itself makes, to a scheduler or to a client that listens
+#   frame        a message on a link, with its length, number and authentication code
 #   part         a piece of a message that is too large for a frame
-#   envelope     the plain values of a message; large payloads are beside it, out of band
-#   payload      what a user sent (arguments, code) or a job returned: bytes that daemons never open
-#   bundle       the files of a group of modules, and what the program has set in them
+#   record       a message on a pipe between a daemon, its runners and its workers
+#   envelope     the plain values of a message; large payloads are out of band
+#   payload      the bytes of a user's arguments, code or result, which daemons never open
+#   bundle       the files of a group of modules, with the variables that the program has set there
 #   event        what the loop tells the pure state; an action is what the state then decides
-#   turn         one round of a loop: what has come is handled, then what follows is sent
-#   heartbeat    (Pulse) a sign of life on a link that has nothing else to send
-#   instance     16 random bytes that tell one process from all others
+#   turn         one round of a loop: it handles what has come, then sends what follows
+#   heartbeat    (Pulse) a sign of life on an idle link; instance: 16 bytes that identify a process
 NODE_PORT = 9701              # TCP and UDP
-SCHEDULER_PORT = 9702         # TCP, of the scheduler and of clients that nodes dial
-PULSE = 2.0                   # s between signs of life on a link
-PULSES_LOST = 5               # silent pulses after which a link is broken
-# Silent pulses after which a second connection is tried while the first still counts, and the
-# seconds between the beginnings of such attempts at least
+SCHEDULER_PORT = 9702         # TCP: the scheduler's, and of clients that nodes dial
+PULSE = 2.0                   # s between heartbeats on a link
+PULSES_LOST = 5               # silent heartbeat intervals after which a link is broken
+# Silent heartbeat intervals after which a second connection is tried while the first still counts,
+# and the minimum time in seconds between the beginnings of such attempts
 PULSES_SILENT = 2
 SECOND_APART = 0.5
 GRACE = 5.0                   # s from KeyboardInterrupt in a job to the kill of its process group
-END_TIME = 2.0                # s that workers which were killed may take to end
-# Seconds before its time limit at which a node whose jobs got their grace has ended for sure: for
-# what it has still to say, and for the start that the limit counts too
+END_TIME = 2.0                # s that killed workers may take to end
+# The number of seconds before its time limit at which a node has certainly ended after its jobs got
+# their grace: it covers the messages that are still to be sent, and the start of the node, which
+# the limit includes
 LIMIT_MARGIN = 10.0
 DRAIN_BEFORE = 120.0          # s before its time limit at which a node takes no new jobs
-CLEANUP_TIME = 4.0            # s that workers have for cleanup, less than their runner has to end
+CLEANUP_TIME = 4.0            # s that workers have for cleanup: less than their runner has to end
 HANDSHAKE_TIME = 10.0         # s for TLS and handshake together
-TRIPS = 10                    # round trips to a peer that these take at most
+TRIPS = 10                    # round trips to a peer that these need at most
 SETUP_TIME = 600.0            # s that loading code and setup() may take
 # Seconds that a computation without jobs waits for a client whose link broke
 ORPHAN_TIME = 3.0
-PAST_TIME = 30 * 86400.0      # s for which it is remembered that something was given up
+PAST_TIME = 30 * 86400.0      # s for which it is remembered that results were discarded
 ZOMBIE_TIME = 86400.0         # s that results wait on the disk for their client
-# Seconds that a link must have lived for not being one of several that end at once
+# Seconds after which the end of a link does not count as one that follows its beginning at once
 FLAP_TIME = 10.0
-# Links in a row that ended at once, after which the next attempts come later and later
+# Number of consecutive links that ended at once after which the waits between attempts grow
 FLAPS = 4
-# Seconds for which a client from which the node was taken is not served, so that others come first
+# Seconds for which a client is not served after the node was taken from it, so that others have
+# their turn
 RELEASE_COOLDOWN = 10.0
-# What a worker may hold beyond what it runs, in seconds of work and in jobs. With some at hand it
-# does not wait for the daemon after each short job; but what it holds must be taken back before
-# another worker can run it, so that it is little.
+# What a worker may hold beyond the job that it runs, in seconds of work and in jobs. With some jobs
+# at hand it does not wait for the daemon after each short job; but another worker can run these
+# jobs only after they were taken back, so that the limits are low.
 AHEAD_TIME = 0.02
 AHEAD_MOST = 64
-# CPU seconds, for each CPU of the node, that a client which has had less than others gets back at
-# most; without a limit one that was idle for an hour would then have the node alone for as long.
+# The compensation in CPU seconds, for each CPU of the node, that a client which has had less than
+# others gets at most; without a limit, a client that was idle for an hour would then have the node
+# alone for as long.
 CREDIT_TIME = 2.0
-ABSENT_TIME = 1.0             # s without jobs here after which a client gets nothing back
+ABSENT_TIME = 1.0             # s without jobs here after which a client gets no compensation
 ROW_FIRST = 64                # jobs, the first guess of how many fill a round trip
-UNKNOWN_TIME = 0.5            # s that a job may take, before any has ended
-# Seconds after which a job counts as long: its client is told that it runs, and its worker gives
-# back what stands behind it. Of shorter jobs the client hears by their results alone.
+UNKNOWN_TIME = 0.5            # s that a job is assumed to take before any has ended
+# Seconds after which a job counts as long: its client is told that it runs, and its worker returns
+# the jobs behind it. For shorter jobs the client gets their results only.
 BEGUN_TIME = 0.025
-OUTPUT_KEPT = 256 * 1024      # bytes kept of each end of a job's stdout and of its stderr
-# Bytes of one stream of a job, with the mark where its middle was
+OUTPUT_KEPT = 256 * 1024      # bytes that are kept of each end of a job's stdout and stderr
+# Bytes of one stream of a job, including the mark that replaces its middle
 OUTPUT_MOST = 2 * OUTPUT_KEPT + 1024
 LATEST = 1e11                 # s since the epoch, the latest time that a job can have ended
-OUTPUT_CHECKED = 0.25         # s between looks at the size of running jobs' output
+OUTPUT_CHECKED = 0.25         # s between checks of the size of running jobs' output
 WORKER_IDLE = 300.0           # s without a job after which a worker ends
-WORKER_RETRY_DELAY = 1.0            # s until it is tried again to start a worker
+WORKER_RETRY_DELAY = 1.0            # s between attempts to start a worker
 REMOVAL_DELAY_MOST = 60.0     # s between attempts to remove a directory
-WORKER_TOLD = 60.0            # s of success after which it is said again that none can be started
-BEGUN_KEPT = 2045             # the last attempts that a worker has begun, which are noted in a file
-UNDEAD_TIME = 0.5             # s that a killed stray process is waited for before others are served
-RUNNER_ASKED = 2.0            # s between signs of life that a runner with jobs is asked for
+WORKER_TOLD = 60.0            # s of success after which a failure to start one is reported again
+BEGUN_KEPT = 2045             # the number of begun attempts that a worker notes in a file
+UNDEAD_TIME = 0.5             # s to wait for a killed stray process before other work goes on
+RUNNER_ASKED = 2.0            # s between requests to a runner with jobs to show that it lives
 RUNNER_SILENT = 10.0          # s without an answer after which a runner is killed
-# Seconds between looks at the memory of jobs that may not use more
+# Seconds between checks of the memory of jobs that have a limit
 MEMORY_CHECK_INTERVAL = 0.05
-# Bytes from which a payload travels beside its envelope instead of inside, and is not copied
+# Size in bytes from which a payload is sent out of band, and is not copied into its envelope
 OUT_OF_BAND = 32 * 1024
 FILE_PIECE = 1 << 20          # bytes of a file in one message
-# Bytes from which a value with buffers passes between a node and its workers in a memory segment.
-# Below this the pipe is as fast: its memory has been used before.
+# Size in bytes from which a value with buffers passes between a node and its workers in a memory
+# segment. Below this a pipe is as fast: its memory has been used before.
 SEGMENT_FROM = 2 << 20
-SEGMENTS_MOST = 128           # of them that are mapped in this process; others are read
-# Bytes on a pipe that the other side has not read, with what the system needs for each record,
-# beyond which values go through the pipe, which makes their sender wait: some five records
+SEGMENTS_MOST = 128           # segments that are mapped in this process; others are read
+# Bytes on a pipe that the other side has not read, including the overhead of the system for each
+# record, beyond which values are written to the pipe itself, which makes their sender wait: about
+# five records
 SEGMENTS_UNREAD = 4096
-# Bytes after which a batch is a frame: the other side can begin with it
+# Bytes after which a batch becomes a frame, so that the other side can begin with it
 BATCH_BYTES = 1 << 20
-WHOLE_MOST = 960 << 20        # bytes of a computation, which travels in one frame; that holds a GiB
-# Bytes of one value, arguments or result of a job: 4 GiB, and what packing them adds. What is over
-# a frame travels in parts.
+WHOLE_MOST = 960 << 20        # bytes of a computation: it is sent in one frame, of 1 GiB at most
+# Size limit in bytes of one value, the arguments or the result of a job: 4 GiB, and what packing
+# adds. Values that are larger than a frame are sent in parts.
 VALUE_MOST = (4 << 30) + (1 << 20)
-# Characters of a text for people, such as a traceback; longer ones lose their middle
+# Characters of a text for people, such as a traceback; the middle of longer ones is left out
 TEXT_MOST = 64 * 1024
-# Bytes of what is seen of a running job: the stacks of its process, and the ends of its output
+# Bytes that are shown of a running job: of the stacks of its process, and of the ends of its output
 STACKS_MOST = 64 * 1024
 OUTPUT_SEEN = 4096
 NAMES_MOST = 60 << 20         # bytes that the list of a computation's files may take
 MAX_FRAME = 1 << 30           # bytes of payload in one frame, the largest of the limits by message
-# Bytes that wait on a link, after which files of jobs are not read: a job that sends faster than
-# its client takes does not fill the memory of the node
+# Bytes that wait on a link after which files of jobs are not read: a job that sends faster than its
+# client receives must not fill the memory of the node
 BACKPRESSURE_BYTES = 16 << 20
-# Sockets that a loop has where it must use select()
+# The number of sockets that a loop may have if it must use select()
 SELECT_MOST = 500
 WRITE_MOST = 32 << 20         # bytes that are written to one channel in one turn
-LAZY = 64 << 20               # bytes from which memory is mapped, and taken only as it is filled
-# Times that a node has arguments in memory: the daemon, and the worker, which opens them in place;
-# and that a program has a result, which is opened in place too.
+LAZY = 64 << 20   # bytes from which memory is mapped, so that it is used only as it is filled
+# How many copies of arguments a node has in memory: one in the daemon, and one in the worker, which
+# opens them in place. A program has as many copies of a result, which is opened in place, too.
 ARGUMENTS_COPIED = 2
 RESULTS_COPIED = 1
-# Seconds that an interval of an option may have
+# Limits for options that are intervals, in seconds
 SHORTEST = 1e-3
 LONGEST = 10 * 365.25 * 86400
-LONGEST_SLEEP = 86400.0       # s that a loop sleeps at most; then it looks again
+LONGEST_SLEEP = 86400.0       # s that a loop sleeps at most before it checks again
 NO_MEMORY = 'there is no memory for what was sent'
-SERIALS_MOST = 50000          # of jobs in one message
-ROWS_MOST = 20000             # of jobs or results in one message
-NAME_MOST = 1000              # characters of a name from outside that are kept
+SERIALS_MOST = 50000          # serials in one message
+ROWS_MOST = 20000             # rows of jobs or results in one message
+NAME_MOST = 1000              # characters that are kept of a name from outside
 MODULES_KEPT = 256 << 20      # bytes of modules' files that a node keeps for other computations
-SHARED_FROM = 1 << 20         # bytes from which a part of arguments is known by its digest
-VALUES_KEPT = 4 << 30         # bytes of such parts that a node keeps, beyond what jobs there need
-# Bytes of jobs that wait here, after which links are not read, so that clients are held back
+SHARED_FROM = 1 << 20         # bytes from which a part of arguments is identified by its digest
+# Bytes of such parts that a node keeps in addition to those that its jobs need
+VALUES_KEPT = 4 << 30
+# Bytes of waiting jobs after which links are not read, so that clients are slowed down
 RECEIVE_BUDGET = 256 << 20
 
-UNITS_MOST = 1 << 16          # of one resource
+UNITS_MOST = 1 << 16          # units of one resource
 RESOURCE_NAME = re.compile('[A-Za-z][A-Za-z0-9_.-]{0,63}')
 NOT_RESOURCES = frozenset(('cpu', 'cpus', 'memory'))
-GPU = 'gpu'                   # the resource whose units are devices, which jobs are shown
+GPU = 'gpu'                   # the resource whose units are devices that jobs are told of
 AUTO = 'auto'                 # as many as there are
 
 # How worker processes are started
@@ -363,8 +371,8 @@ class LoopFailed(DispyError):
 
 
 # --------------------------------------------------------------------------------------------------
-# Values and messages: what stands on the wire. Nothing here opens a socket, reads a clock or takes
-# a lock.
+# Values and messages: what is sent between processes. Nothing here opens a socket, reads a clock or
+# takes a lock.
 # --------------------------------------------------------------------------------------------------
 
 class Role(enum.IntEnum):
@@ -395,11 +403,11 @@ class AttemptHistory(NamedTuple):
     more: serial numbers and no data.
     An attempt that is in none of the lists never arrived or never began, provided that `whole` is
     true."""
-    whole: bool = True                     # all is known that ever came
-    unbegun: FrozenSet[int] = frozenset()  # given back, while nobody was connected
+    whole: bool = True                     # everything that ever came is known
+    unbegun: FrozenSet[int] = frozenset()  # returned while no client was connected
     lost: FrozenSet[int] = frozenset()     # had begun, and ended with the process of the node
-    given_up: FrozenSet[int] = frozenset()   # had begun, and what came of them was given up
-    text: str = ''                         # why it was given up
+    given_up: FrozenSet[int] = frozenset()   # had begun, and their results were discarded
+    text: str = ''                         # why they were discarded
 
     def row(self) -> tuple:
         """Return the history in the form that messages carry; the row is empty if there is nothing
@@ -446,7 +454,7 @@ class Reason(NamedTuple):
     passes: bool
 
 
-# The codes of Refused, and those that a client finds by itself (the last five).
+# The codes of Refused, and those that a client itself determines (the last five)
 REASONS: Dict[str, Reason] = {
     'busy': Reason('another client holds the node', True),
     'fault': Reason('a fault of the node itself while it served the computation', True),
@@ -604,7 +612,7 @@ class Results(NamedTuple):
     rows: list
 
 
-# Places in a row of Results, which is a plain tuple on the wire and stays one: each job has one
+# Indexes of a row of Results, which is a plain tuple on the wire and stays one: each job has one
 SERIAL, OUTCOME, START, END, PAYLOAD, STDOUT, STDERR = range(7)
 
 
@@ -693,7 +701,7 @@ class Purpose(enum.IntEnum):
     VALUES = 5     # a part of arguments, known by its digest, asked for by Need
 
 
-FOR_CODE = frozenset((Purpose.DEPENDS, Purpose.MODULES))   # of no use without one another
+FOR_CODE = frozenset((Purpose.DEPENDS, Purpose.MODULES))   # each is useless without the other
 ASKED_FOR = FOR_CODE | {Purpose.VALUES}   # the key is the one in Need
 
 
@@ -765,8 +773,8 @@ MAX_CONTROL = 64 * 1024
 MAX_LIST = 16 << 20
 MAX_BULK = MAX_FRAME
 LIST = NAMES_MOST + (4 << 20)
-BUFFERS_MOST = 1 << 16        # of large parts beside an envelope
-# op on the wire -> (message, bytes of payload at most)
+BUFFERS_MOST = 1 << 16        # out-of-band buffers of an envelope
+# Op on the wire -> (message, limit of its payload in bytes)
 MESSAGES: Dict[int, Tuple[type, int]] = {
     1: (ClientHello, MAX_CONTROL),
     2: (Compute, MAX_BULK),
@@ -801,15 +809,15 @@ MESSAGES: Dict[int, Tuple[type, int]] = {
     72: (Part, 4 * FILE_PIECE),
 }
 OPS = {message: op for op, (message, _) in MESSAGES.items()}
-# Messages to which a minor version has added fields, at the end: that version, and what stands in
-# the fields where a peer does not speak it
+# Messages to which a minor version has added fields at the end: that version, and the values of the
+# fields for a peer that does not speak it
 LATER_FIELDS: Dict[type, Tuple[int, tuple]] = {ClientHello: (2, ((), )), Refused: (2, ((), ))}
 # What a node, or a scheduler, takes from the other side of a link
 OF_CLIENTS = frozenset(op for op in MESSAGES if op < 32 or op >= 64)
 SPEAK_OF_COMPS = {
     message for message in OPS
     if message._fields[:1] == ('comp',)}  # type: ignore[attr-defined]
-# Some fields of these hold values whose shape nothing else checks.
+# Nothing else checks the structure of some of their fields.
 LOOSE = {Compute, NodeHello, Call, Return, Report}
 KEY_SIZE = 32    # bytes of the digest of a computation's key
 DIGEST_SIZE = 32
@@ -915,7 +923,7 @@ def limit_values(most: int) -> None:
     """Set the largest size in bytes of values that this process accepts and makes (--max-value).
     Raises StartError."""
     global VALUE_MOST
-    if most < BATCH_BYTES:   # less is not looked at one by one
+    if most < BATCH_BYTES:   # fewer bytes are not examined one by one
         text = '--max-value %d: the least is %d' % (most, BATCH_BYTES)
         raise StartError(text)
     VALUE_MOST = min(most, VALUE_MOST)
@@ -961,7 +969,7 @@ def batches(kind: Callable[[str, list], Any], comp: str,
         some.append(row)
         filled += size
         if filled >= BATCH_BYTES or len(some) >= ROWS_MOST:
-            # Alone, as it may have to go in parts
+            # Alone, because it may have to be sent in parts
             if size >= BATCH_BYTES:
                 if len(some) > 1:
                     yield kind(comp, some[:-1])
@@ -973,7 +981,7 @@ def batches(kind: Callable[[str, list], Any], comp: str,
         yield kind(comp, some)
 
 
-HOLLOW = bytes(4)    # stands for a payload: right for every outcome
+HOLLOW = bytes(4)    # replaces a payload; valid for every outcome
 
 
 class InParts:
@@ -1043,11 +1051,11 @@ def plain_text(value: str) -> str:
 class Bounds(NamedTuple):
     """What an envelope may cost the process that opens it."""
     size: int        # bytes
-    operations: int  # of the pickle; each makes one object of less than 100 bytes at most
+    operations: int  # of the pickle; each makes at most one object of less than 100 bytes
     dicts: int
 
 
-ITEMS_MOST = 256     # of one dict: the time that colliding keys take grows with the square of it
+ITEMS_MOST = 256     # of one dict: the time for colliding keys grows with the square of it
 
 
 class PlainReader:
@@ -1059,8 +1067,8 @@ class PlainReader:
     Messages of thousands of rows are read here: hence one loop, and a table for what most
     operations do.
     """
-    # operation -> (bytes that it takes, what it adds to the height of the stack); those of variable
-    # length and those that look at the stack stand below.
+    # Operation -> (bytes that it occupies, its change of the height of the stack); operations of
+    # variable length and those that use the stack are below
     FIXED = {
         pickle.PROTO: (2, 0), pickle.FRAME: (9, 0), pickle.NONE: (1, 1), pickle.NEWTRUE: (1, 1),
         pickle.NEWFALSE: (1, 1), pickle.BININT: (5, 1), pickle.BININT1: (2, 1),
@@ -1069,8 +1077,8 @@ class PlainReader:
         pickle.TUPLE3: (1, -2), pickle.APPEND: (1, -1), pickle.MEMOIZE: (1, 0),
         pickle.NEXT_BUFFER: (1, 1), pickle.READONLY_BUFFER: (1, 0)
     }
-    # operation -> bytes of the length that follows it; then come so many bytes, which are one
-    # object
+    # Operation -> size of the length field that follows it; then as many bytes follow, which are
+    # one object
     COUNTED = {
         pickle.LONG1: 1, pickle.SHORT_BINUNICODE: 1, pickle.BINUNICODE: 4, pickle.BINUNICODE8: 8,
         pickle.SHORT_BINBYTES: 1, pickle.BINBYTES: 4, pickle.BINBYTES8: 8, pickle.BYTEARRAY8: 8
@@ -1091,11 +1099,11 @@ class PlainReader:
         self._bounds = bounds
         self._height = 0
         self._marks: List[int] = []
-        self._items: Dict[int, int] = {}   # height of a dict on the stack -> items that it has got
+        self._items: Dict[int, int] = {}   # height of a dict on the stack -> its number of items
         self._dicts = 0
 
-    # Operations without dicts in a row, which take a tenth of the time so; of numbers, bytes and
-    # strings the short ones.
+    # A sequence of operations without dicts, which a regular expression matches in a tenth of the
+    # time; of numbers, bytes and strings it has the short ones.
     _RUN = re.compile(
         rb'(?:[N\x88\x89)\]\x85\x86\x87ae(t\x94\x97\x98]|[Kh\x80].|M..|[Jj].{4}|[G\x95].{8}'
         rb'|\x8a(?:\x04.{4}|\x05.{5}|\x06.{6}|\x07.{7}|\x08.{8})|[C\x8c](?:' +
@@ -1229,7 +1237,7 @@ def open_envelope(data: Buffer,
         return plain.load()
     except PeerError:
         raise
-    except Exception as exc:  # the unpickler raises nearly anything on damaged input
+    except Exception as exc:  # the unpickler may raise any exception on damaged input
         text = 'an envelope does not open: %s' % (exc,)
         raise PeerError(text) from exc
 
@@ -1327,7 +1335,7 @@ def decode(op: int, encoding: int, payload: Buffer) -> Any:
             right = True
         right = right and (check is None or check(fields))
         right = right and (message not in LOOSE or is_shallow(fields))
-    except Exception:  # of numbers no float can hold, for one
+    except Exception:  # for example for an int that is too large for a float
         right = False
     if not right:
         raise PeerError('%s with wrong values' % message.__name__)
@@ -1371,7 +1379,7 @@ def _is_number(value: Any) -> bool:
     return math.isfinite(value)
 
 
-# Options of a job, and those that are no numbers
+# Options of a job, and those that are not numbers
 _NAMES_OF_OPTIONS = frozenset(('cpus', 'timeout', 'memory', 'priority', 'retries', 'node',
                                'values', 'resources'))
 _OTHER_OPTIONS = frozenset(('node', 'values', 'resources'))
@@ -1472,8 +1480,8 @@ def _is_result(row: Any) -> bool:
     if len(row) != 7:
         return False
     serial, outcome, start, end, *buffers = row
-    # Each result passes here: no more calls than needed. `is_outcome` excludes what is no finite
-    # number.
+    # Each result is checked here, so that calls are avoided. `is_outcome` excludes values that are
+    # not finite numbers.
     if type(serial) is not int:
         return False
     if not 0 <= serial < 1 << 63:
@@ -1505,7 +1513,7 @@ def is_outcome(outcome: int, start: float, end: float, payload: Buffer, stdout: 
     """Return whether times, sizes and the payload of a result are plausible."""
     if outcome == 1 and payload and not stdout and not stderr:   # it has returned: nearly always
         return 0.0 <= start <= end <= LATEST
-    size = len(payload)   # bounded by frames, parts and records
+    size = len(payload)   # its limit is that of frames, parts and records
     if not 0.0 <= start <= end <= LATEST:
         return False
     if len(stdout) > OUTPUT_MOST:
@@ -1609,13 +1617,14 @@ OUTCOMES = frozenset(map(int, Outcome))
 RETURNED = frozenset((Outcome.RETURNED, Outcome.RETURNED_CODE))
 VALUES = RETURNED | {Outcome.PROVISIONAL, Outcome.PROVISIONAL_CODE}
 PURPOSES = frozenset(map(int, Purpose))
-_RAISED = int(Outcome.RAISED)   # compared for each result; a member of an enumeration takes longer
-# Those that are not the end of an attempt
+# Compared for each result; comparing a member of an enum takes longer
+_RAISED = int(Outcome.RAISED)
+# The outcomes that are not the end of an attempt
 PROVISIONAL = frozenset((Outcome.PROVISIONAL, Outcome.PROVISIONAL_CODE))
-# kind is what code holds: 'function': a pickle by value, for one minor version of Python; 'source':
-# arguments of load_source in an envelope, for any; 'program': nothing. `program` is the name of its
-# file;
-# if that is empty, the arguments of each job are a command line (CommandLines).
+# `kind` says what `code` contains: 'function': a pickle by value, for one minor version of Python;
+# 'source': arguments of load_source in an envelope, for any version; 'program': nothing. `program`
+# is the name of its file; if it is empty, the arguments of each job are a command line
+# (CommandLines).
 SPEC_FIELDS: Dict[str, Any] = {
     'name': str, 'kind': str, 'code': (bytes, memoryview), 'files': list, 'cleanup': bool,
     'dest_path': str, 'max_jobs': int, 'python': tuple, 'support': dict, 'program': str,
@@ -1736,7 +1745,8 @@ def _is_refused(fields: tuple) -> bool:
     return process != () and _is_process(process)
 
 
-# message -> whether its fields, of the right types, hold what they should: handlers rely on it
+# Message -> a function that checks the contents of its fields, which have the right types: handlers
+# rely on it
 CHECKS: Dict[type, Callable[[tuple], bool]] = {
     ClientHello: _is_client_hello,
     Refused: _is_refused,
@@ -1778,8 +1788,8 @@ def add_messages(messages: Dict[int, Tuple[type, int]],
 
 BOUNDS = Bounds(MAX_LIST, 500_000, 50_000)
 BOUNDS_OF: Dict[type, Bounds] = {
-    Compute: Bounds(LIST, 2_000_000, 1000),                                # a row a file
-    # A number a job; sent by nodes and schedulers only
+    Compute: Bounds(LIST, 2_000_000, 1000),                                # a row for each file
+    # A number for each job; only nodes and schedulers send this
     Ready: Bounds(LIST, 8_000_000, 10), KnownAttempts: Bounds(LIST, 8_000_000, 10),
     Jobs: Bounds(4 << 20, 500_000, 50_000), Results: Bounds(4 << 20, 500_000, 10)}
 
@@ -1901,7 +1911,7 @@ class DurationEstimate:
     def _longest_row(self, seconds: float) -> int:
         """Return the largest number of consecutive jobs, among the last ones, that did not fill
         this many seconds."""
-        # So it is with short jobs, whose cost counts
+        # This is the case for short jobs, whose cost matters
         total_last = sum(self._last)
         if total_last < seconds:
             return len(self._last)
@@ -1969,13 +1979,13 @@ class ValueRequests:
 
     def __init__(self, most: int) -> None:
         self._most = most       # bytes
-        # (computation, digest) -> size, the one that was needed last at the end
+        # (computation, digest) -> size, in the order in which they were last needed
         self._here: 'collections.OrderedDict[Tuple[str, bytes], int]' = collections.OrderedDict()
         self._needs: Dict[Tuple[str, bytes], int] = collections.Counter()
         self._waiting: Dict[str, Deque[Any]] = {}
         self._coming: Dict[str, Tuple[int, bytes]] = {}
-        self._holders: Set[Any] = set()    # who has been served and still needs its values
-        self.total = 0          # bytes that are there
+        self._holders: Set[Any] = set()  # the requests that were served and still need their values
+        self.total = 0          # bytes that are present
 
     def __bool__(self) -> bool:
         """Whether anybody waits."""
@@ -2102,15 +2112,16 @@ class ValueRequests:
 
 
 # --------------------------------------------------------------------------------------------------
-# Payloads: what a user sent. Written by the client or a worker, opened by a worker or the client.
+# Payloads: the values of users. A client or a worker writes them, and the other one opens them.
 # --------------------------------------------------------------------------------------------------
 
 ATOMS = frozenset((int, float, str, bool, type(None), complex))
 _BUFFERS = struct.Struct('>B3xI')  # 1, number of buffers; a bare pickle begins with 0x80
-# 2, bytes of a pickled tuple of bundles' numbers; the payload itself follows
+# 2, size of a pickled tuple of the bundles' numbers; the payload itself follows
 _NEEDS = struct.Struct('>B3xI')
-# 3, bytes of a pickled pair: pieces of the pickle, and buffers. Of each it has the length, or size
-# and digest if it is a value that is known by these. The others follow, one behind the other.
+# 3, size of a pickled pair: pieces of the pickle, and buffers. For each it contains the length, or
+# size and digest if it is a value that is identified by these. The other ones follow one after the
+# other.
 _SHARED = struct.Struct('>B3xI')
 
 
@@ -2130,10 +2141,10 @@ _NO_MODULES: AbstractSet[str] = frozenset()
 class Sealed(NamedTuple):
     """A value that was pickled."""
     payload: Payload
-    plain: bool           # whether it holds builtin values only, so that opening it runs no code
+    plain: bool           # it contains builtin values only: opening it runs no code
     modules: AbstractSet[str]   # names of the modules that opening it imports
-    # Whether it holds no functions and classes by value, which only one minor version of Python can
-    # run
+    # Whether it contains no functions and classes by value, which only one minor version of Python
+    # can run
     portable: bool
 
 
@@ -2176,13 +2187,13 @@ def dumps(value: Any, pickler: Optional[Callable[..., Any]] = None,
     return Sealed(payload, writer.plain, writer.modules, writer.portable)
 
 
-ALIGNED = 64    # bytes; arrays may have to begin at a multiple of less, of 16 at the most
+ALIGNED = 64    # bytes; the alignment that arrays require is less, 16 at most
 
 
 def _with_buffers(body: bytes, buffers: List[memoryview]) -> Payload:
     buffer_count = len(buffers)
     size = _BUFFERS.size + 8 * (buffer_count + 1) + len(body)
-    body += bytes(-size % ALIGNED)   # which the unpickler does not look at
+    body += bytes(-size % ALIGNED)   # which the unpickler does not read
     lengths = struct.pack('>Q%dQ' % buffer_count, len(body), *map(len, buffers))
     head = _BUFFERS.pack(1, buffer_count) + lengths
     return (head + body, *buffers)
@@ -2248,7 +2259,7 @@ def _unseal_shared(payload: Buffer) -> Any:
                 continue
             piece = view[at:at + part]
             at += part
-            # A bytearray each, as in `loads`
+            # A bytearray for each, as in `loads`
             found.append(bytearray(piece) if found is opened[1] else piece)
     pieces, buffers = opened
     if len(pieces) == 1:
@@ -2261,8 +2272,8 @@ def open_pieces(body: Buffer, *buffers: Buffer) -> Any:
     return pickle.loads(body, buffers=buffers)
 
 
-# Whoever opens values by digest in this process: an object with the method open(size, digest),
-# which returns a buffer of its own for each call.
+# The object that opens values by digest in this process: its method open(size, digest) returns a
+# new buffer for each call
 known_values: Any = None
 
 
@@ -2372,7 +2383,7 @@ def loads(payload: Buffer, once: bool = False) -> Any:
         source = None
     if payload[0] == 2:
         needs, payload = split_needs(payload)
-        if modules is not None:   # in the program itself its modules are there
+        if modules is not None:   # the program itself has its modules
             modules.need(needs)
     if payload[0] == 3:
         return _unseal_shared(payload)
@@ -2382,8 +2393,8 @@ def loads(payload: Buffer, once: bool = False) -> Any:
         return pickle.loads(payload)
     view = memoryview(payload)
     ends = _ends_of(view)
-    # A bytearray each: what numpy makes of a read-only view could not be written to by the job. A
-    # segment is mapped copy-on-write for this value alone.
+    # A bytearray for each: the job could not write to an array that numpy makes of a read-only
+    # view. A segment is mapped copy-on-write for this value alone.
     buffers = []
     for begin, end in zip(ends[1:], ends[2:]):
         buffer: Any = view[begin:end]
@@ -2420,8 +2431,8 @@ def _unseal_large(source: _Source, view: memoryview, at: int) -> Any:
 
 
 # --------------------------------------------------------------------------------------------------
-# Code that travels: objects by value, modules, and what payloads name. Used by clients and by
-# workers alike.
+# Code that travels: objects by value, modules, and what payloads name. Clients and workers use it
+# alike.
 # --------------------------------------------------------------------------------------------------
 
 def find_named(module: str, name: str) -> Any:
@@ -2431,17 +2442,17 @@ def find_named(module: str, name: str) -> Any:
                             name.split('.') if name else (), importlib.import_module(module))
 
 
-# Classes that the computation does not need and that do not load here
+# Classes that cannot be loaded here, and that the computation does not need
 _left_out: Dict[Tuple[str, str], str] = {}
 
 # Functions and classes of importable modules are pickled by name. Those of a program's __main__,
 # and those that only a running function has, are pickled by value with cloudpickle's reducers.
-# Three additions keep them what they are in the program:
-#   - A class has one identity in each process, by the number that cloudpickle's class tracker gives
-#     it.
-#   - Functions of one __main__ share one dictionary of global variables in each process, a `Space`.
-#   - A variable or class attribute travels with a version. A process applies a version once, so
-#     that what setup() or a job has changed stays until the program itself changes the same thing.
+# Three additions preserve what they are in the program:
+# - A class has one identity in each process, by the number that cloudpickle's class tracker gives
+# it.
+# - Functions of one __main__ share one dictionary of global variables in each process, a `Space`.
+# - A variable or class attribute is sent with a version. A process applies a version once, so that
+#   what setup() or a job has changed remains until the program itself changes the same variable.
 MAIN_NAMES = ('__main__', '__mp_main__')   # the second one in children of multiprocessing's spawn
 
 
@@ -2508,7 +2519,7 @@ def _digest_of_pickle(pickler: Callable[..., Any],
     form = _Form(limit)
     try:
         pickler(form, 5, buffer_callback=lambda buffer: form.write(buffer.raw())).dump(value)
-    except (Exception, SystemExit):  # whatever pickle cannot do, __reduce__ of the user's among it
+    except (Exception, SystemExit):  # whatever pickle or a __reduce__ of the user's raises
         return None
     return form.digest()
 
@@ -2539,9 +2550,9 @@ class Space:
     __slots__ = ('token', 'variables', 'native', 'versions', 'applied', 'functions')
 
     def __init__(self, token: tuple, variables: Dict[str, Any], native: bool) -> None:
-        self.token = token                       # what every process knows it by
+        self.token = token                       # its identifier in every process
         self.variables = variables
-        # It was made here, and nothing from elsewhere changes it
+        # It was made here, and no other process changes it
         self.native = native
         self.versions = Versions()               # of variables that are sent from here
         self.applied: Dict[str, bytes] = {}      # name -> version that was applied here
@@ -2568,10 +2579,10 @@ class Spaces:
         self.instance = os.urandom(8)     # of the process that makes tokens
         self._by_token: Dict[tuple, Space] = {}
         self._by_id: Dict[int, Space] = {}
-        # A runner's: becomes the main module of its program
+        # In a runner: it becomes the main module of its program
         self._main: Optional[types.ModuleType] = None
         self._adopted: Optional[Dict[str, Any]] = None  # its variables
-        # Variables that are new since the beginning of the present job
+        # Variables that were added since the present job began
         self.added: List[Tuple[Dict[str, Any], str]] = []
 
     def adopt_main(self, module: types.ModuleType) -> None:
@@ -2640,9 +2651,9 @@ class Spaces:
 
 spaces = Spaces()
 _class_versions: 'weakref.WeakKeyDictionary[type, Versions]' = weakref.WeakKeyDictionary()
-# By cloudpickle's number
+# Classes by cloudpickle's number
 _classes: 'weakref.WeakValueDictionary[str, type]' = weakref.WeakValueDictionary()
-# classes that came from elsewhere -> number, and name -> version of the attributes that were set
+# Classes of other processes -> number, and name -> version of the attributes that were set
 _ReceivedClasses = weakref.WeakKeyDictionary
 _received: '_ReceivedClasses[type, Tuple[str, Dict[str, bytes]]]' = _ReceivedClasses()
 # Functions that were made and have no state yet
@@ -2684,7 +2695,7 @@ class _CellRef:
 
 _SPACE_BASICS = ('__name__', '__package__', '__file__', '__path__', '__doc__')
 _CachedType = type(functools.lru_cache(maxsize=1)(lambda: None))
-# What is the same value for as long as it is the same object.
+# Types whose objects keep their value as long as they exist
 _IDENTICAL = (type, types.FunctionType, types.BuiltinFunctionType, types.ModuleType,
               property, classmethod, staticmethod, _CachedType, contextvars.ContextVar,
               type(threading.Lock()), type(threading.RLock()))
@@ -3107,8 +3118,8 @@ class ValueReducer:
     modules: Set[str]
     plain: bool
     portable: bool
-    exact = False      # whether objects are variables of a program, to be had as they are there
-    complete = False   # whether classes that came from elsewhere are written out as well
+    exact = False      # objects are variables of a program and are reproduced exactly
+    complete = False   # classes of other processes are pickled completely, too
 
     def __init__(self, file: Any, protocol: int = 5, buffer_callback: Any = None) -> None:
         super().__init__(file, protocol, buffer_callback)  # type: ignore[call-arg]
@@ -3145,7 +3156,7 @@ class ValueReducer:
         special = self._special(kind)
         if special is not None:
             return special(obj)
-        if len(_ordinary) >= 4096:   # a program that makes classes without end
+        if len(_ordinary) >= 4096:   # a program may make classes without end
             _ordinary.clear()
         _ordinary.add(kind)
         return NotImplemented
@@ -3223,7 +3234,7 @@ class ValueReducer:
                     cls._type_.__name__):
             return operator.mul, (cls._type_, cls._length_)
         received = _received.get(cls)
-        # Its program has it
+        # Its program has the object
         if received is not None and not self.complete and '<locals>' not in cls.__qualname__:
             return class_of, (received[0], sys.version_info[:2], cls.__module__, cls.__qualname__,
                               None, ())
@@ -3231,7 +3242,7 @@ class ValueReducer:
             self.portable = False
         make, args, (attributes,
                      _), _, _, set_state = cloudpickle_part('_dynamic_class_reduce')(cls)
-        attributes.pop('__slotnames__', None)   # what copyreg has found out
+        attributes.pop('__slotnames__', None)   # which copyreg has determined
         if not self.exact:
             self._allow_locks(attributes.values())
         args = _class_arguments(cls, args, attributes)
@@ -3289,7 +3300,7 @@ class ValueReducer:
         module = function.__globals__.get('__name__')
         place = self._space(function.__globals__, module)
         space = spaces.known(function.__globals__)
-        # Another Python would find it in the source of its module
+        # Another version of Python finds it in the source of its module
         if place.reduced[0] is not variables_of_module:
             self.portable = False
         if place.reduced[0] is variables_of_module or (space is not None and not space.native):
@@ -3321,7 +3332,7 @@ class ValueReducer:
         if variable is not function:
             return b''
         if not space.native:
-            # Its program finds it by its name; any other gets what is written there
+            # Its program finds it by its name; other processes get what is pickled here
             return b'received'
         if is_plain and _is_stateless(function):
             return space.versions.of(name, function)  # type: ignore[no-any-return]
@@ -3459,7 +3470,7 @@ class ValueReducer:
         if reduced[:2] != (type(exc), exc.args):
             return reduced
         if not self.exact:
-            with contextlib.suppress(Exception):  # where it is opened it would fail just so
+            with contextlib.suppress(Exception):  # opening it would fail in the same way
                 type(exc)(*exc.args)
                 return reduced
         return make_exception, (type(exc), exc.args, dict(vars(exc)))
@@ -3500,7 +3511,7 @@ def _hidden_types() -> Dict[type, Tuple[str, str]]:
     }
 
 
-_ordinary: Set[type] = set()   # classes whose objects are left to pickle
+_ordinary: Set[type] = set()   # classes whose objects pickle handles
 _TYPED = frozenset(
     getattr(typing, name) for name in ('TypeVar', 'ParamSpec', 'TypeVarTuple', 'NewType')
     if isinstance(getattr(typing, name, None), type))
@@ -3515,7 +3526,7 @@ def is_named(obj: Any, module: str, name: str) -> bool:
     try:
         name_parts = name.split('.')
         return functools.reduce(getattr, name_parts, sys.modules[module]) is obj
-    except Exception:  # AttributeError, or whatever a __getattr__ of the user's raises
+    except Exception:  # AttributeError, or what a __getattr__ of the user's raises
         return False
 
 
@@ -3568,7 +3579,7 @@ def make_enum(meta: Any, name: str, qualname: str, module: str, bases: tuple,
         type.__setattr__(made, member_name, member)
         made._member_names_.append(member_name)
         made._member_map_[member_name] = member
-        with contextlib.suppress(TypeError):   # a value that cannot be a key is searched for
+        with contextlib.suppress(TypeError):   # an unhashable value must be searched
             made._value2member_map_[member._value_] = member
     return made
 
@@ -3584,7 +3595,7 @@ def _class_arguments(cls: type, args: tuple, attributes: Dict[str, Any]) -> tupl
         return args
     bases = args[2]
     options = dict(args[3], __qualname__=cls.__qualname__)
-    # What it makes is a tuple; made by it again, it would have no fields
+    # It makes a tuple; if it were called again, the tuple would have no fields
     if typing.NamedTuple in bases:
         bases = cls.__bases__
     if '__slots__' in vars(cls):
@@ -3692,18 +3703,19 @@ def _value_pickler(known: int) -> Any:
 
 # -- modules of the user ---------------------------------------------------------------------------
 
-# They are imported by their names from where the client's files were put, and then given what the
-# program has set in them. A `bundle` is what travels for a group of modules; a computation begins
-# with bundle 0, and arguments of jobs may bring more. Used by runners and workers.
+# Modules are imported by their names from the directory of the client's files, and then get the
+# values that the program has set in them. A `bundle` is what is sent for a group of modules; a
+# computation begins with bundle 0, and arguments of jobs may bring more. Runners and workers use
+# this.
 class StateRow(NamedTuple):
     """A variable of a module, or an attribute of a class in it, as the program had it."""
     module: str
     owner: str        # qualified name of the class; empty: the module itself
     name: str
     form: bytes       # digest of what plain pickle makes of the value
-    # Of the object in the state's pickle that is changed in place; -1: the value is set
+    # The number of the object in the state's pickle that is updated in place; -1: the value is set
     number: int
-    computed: bool    # the module's source computes it: on another platform it stays as it is there
+    computed: bool    # the module computes it: another platform keeps its own value
 
 
 class _StateUnpickler(pickle.Unpickler):
@@ -3837,10 +3849,10 @@ class ModuleState:
 
 
 _MISSING = object()
-# What is below the directory that a computation has for itself on a node.
+# Names below the private directory of a computation on a node
 MODULES = 'modules/'      # files of the user's modules: the import root
-BUNDLES = 'bundles/'      # what belongs to groups of them
-BEHIND_ROOT = 'behind'    # modules that come after the node's own
+BUNDLES = 'bundles/'      # the state of groups of them
+BEHIND_ROOT = 'behind'    # modules that are found after the node's own
 BUNDLE = 'bundle-%d'      # name of a bundle's file
 
 
@@ -3868,7 +3880,7 @@ class ValueFiles:
         path = os.path.join(self._directory, digits)
         with open(path, 'rb', buffering=0) as file:
             if len(self._mapped) < self.MAPPED_MOST:
-                # No descriptor, or no mappings here
+                # No descriptor is left, or the system has no mappings
                 with contextlib.suppress(OSError, ValueError):
                     handle = file.fileno()
                     value = mmap.mmap(handle, size, access=mmap.ACCESS_COPY, **_NO_HANDLE)
@@ -3901,10 +3913,10 @@ class ModuleLoader:
         self._private = private
         self._path = path
         self._loaded: Set[int] = set()
-        self._denied: Set[str] = set()     # names that the client has not
+        self._denied: Set[str] = set()     # names that the client does not have
         self.ask: Optional[Callable[[Any], str]] = None
         self.loading = True
-        self._left: List[str] = []         # what jobs had in sys.path
+        self._left: List[str] = []         # entries that jobs had in sys.path
         self._first: FrozenSet[str] = frozenset()   # modules that were there before any job
         self.notes: List[str] = []         # for the client's log
 
@@ -4193,7 +4205,7 @@ def package_version(name: str) -> str:
     import importlib.metadata
     try:
         version: Any = importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:   # its distribution has another name
+    except importlib.metadata.PackageNotFoundError:   # the distribution has another name
         version = None
     except Exception as exc:   # damaged metadata, or a finder of the user's
         exception_description = describe_exception(exc)
@@ -4236,7 +4248,7 @@ def pack_error(text: str, exc: Optional[BaseException]) -> Payload:
             pieces = pieces_of(dumped.payload)
             body = b''.join(pieces)
             loads(body)
-        except Exception:  # the user's exception does what it likes; the text is what counts
+        except Exception:  # the user's exception may raise anything; the text is sufficient
             body = b''
     raw = text.encode('utf-8', 'replace')
     return struct.pack('>I', len(raw)) + raw + body
@@ -4272,7 +4284,7 @@ def describe_exception(exc: BaseException, skip: int = 0) -> str:
     try:
         trace_lines = traceback.format_exception(type(exc), exc, trace)
         text = ''.join(trace_lines)
-    except Exception:  # exactly that: the exception cannot even be shown
+    except Exception:  # the exception cannot be formatted
         text = ''.join(
             traceback.format_tb(trace)) + '%s (it cannot be shown)\n' % type(exc).__name__
     return shorten(text)
@@ -4302,7 +4314,7 @@ def load_source(version: tuple, modules: list, classes: list, wanted: tuple) -> 
             for rows in (modules, *(extra[2] for extra in classes))
             for row in rows
     }:
-        # Jobs have the same one
+        # Jobs have the same variables
         if name in MAIN_NAMES:
             module = sys.modules['__main__']
         else:
@@ -4317,7 +4329,7 @@ def load_source(version: tuple, modules: list, classes: list, wanted: tuple) -> 
         text = 'the source, written for %s, cannot be loaded by %s here: %s: %s' % (
             python, python_of(sys.version_info), type(exc).__name__, exc)
         error = RuntimeError(text)
-        # The frames of an import tell nothing
+        # The frames of an import are of no interest
         raise error from (None if isinstance(exc, ModuleNotFoundError) else exc)
     for name, class_name, rows in classes:
         try:
@@ -4336,7 +4348,7 @@ def _run_source(name: str, file: str, text: str, values: Dict[str, Any], links: 
     space.update(values)
     for bound, module, attribute in links:
         space[bound] = find_named(module, attribute)
-    # For the lines in tracebacks; a file may come in several parts
+    # This is for the lines in tracebacks; a file may come in several parts
     entry: Any = linecache.cache.get(file)
     if entry:
         known = entry[2]
@@ -4349,7 +4361,7 @@ def _run_source(name: str, file: str, text: str, values: Dict[str, Any], links: 
     exec(compile(text, file, 'exec', dont_inherit=True), space)
 
 
-# In place of the name of a logger: a program has left files behind
+# This replaces the name of a logger: a program has left files behind
 FILES_LEFT = 'dispy.files_left'
 
 
@@ -4362,7 +4374,7 @@ def interpreter_of(path: str) -> List[str]:
     try:
         with open(path, 'rb') as file:
             first = file.readline(1000)
-    except OSError:   # to start it will say why
+    except OSError:   # starting it will report why
         return []
     if not first.startswith(b'#!'):
         return [sys.executable] * path.lower().endswith(('.py', '.pyw'))
@@ -4403,10 +4415,12 @@ class Program:
 
     def __init__(self, path: str) -> None:
         self.path = path
-        # An interrupt goes to the whole process group and so to the program. Here it is noted and
-        # not raised: raised in the moment in which waitpid returns, it would lose the status.
+        # An interrupt goes to the whole process group, which includes the program. Here it is noted
+        # and not raised: if it were raised at the moment when waitpid returns, the status would be
+        # lost.
         self.interrupted = False
-        # Told the names of the files that the program leaves in its directory, once; None: no more
+        # Is called once with the names of the files that the program leaves in its directory; then
+        # None
         self.tell: Optional[Callable[[List[str]], None]] = None
 
     def __call__(self, *args: Any) -> int:
@@ -4430,7 +4444,7 @@ class Program:
             popen = subprocess.Popen(words, stdin=subprocess.DEVNULL, cwd=directory)
             status = popen.wait()
         if self.interrupted and status < 0:
-            raise KeyboardInterrupt   # one that ends by itself has returned
+            raise KeyboardInterrupt   # a program that ends by itself has returned
         return status
 
     def _run_on_windows(self, words: List[str], directory: Optional[str]) -> int:
@@ -4483,11 +4497,11 @@ class Program:
             return set()
 
 
-# What begins with NUL, which no argument of a program contains, is no word of a job's command line,
-# but says how the node is to run it.
+# A word that begins with NUL, which no argument of a program contains, is not a word of a job's
+# command line, but says how the node is to run it.
 RUN_BY_PYTHON = '\0python'   # as the first word: the Python that runs the node
-RUN_IN = '\0in '             # and a directory: the command runs there
-BRING_BACK = '\0back '       # and the name of a file: the job's client gets it
+RUN_IN = '\0in '             # followed by a directory: the command runs there
+BRING_BACK = '\0back '       # followed by the name of a file that the job's client gets
 
 
 class CommandLines(Program):
@@ -4505,7 +4519,7 @@ class CommandLines(Program):
         self.__name__ = name
         self.program = program
         self.most = most
-        # Brings a file to the client; set by the worker
+        # Sends a file to the client; the worker sets it
         self.send: Callable[[str], Any] = _not_here
 
     @property
@@ -4543,7 +4557,7 @@ class CommandLines(Program):
                 names.append(order[len(BRING_BACK):])
         status = self._run_here(words, directory)
         for name in names:
-            if status == 0 or os.path.exists(name):   # one that has failed may not have made it
+            if status == 0 or os.path.exists(name):   # a failed program may not have made it
                 self.send(name)
         return status
 
@@ -4571,7 +4585,7 @@ def _name_of(path: str, directory: str) -> str:
         else:
             path = inside
     name = os.path.normpath(path).replace(os.sep, '/')
-    check_name(name)   # raises ValueError, for '..' too
+    check_name(name)   # raises ValueError, also for '..'
     return name
 
 
@@ -4693,14 +4707,13 @@ def secret_path() -> str:
     return os.path.join(base, 'dispy', 'secret')
 
 
-# Rights in the lists of who may use a file that Windows has in place of modes, as these lists are
-# written (SDDL); see winnt.h
+# Rights in the access lists of Windows, in the notation of these lists (SDDL); see winnt.h
 _RIGHTS = {'GA': 1 << 28, 'GX': 1 << 29, 'GW': 1 << 30, 'GR': 1 << 31, 'FA': 0x1f01ff,
            'FR': 0x120089, 'FW': 0x120116, 'FX': 0x1200a0, 'CC': 1, 'DC': 2, 'LC': 4,
            'SD': 0x10000, 'WD': 0x40000, 'WO': 0x80000}
 READS = 0x90000001     # its contents, by any of these rights
-WRITES = 0x500d0006    # its contents, its place or the list
-# The system and administrators, who may take any right; whoever owns the file
+WRITES = 0x500d0006    # its contents, its name or the list
+# The system and administrators, who may take any right; the owner of the file
 _TRUSTED = frozenset(('SY', 'BA', 'LA', 'OW', 'CO'))
 _STRANGERS = {'WD': 'everybody', 'BU': 'all users', 'AU': 'all users', 'BG': 'guests'}
 
@@ -4999,10 +5012,10 @@ def tls_context(server: bool,
                 cafile: Optional[str] = None) -> Any:
     """Return an ssl.SSLContext that presents `certfile` and requires from the peer a certificate
     that `cafile` (or `certfile` itself) verifies. Raises SecretError if a file cannot be used."""
-    import ssl  # 15 ms that only those pay who use TLS
+    import ssl  # takes 15 ms, which only users of TLS need to spend
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER if server else ssl.PROTOCOL_TLS_CLIENT)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
-    # A private CA vouches; the handshake binds the channel to the certificate
+    # A private CA verifies; the handshake binds the channel to the certificate
     context.check_hostname = False
     context.verify_mode = ssl.CERT_REQUIRED
     try:
@@ -5101,7 +5114,7 @@ def certificate_digest(certfile: str) -> bytes:
 #     the last byte of MAGIC, and with the first number of the release. What a frame can do without
 #     is agreed on by the last bytes of HELLO and CHALLENGE, which 5.0 leaves 0.
 MAGIC = b'dispy5\x00\x01'      # the last byte is the major version of the wire
-ALERT = b'dispy5!\x01'         # unauthenticated, told to people, never acted on
+ALERT = b'dispy5!\x01'         # unauthenticated: shown to people, never acted on
 # Minor versions spoken, lowest and highest. 2: with the fields of LATER_FIELDS
 VERSIONS = (1, 2)
 # At the end of ALERT, for people only
@@ -5111,11 +5124,12 @@ _CHALLENGE = struct.Struct('>8sHBBI16s32s16x')
 _PROOF = struct.Struct('>8s32s')
 _SEES_TLS = 1
 NO_TLS = bytes(32)
-# In the last byte of HELLO and CHALLENGE: payloads have no tag. Offered under TLS alone, where the
-# record layer has authenticated every byte and its place before we see it, and the certificate in
-# TH ties this handshake to that channel: whoever could change a payload there could as well have
-# made the handshake. TH has this byte, too, so that nobody between can ask for it. The header's tag
-# stays: it is short, and the length of a frame is believed by it.
+# A flag in the last byte of HELLO and CHALLENGE: payloads have no tag. It is offered under TLS
+# only, where the record layer has authenticated every byte and its position before this program
+# sees it, and the certificate in TH ties this handshake to that channel: a peer that could change a
+# payload there could as well have made the handshake. TH includes this byte, so that nobody in
+# between can set it. The header's tag remains: it is short, and the length of a frame is trusted
+# because of it.
 _NO_PAYLOAD_TAGS = 1
 
 
@@ -5387,9 +5401,9 @@ def _free_of_cgroup() -> Optional[int]:
     return None
 
 
-# A mapping keeps no descriptor, where it can do without
+# A mapping keeps no descriptor, if Python can do without
 _NO_HANDLE: Dict[str, Any] = {'trackfd': False} if sys.version_info >= (3, 13) else {}
-# Whether there is memory that has a descriptor, can be sealed, and can be sent
+# Whether the system has memory with a descriptor that can be sealed and sent
 HAS_SEGMENTS = False
 if hasattr(os, 'memfd_create') and hasattr(socket, 'SCM_RIGHTS'):
     import fcntl
@@ -5420,9 +5434,10 @@ class ReceiveBuffer:
     bytes that have arrived, not with the length that the head announces.
     """
     STAGING = 256 * 1024
-    # Twice what most frames hold; freshly mapped memory would cost 40 times as much as reused
+    # Twice the size of most frames; newly mapped memory would cost 40 times as much as reused
+    # memory
     FIRST = 2 << 20
-    AT_ONCE = 1 << 30    # bytes that a system call is asked for; some systems refuse 2 GiB
+    AT_ONCE = 1 << 30    # bytes of one system call; some systems refuse 2 GiB
     _used: Deque[bytearray] = collections.deque(maxlen=4)   # memory of units, of all streams
 
     def __init__(self, head_size: int) -> None:
@@ -5456,7 +5471,7 @@ class ReceiveBuffer:
 
     def _grow(self, size: int) -> None:
         old = self._large
-        # In one step: it is taken as it is filled, and nothing is copied any more
+        # In one step: it is used only as it is filled, and nothing is copied any more
         if size >= LAZY:
             self._large = mapped(self._body_size)
         else:
@@ -5468,7 +5483,7 @@ class ReceiveBuffer:
     def _memory(cls, size: int) -> memoryview:
         """Return memory of this size: a used buffer to which nothing refers any more, or new
         memory."""
-        with contextlib.suppress(IndexError):   # there is none, or another thread has taken it
+        with contextlib.suppress(IndexError):   # there is none, or another thread was faster
             used = cls._used.popleft()
             if len(used) >= size and is_unused(used):
                 cls._used.append(used)
@@ -5566,7 +5581,7 @@ class FrameEncoder:
         op, encoding, pieces = self._encode(message)
         size = sum(map(len, pieces))
         bounds = BOUNDS_OF.get(type(message), BOUNDS)
-        if len(pieces[0]) > bounds.size + MAX_CONTROL:   # and the index of what is beside it
+        if len(pieces[0]) > bounds.size + MAX_CONTROL:   # and the index of the out-of-band buffers
             reason = '%s with an envelope of %d bytes is over the limit of %d' % (
                 type(message).__name__, len(pieces[0]), bounds.size)
             raise ValueError(reason)
@@ -5614,8 +5629,8 @@ class FrameDecoder(ReceiveBuffer):
 
     def measure(self, head: bytes) -> int:
         header = head[:_FRAME.size]
-        # Heads are measured in order, one ahead of bodies at most, so they can be counted on their
-        # own.
+        # Heads are measured in order, at most one ahead of bodies, so that they can be counted by
+        # themselves.
         digest = hmac.digest(self._key, _SEQ.pack(self._measured, 0) + header, 'sha256')
         tag = digest[:HEAD_TAG]
         if not hmac.compare_digest(tag, head[_FRAME.size:]):
@@ -5653,26 +5668,27 @@ class FrameDecoder(ReceiveBuffer):
         return message
 
 
-# What passes between the daemon, a runner and its workers on one host: a head and three bodies.
-# kind, 1 if the first body is in a memory segment whose descriptor comes along, number (worker, or
-# exit code + 2^31), serial, start, end, lengths of the three bodies
+# Records between the daemon, a runner and its workers on one host: a head and three bodies. The
+# head has: kind, 1 if the first body is in a memory segment whose descriptor is sent along, number
+# (worker, or exit code + 2^31), serial, start, end, lengths of the three bodies
 _RECORD = struct.Struct('>BBIQddQII')
-_IN_SEGMENT = 1    # the byte that tells it
+_IN_SEGMENT = 1    # the value of that byte
 
 
 class RecordType(enum.IntEnum):
     """Kinds of record."""
     # daemon to runner; FORK and CLOSE also from a runner to a worker that it has not forked
     INIT = 1        # bodies: pickled spec, code, -
-    FORK = 2        # number: worker, which is to be made; its socket travels along
+    FORK = 2        # number: worker to be made; its socket is sent along
     INTERRUPT = 3   # number: worker, serial: only if it runs this one
     KILL = 4        # number: worker
     RECALL = 5      # number: worker
     CLOSE = 6       # run cleanup, end
-    # Number: worker, serial, start: bytes of memory that the job may use, end: seconds; 0: any
+    # Number: worker, serial, start: memory limit of the job in bytes, end: time limit in seconds;
+    # 0: none
     WATCH = 7
-    ASK = 8         # is it alive?
-    EQUIP = 9       # number: worker, which is to be made; body: JSON of variables that it has
+    ASK = 8         # asks whether the runner is alive
+    EQUIP = 9       # number: worker to be made; body: JSON of its environment variables
     # Number: worker, serial: the job, start: 1.0 if its stacks are wanted; answered by SEEN
     LOOK = 10
     # runner to daemon; UP, FAILED and END_NODE also to a runner from a worker that it has not
@@ -5683,8 +5699,8 @@ class RecordType(enum.IntEnum):
     # Number: worker, serial: what it was running or 0, start: exit code, bodies: -, stdout, stderr
     WORKER_EXITED = 19
     MEMORY_EXCEEDED = 21    # number: worker, serial: it is being killed
-    OVERDUE = 25    # number: worker, serial: it has run past its time and is being ended
-    UNBORN = 22     # number: worker, body: text, why its process cannot be made
+    OVERDUE = 25    # number: worker, serial: exceeded its time limit, is being ended
+    UNBORN = 22     # number: worker, body: text that says why it cannot be made
     ALIVE = 23      # answers ASK
     END_NODE = 24   # the cleanup of the computation asks for the end of the node
     # Number: worker, serial: the job, bodies: text of its stacks, ends of its stdout and stderr
@@ -5692,7 +5708,7 @@ class RecordType(enum.IntEnum):
     PRINTED = 20    # number: worker, serial: the job, start: stream, end: offset, body: bytes
     # daemon to worker
     JOB = 32        # number: CPUs, serial, body: payload
-    # Body: text, empty if the file it sent has been kept, or what it wanted is there
+    # Body: text, empty if the file that it sent is stored, or what it requested is there
     FILE_STORED = 33
     # worker to daemon
     RESULT = 48     # number: outcome, serial, times, bodies: payload, stdout, stderr
@@ -5701,15 +5717,15 @@ class RecordType(enum.IntEnum):
     FILE = 50       # serial, number: offset in pieces, bodies: row (a plain pickle), data
     # Serial, body: plain pickle of a bundle's number or a module's name; answered by KEPT
     WANT = 52
-    HERE = 53       # first of all: the kernel tells by it which process has this pipe
+    HERE = 53       # the first one: with it the kernel tells which process has this pipe
     # Body: text, empty if the worker is ready for work: the initializer of an executor has
     # returned, and one that is not forked has loaded the computation
     INITIALIZED = 54
 
 
-# Kind of record -> bytes of its three bodies at most. Who writes them runs a user's code, so that
-# they are checked as what comes from outside is: a record that is not in the table, or is larger,
-# ends its worker or runner.
+# Kind of record -> size limits of its three bodies in bytes. The writers run a user's code, so that
+# records are checked like data from outside: a record that is not in the table, or is larger, ends
+# its worker or runner.
 FROM_WORKER = {
     RecordType.RESULT: (VALUE_MOST, OUTPUT_MOST, OUTPUT_MOST),
     RecordType.JOBS_RETURNED: (8 * SERIALS_MOST, 0, 0), RecordType.LOGGED: (8 * TEXT_MOST, 0, 0),
@@ -5724,7 +5740,7 @@ FROM_RUNNER = {
     RecordType.ALIVE: (0, 0, 0), RecordType.END_NODE: (0, 0, 0),
     RecordType.SEEN: (STACKS_MOST, OUTPUT_SEEN, OUTPUT_SEEN)
 }
-# From a worker that loads the computation itself, beside what it sends to the daemon
+# From a worker that loads the computation itself, in addition to what it sends to the daemon
 FROM_LOADING = {
     kind: FROM_RUNNER[kind]
     for kind in (RecordType.READY, RecordType.FAILED, RecordType.END_NODE, RecordType.ALIVE)
@@ -5808,7 +5824,7 @@ class SegmentIntake:
     to which they belong. Segments are mapped; if many are in use, as in a program that keeps its
     results, further ones are read instead, since a mapping holds a descriptor (before Python
     3.13)."""
-    WAITING_MOST = 64     # descriptors whose records have not come
+    WAITING_MOST = 64     # descriptors whose records have not arrived
     ROOM = socket.CMSG_SPACE(4 * 4) if hasattr(socket, 'CMSG_SPACE') else 0
     _mapped: 'weakref.WeakSet[mmap.mmap]' = weakref.WeakSet()   # in this process
 
@@ -5825,7 +5841,7 @@ class SegmentIntake:
                 rest = len(body) % handles.itemsize
                 handles.frombytes(body[:len(body) - rest])
         if flags & _MSG_CTRUNC:
-            if not handles:   # this process has no descriptor left
+            if not handles:   # the kernel has dropped it, as no descriptor was left
                 handles.append(-1)
         self._handles.extend(handles)
         if len(self._handles) > self.WAITING_MOST:
@@ -5856,7 +5872,8 @@ class SegmentIntake:
             text = 'it has %d bytes and not %d' % (length, size)
             raise ValueError(text)
         if len(self._mapped) < SEGMENTS_MOST:
-            with contextlib.suppress(OSError):   # no descriptor, or no mappings here
+            # No descriptor is left, or the system has no mappings
+            with contextlib.suppress(OSError):
                 access = mmap.ACCESS_COPY
                 segment = MappedSegment(handle, size, access=access, **_NO_HANDLE)
                 self._mapped.add(segment)
@@ -5934,7 +5951,7 @@ class RecordBuffer(ReceiveBuffer):
         self.segments = SegmentIntake()
 
     def measure(self, head: bytes) -> int:
-        self._head = _RECORD.unpack(head)   # the unit has it in place of the bytes
+        self._head = _RECORD.unpack(head)   # the unit has the decoded head instead of the bytes
         kind, in_segment = self._head[:2]
         one, two, three = self._head[6:]
         if self._limits is not None:
@@ -6116,7 +6133,7 @@ class Digests:
     them takes minutes, during which no loop may block. Any thread may use it: each entry is
     replaced as a whole."""
     INLINE = 16 << 20    # bytes that are digested at once
-    MOST = 4096          # that are remembered
+    MOST = 4096          # digests that are remembered
     _known: Dict[str, Tuple[tuple, bytes]] = {}
 
     @staticmethod
@@ -6147,7 +6164,7 @@ class Digests:
         total = 0
         for name, size, _, _ in rows:
             path = os.path.join(root, *name.split('/'))
-            # It is not there, or has a name that will be refused
+            # It does not exist, or has a name that will be refused
             with contextlib.suppress(OSError, ValueError):
                 state = cls._state(path)
                 if state[0] == size and cls._known.get(path, ((), b''))[0] != state:
@@ -6162,7 +6179,7 @@ class Digests:
     def learn(cls, paths: Sequence[str]) -> None:
         """Compute the digests of these files. This runs in a thread of its own."""
         for path in paths:
-            with contextlib.suppress(OSError):   # who compares it will find out
+            with contextlib.suppress(OSError):   # the comparison will report it
                 cls.of(path)
 
 
@@ -6265,7 +6282,7 @@ class IncomingFile:
             return
         with contextlib.suppress(OSError, ValueError), _parent_of(self._root,
                                                                   self._parts) as (prefix, handle):
-            # Or it was never made, or is in its place already
+            # It was never made, or is at its destination already
             os.unlink(prefix + self._temporary, dir_fd=handle)
 
 
@@ -6318,14 +6335,14 @@ class FileReceiver:
         self._where = where
         self._scratch = scratch
         self._sync = sync
-        # Of REASONS: why a file could not be stored
+        # The code, of REASONS, why a file could not be stored
         self.code = ''
         self._keys: Dict[int, int] = {}                    # purpose -> key of what is wanted
         self._wanted: Dict[Tuple[int, str], tuple] = {}    # (purpose, name) -> row
-        # How many of each purpose: a look at a dictionary from which many were taken walks over
-        # where they were.
+        # The number for each purpose: iterating over a dictionary from which many entries were
+        # removed visits their former places.
         self._left: Dict[int, int] = collections.Counter()
-        # (purpose, key, name) -> what has come of that file
+        # (purpose, key, name) -> the file, of which a part has come
         self._partial: Dict[Tuple[int, int, str], IncomingFile] = {}
 
     def want(self, purpose: Purpose, rows: Sequence[tuple]) -> List[Tuple[int, int, tuple]]:
@@ -6339,7 +6356,8 @@ class FileReceiver:
             if not _is_file(row):
                 raise ValueError('%.80r describes no file' % (row,))
             name, size, digest, _ = row
-            # What a computation or a job cannot do without is no file of the user's choice.
+            # Files that a computation or a job needs are not the user's choice, so that the limit
+            # does not apply.
             if purpose not in (Purpose.MODULES, Purpose.VALUES):
                 check_size(name, size, self._most, self._too_large)
             if not self._known(root, check_name(name), size, digest):
@@ -6380,7 +6398,7 @@ class FileReceiver:
         if purpose in ASKED_FOR:
             key = self._keys.get(purpose)
             if piece.key != key:
-                return False   # of what is not wanted any more
+                return False   # of a file that is not wanted any more
             if self._wanted.get((purpose, name)) != row:
                 raise ValueError('%.60r was not asked for' % name)
             begins = file not in self._partial
@@ -6420,7 +6438,7 @@ class FileReceiver:
         except (OSError, ValueError) as exc:
             error = self._where + (str(exc) or type(exc).__name__)
             self.code = reason_of(exc)
-            if piece.purpose in FOR_CODE:   # of no use without the others
+            if piece.purpose in FOR_CODE:   # useless without the others
                 error = 'file %.100r cannot be stored: %s' % (row[0], error)
                 for purpose in FOR_CODE:
                     self.abort(purpose)
@@ -6543,8 +6561,8 @@ def machine() -> str:
 def _try_lock(file: Any, shared: bool = False) -> None:
     if os.name == 'nt':
         import msvcrt
-        # One byte is locked, at the file's position, which must be the same for all. It lies
-        # beyond the text because nobody else can read a byte that is locked.
+        # One byte is locked, at the file's position, which must be the same for all processes. It
+        # is beyond the text because no other process can read a locked byte.
         file.seek(1 << 30)
         msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)  # type: ignore[attr-defined]
     else:
@@ -6611,7 +6629,7 @@ def ask_psutil(question: Callable[[Any], Any]) -> Any:
         return question(psutil)
     except ImportError:
         return None
-    except Exception as exc:  # the figures are useful, but nothing here depends on them
+    except Exception as exc:  # the figures are useful, but not necessary
         logger.debug('psutil cannot tell: %s: %s', type(exc).__name__, exc)
         return None
 
@@ -6627,7 +6645,7 @@ def memory_of(pid: int) -> int:
         with open('/proc/%d/task/%d/children' % (pid, pid)) as file:
             content_parts = file.read().split()
             return own + sum(map(memory_of, map(int, content_parts)))
-    except OSError:   # it has ended, or there is no such thing here
+    except OSError:   # it has ended, or there is no /proc
         if sys.platform == 'linux':
             return 0
 
@@ -6647,7 +6665,7 @@ def start_of(pid: int, zombie: bool = True) -> str:
     proc(5)."""
     try:
         with open('/proc/%d/stat' % pid, 'rb') as file:
-            # The name before it may hold anything
+            # The name before it may contain anything
             contents = file.read()
             state, *fields = contents.rpartition(b')')[2].split()
         if zombie or state not in b'ZX':
@@ -6670,7 +6688,7 @@ def is_child(pid: int, parent: int) -> bool:
     return bool(ask_psutil(lambda psutil: psutil.Process(pid).ppid() == parent))
 
 
-RUNNER_USER = '_DISPY_RUNNER_USER'    # variable by which a new process learns its `User`
+RUNNER_USER = '_DISPY_RUNNER_USER'    # the variable that tells a new process its `User`
 
 
 def runner_start(handle: int) -> None:
@@ -6742,7 +6760,7 @@ def nearest_address(addresses: Sequence[str], to: str) -> str:
         else:
             asker = None
         known = [ipaddress.ip_address(address) for address in addresses]
-    except ValueError:   # checked where they came in; a source address of a family we do not know
+    except ValueError:   # a source address of an unknown family; others were checked before
         return ''
     if asker is None:
         return str(known[0])
@@ -6760,7 +6778,7 @@ def nearest_address(addresses: Sequence[str], to: str) -> str:
 
 _WOULD_BLOCK: Tuple[Type[OSError], ...] = (BlockingIOError, InterruptedError)
 _PASSING_BLOCKED = frozenset((errno.EMSGSIZE, errno.ENOBUFS, errno.ETOOMANYREFS))
-# macOS may give the receiver a dead socket if it is closed here before it has arrived there
+# On macOS the receiver may get a dead socket if it is closed here before it has arrived
 LATE_PASSING = sys.platform == 'darwin'
 
 
@@ -6834,7 +6852,7 @@ def set_tcp_options(sock: socket.socket) -> None:
         set_option(sock, socket.IPPROTO_TCP, name, value)
 
 
-# Bytes that a packet carries where longer ones do not arrive: fits the least MTU of IPv6
+# Size of packets if longer ones do not arrive: it fits the smallest MTU of IPv6
 SEGMENT = 1200
 _TCP_INFO = struct.Struct('8B24I')   # the beginning of struct tcp_info of Linux
 _OUT_OF_ORDER = 224                  # where its rcv_ooopack is
@@ -6842,7 +6860,7 @@ _SMALL_MTU = ('. Either the network passes nothing in one direction, or it loses
               'full size: then a link on the way has a smaller MTU than this host, and the ICMP '
               'messages that say so are dropped. Lower the MTU of this host (ip link set DEVICE '
               'mtu 1280), or let ICMP through')
-STALLS = {   # what `stall_of` returns -> what is said
+STALLS = {   # what `stall_of` returns -> the text for people
     'sent': 'packets that were sent there have not arrived, although short packets came from there '
             'until the end' + _SMALL_MTU,
     'received': 'packets from there have not arrived, although shorter ones did' + _SMALL_MTU,
@@ -7098,7 +7116,7 @@ class Values:
         """`where` is the text that tells people whose memory it is."""
         self.where = where
         self._log = log
-        # (link, computation) -> what comes
+        # (link, computation) -> the value that comes
         self._coming: Dict[Tuple[int, str], IncomingValue] = {}
 
     def take(self, link: int, part: Part, takes: Container[int]) -> Any:
@@ -7688,10 +7706,10 @@ class Faults:
         return now - self._times[0] < self.WITHIN
 
 
-# Frames with a job or result that could not be used, after which it is ended
+# Number of unusable frames with a job or result after which it is ended
 REFUSED_MOST = 3
-FRAMES_NOTED = 64             # of jobs or results, the last ones sent on a link
-NOTED = 1 << 20               # bytes of a frame of results from which it is noted what was in it
+FRAMES_NOTED = 64             # frames of jobs or results that were last sent on a link
+NOTED = 1 << 20               # bytes of a frame of results from which its contents are noted
 
 
 class Refusals:
@@ -7709,7 +7727,7 @@ class Refusals:
         """Note that a frame of jobs or results was sent."""
         frames_of = self._sent.setdefault(link.number, collections.deque(maxlen=FRAMES_NOTED))
         first = last = link.sent - 1
-        if link.later and link.goes_in_parts(frame):   # some time among others
+        if link.later and link.goes_in_parts(frame):   # later, between other frames
             first = link.sent
             last = link.sent + 2 * (link.queued // FILE_PIECE) + FRAMES_NOTED
         frames_of.append((first, last, frame.comp, [row[0] for row in frame.rows]))
@@ -8236,7 +8254,7 @@ class SpoolSender:
                     say(link, next(waiting[0][1]))
                 except StopIteration:
                     waiting.popleft()
-                except (OSError, ValueError) as exc:   # ValueError: it is no regular file any more
+                except (OSError, ValueError) as exc:   # ValueError: it is no longer a regular file
                     failed.append((link, waiting.popleft()[0], str(exc)))
             if not waiting or link is None:
                 del self.waiting[number]
@@ -8282,11 +8300,11 @@ class HandshakeLimiter:
 
     def __init__(self) -> None:
         self._open: Dict[str, int] = collections.Counter()
-        # Address -> failures, and until when it is shut
+        # Address -> failures, and until when it is refused
         self._failed: Recent[str, Tuple[int, float]] = Recent(self.REMEMBERED)
         # Address -> when a line was logged
         self._logged: Recent[str, float] = Recent(self.REMEMBERED)
-        # Address -> when somebody has
+        # Address -> when a peer has authenticated from there
         self._proved: Recent[str, float] = Recent(self.REMEMBERED)
 
     def is_shut(self, address: str, now: float) -> bool:
@@ -8335,7 +8353,7 @@ class HandshakeLimiter:
         self.leave(address)
         if proved:
             self._proved[address] = now
-        # One that began before the others failed
+        # This one began before the others failed
         if proved is None:
             return
         if now < self._failed.get(address, (0, 0.0))[1]:
@@ -8388,7 +8406,7 @@ class Acceptor(socketserver.ThreadingMixIn, socketserver.TCPServer):
     daemon_threads = True
     allow_reuse_address = os.name != 'nt'
     request_queue_size = 128
-    timeout = 0      # handle_request returns when nobody is there any more
+    timeout = 0      # handle_request returns when no connection waits
 
     def __init__(self,
                  address: Tuple[str, int],
@@ -8403,7 +8421,7 @@ class Acceptor(socketserver.ThreadingMixIn, socketserver.TCPServer):
                  patience: float = HANDSHAKE_TIME,
                  refused: Callable[[str, str], None] = lambda address, text: None) -> None:
         self._patience = patience   # s for TLS and handshake
-        # Told when it is logged that somebody was turned away; in the connection's thread
+        # Is called when it is logged that a peer was rejected; in the connection's thread
         self._refused = refused
         self._psk = psk
         self._role = role
@@ -8418,7 +8436,7 @@ class Acceptor(socketserver.ThreadingMixIn, socketserver.TCPServer):
             self._binding = certificate_digest(certfile)
         else:
             self._binding = NO_TLS
-        # The lock guards the keeper
+        # The lock guards the limiter
         self._keeper = HandshakeLimiter()
         self._lock = threading.Lock()
         # Handshakes by the ids of their sockets, in order
@@ -8477,7 +8495,7 @@ class Acceptor(socketserver.ThreadingMixIn, socketserver.TCPServer):
                 if number is None:
                     return False
                 _, victim = self._under_way.pop(number)
-            # A descriptor of our own to it: TLS takes the socket's away.
+            # An own descriptor for the connection: TLS takes over that of the socket.
             if self._tls:
                 descriptor = request.fileno()
                 fileno = os.dup(descriptor)
@@ -8486,7 +8504,7 @@ class Acceptor(socketserver.ThreadingMixIn, socketserver.TCPServer):
                 handle = request
             self._under_way[id(request)] = (address, handle)
         if victim is not None:
-            with contextlib.suppress(OSError):   # it has ended meanwhile
+            with contextlib.suppress(OSError):   # it has ended in the meantime
                 victim.shutdown(socket.SHUT_RDWR)
             if self._tls:
                 victim.close()
@@ -8542,7 +8560,7 @@ class Acceptor(socketserver.ThreadingMixIn, socketserver.TCPServer):
             self._log(address, text)
         finally:
             if not proved:
-                sock.close()   # under TLS not the one that socketserver knows
+                sock.close()   # under TLS it is not the one that socketserver knows
             with self._lock:
                 self._is_over(request)
                 now = time.monotonic()
@@ -8653,11 +8671,11 @@ def _dial_tls(sock: socket.socket, tls: Any) -> Any:
 
 class Unreached(enum.Enum):
     """The reason why an attempt to reach a peer has failed."""
-    DOWN = 'down'                    # its host is there, and nothing listens at the port
-    UNREACHABLE = 'unreachable'      # nobody answers, or no way leads there
+    DOWN = 'down'                    # its host answers, and nothing listens at the port
+    UNREACHABLE = 'unreachable'      # nobody answers, or there is no route
     NO_SUCH_NAME = 'no such name'
-    NAME_SERVICE = 'no name service'   # nobody says what address the name has
-    # Somebody is there who does not let us in, or whom we do not trust
+    NAME_SERVICE = 'no name service'   # no name service answers
+    # The peer rejects this program, or fails authentication
     REFUSED = 'refused'
 
     def __str__(self) -> str:
@@ -8681,7 +8699,7 @@ def dial_text(exc: BaseException) -> str:
         return 'its name is not valid for a host: %s' % exc
     if isinstance(exc, socket.timeout):
         return '%s %d s' % (NO_ANSWER, HANDSHAKE_TIME)
-    # With TLS 1.3 a rejected certificate comes to light in the handshake
+    # With TLS 1.3, a rejected certificate is noticed only in the handshake
     if is_of_tls(exc):
         return tls_text(exc)
     if isinstance(exc, OSError):
@@ -8785,7 +8803,7 @@ class Reconnector:
         self._attempt = make(post, peer, reach)
         try:
             self._attempt.start()
-        except RuntimeError as exc:   # no more threads, or the interpreter is on its way out
+        except RuntimeError as exc:   # no more threads, or the interpreter is about to exit
             self._attempt = None
             text = 'no thread could be started: %s' % exc
             post(ConnectFailed(peer, text))
@@ -8847,7 +8865,7 @@ class ConnectionAttempt:
         try:
             found = self._reach(self._note)
         except (DispyError, OSError, ValueError, RuntimeError) as exc:
-            # Runtime: no process at interpreter's exit
+            # RuntimeError: no process can be started while the interpreter exits
             self._post(failure_to_connect(self._peer, exc))
         else:
             connected = Connected(self._peer, *found)
@@ -8927,9 +8945,9 @@ class SecondConnection:
 
 class DatagramType(enum.IntEnum):
     """The meaning of a datagram."""
-    QUESTION = 1   # client or scheduler, to all: who is there?
+    QUESTION = 1   # client or scheduler, to all: which nodes exist?
     ANSWER = 2     # node, to the asker
-    HELLO = 3      # node, to all, when it starts and every --ping-interval: ask me
+    HELLO = 3      # node, to all, at its start and every --ping-interval: it exists
     NOT_MINE = 4   # node, to an asker with another secret; signed with a key that nobody shares
 
 
@@ -8954,7 +8972,7 @@ class Datagram(NamedTuple):
 # magic, kind, role, port, family (0: no address), -, address, instance, counter, nonce, echo, -,
 # tag
 _DATAGRAM = struct.Struct('>8sBBHB3x16s16sQ16s16s8x32s')
-# 128, questions and answers alike: nobody can be made to send more than was sent to him
+# 128 bytes for questions and answers alike: nobody can be made to send more than was received
 DATAGRAM = _DATAGRAM.size
 
 
@@ -8973,7 +8991,7 @@ class Discovery:
     TOLD_MOST = 5
     OTHERS = 60.0
     WINDOW = 64
-    # Of the whole process: its instance is the same in all that it says
+    # One counter for the process, since its instance is the same in all datagrams
     _counts = itertools.count(1)
 
     def __init__(self,
@@ -8987,14 +9005,13 @@ class Discovery:
         self._instance = instance
         self._port = port
         self._addresses = tuple(addresses)
-        # instance -> highest counter, and as bits which of the WINDOW up to it have come: datagrams
-        # overtake one another
+        # Instance -> highest counter, and a bit mask of the WINDOW counters before it that have
+        # come: datagrams may overtake one another
         self._seen: Recent[bytes, Tuple[int, int]] = Recent(self.REMEMBERED)
-        # (address, instance) -> when it got NOT_MINE; a program that is started once more is told
-        # once more
+        # (address, instance) -> when it got NOT_MINE; a program that is started again gets it again
         self._told: Recent[Tuple[str, bytes], float] = Recent(self.REMEMBERED)
         self._asked: Deque[bytes] = collections.deque(maxlen=16)
-        # Address -> when
+        # Address -> times of answers
         self._told_there: Recent[str, Deque[float]] = Recent(self.REMEMBERED)
         self._second = 0
         self._answered = 0
@@ -9049,7 +9066,7 @@ class Discovery:
             return self._of_stranger(heard, source, now)
         is_new = self._is_new(instance, count)
         if not is_new:
-            return None, None   # repeated by somebody
+            return None, None   # a repeated datagram
         return self._judge(heard, source, now)
 
     def _judge(self, heard: Datagram, source: str,
@@ -9131,9 +9148,9 @@ class Discovery:
         return True
 
 
-# Multicast groups of the site; none is routed, as packets have one hop to go. IPv6 of the link
-# would be asked from link-local addresses, and no node could be meant by the address that people
-# know.
+# Site-local multicast groups; packets are not routed, since they have one hop to go. With
+# link-local groups of IPv6, requests would come from link-local addresses, and no node could be
+# listed by the address that people know.
 GROUP6 = 'ff15::d159:5'
 GROUP4 = '239.255.97.1'
 REACHES = ('lan', 'loopback', 'off')
@@ -9154,7 +9171,7 @@ def discovery_reach() -> str:
 class UdpListener(socketserver.UDPServer):
     """A UDP socket. A loop watches it and calls `on_readable`; each datagram is passed to
     `hear(data, source, reply)`."""
-    allow_reuse_address = True   # several nodes and clients of one host hear the same broadcasts
+    allow_reuse_address = True   # several nodes and clients of one host receive the same broadcasts
     timeout = 0
     max_packet_size = DATAGRAM + 1
 
@@ -9170,7 +9187,7 @@ class UdpListener(socketserver.UDPServer):
     def server_bind(self) -> None:
         """Set options, bind the address, and join the multicast groups."""
         sock = self.socket
-        if sys.platform != 'linux':   # on Linux it would bar other users' nodes
+        if sys.platform != 'linux':   # on Linux it would exclude other users' nodes
             set_option(sock, socket.SOL_SOCKET, 'SO_REUSEPORT', 1)
         if self.address_family == socket.AF_INET6:
             sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
@@ -9184,7 +9201,7 @@ class UdpListener(socketserver.UDPServer):
             return
         if self.address_family == socket.AF_INET6:
             for index in interfaces():
-                # One without multicast, or with too many groups
+                # An interface without multicast, or with too many groups
                 with contextlib.suppress(OSError):
                     sock.setsockopt(
                         socket.IPPROTO_IPV6, socket.IPV6_JOIN_GROUP,
@@ -9200,12 +9217,12 @@ class UdpListener(socketserver.UDPServer):
         data, sock = request
 
         def reply(answer: bytes) -> None:
-            # No route, or the buffer is full: the asker asks again
+            # There is no route, or the buffer is full: the peer will ask again
             with contextlib.suppress(OSError):
                 sock.sendto(answer, client_address)
         try:
             source = address_in(client_address)
-        except OSError:   # no descriptor is left: it will ask again
+        except OSError:   # no descriptor is left: the peer will ask again
             return
         self._hear(data, source, reply)
 
@@ -9246,8 +9263,8 @@ def interfaces() -> List[int]:
         return []
 
 
-# Where all processes of this host hear. On Linux all of 127.0.0.0/8 is there; elsewhere only one
-# address of it, which has no broadcast: then one of those who listen hears it.
+# The address at which all processes of this host listen. On Linux all of 127.0.0.0/8 exists;
+# elsewhere there is only one address, which has no broadcast: one of the listeners gets a datagram.
 LOOPBACK = '127.255.255.255' if sys.platform.startswith('linux') else '127.0.0.1'
 
 
@@ -9271,8 +9288,8 @@ class DiscoverySockets:
         self.error = ''
         self._first = min(ports)
         for number in self._heard(reach, ports) if reach != 'off' else ():
-            # Bound to its broadcast address a socket hears what is said to this machine as a whole,
-            # and nothing else.
+            # A socket that is bound to its broadcast address receives what is sent to this machine
+            # as a whole, and nothing else.
             if reach == 'lan':
                 host = ''
             elif number:
@@ -9286,7 +9303,8 @@ class DiscoverySockets:
                 try:
                     ear = UdpListener(family, host, number, hear, multicast)
                 except OSError as exc:
-                    # Taken by a program that does not share it, or no such family here
+                    # The port is used by a program that does not share it, or there is no such
+                    # family here
                     if family == socket.AF_INET:
                         self.error = 'UDP port %d cannot be used: %s' % (number, exc.strerror)
                     continue
@@ -9327,7 +9345,7 @@ class DiscoverySockets:
             sorted_hosts = sorted(hosts)
             targets = [(host, port) for host in sorted_hosts]
         for target in targets:
-            with contextlib.suppress(OSError):   # an interface that is down, or cannot do it
+            with contextlib.suppress(OSError):   # the interface is down, or does not support it
                 ear.socket.sendto(data, target)
         if not self._multicast:
             return
@@ -9372,7 +9390,7 @@ LEASE_TABLE = {
     (Lease.HELD, 'ended'): Lease.FREE,
     (Lease.ORPHANED, 'ended'): Lease.FREE,
 }
-# (before, after) -> what is logged
+# (before, after) -> the text for the log
 LEASE_TEXT = {
     (Lease.FREE, Lease.HELD): 'this node is held by {}',
     (Lease.HELD, Lease.ORPHANED): 'the connection of {} has ended; it holds this node still',
@@ -9384,11 +9402,11 @@ LEASE_TEXT = {
 
 class Stage(enum.Enum):
     """The progress of a computation on this node."""
-    PREPARING = 'preparing'    # its directory is made, files are compared
+    PREPARING = 'preparing'    # its directory is being made, files are being compared
     RECEIVING = 'receiving'    # files are coming
     STARTING = 'starting'      # the runner loads code and runs setup
     READY = 'ready'
-    ENDING = 'ending'          # what runs is killed: it is to be known what had begun
+    ENDING = 'ending'          # running jobs are killed, to know which attempts had begun
     CLOSING = 'closing'        # workers end, cleanup runs
 
 
@@ -9410,7 +9428,7 @@ class ForcedEnd(NamedTuple):
     job_text: str
 
 
-# Events: what the shell tells the state.
+# Events: what the node host tells the state
 class LinkUp(NamedTuple):
     """An authenticated link was made; `instance` identifies the client's process."""
     link: int
@@ -9648,7 +9666,7 @@ class Status(NamedTuple):
     """The status of the node is requested. PrintStatus answers it."""
 
 
-# Actions: what the state tells the shell.
+# Actions: what the state tells the node host to do
 class Send(NamedTuple):
     """Send a message on a link."""
     link: int
@@ -9865,7 +9883,7 @@ class Attempt:
         if options:
             self._take(options)
         self.ending: Optional[Outcome] = None   # why it is being ended, if it is
-        self.counted = 0        # bytes of its arguments in the node's books: while it waits
+        self.counted = 0        # bytes of its arguments that are counted while it waits
 
     def _take(self, options: dict) -> None:
         self.cpus = options.get('cpus', 1)
@@ -9889,16 +9907,16 @@ class _Worker:
     def __init__(self, key: int, comp: '_Computation', resources: Request = ()) -> None:
         self.key = key
         self.comp = comp
-        self.resources = resources   # which it keeps to its end
+        self.resources = resources   # which it keeps until it ends
         self.queue: Deque[Attempt] = collections.deque()
-        self.since = 0.0        # when the head became the head, or when it became idle
-        self.told = False       # the client knows that the head has begun
-        self.pardoned = False   # the head began before another client came, and does not count
+        self.since = 0.0        # when its job became the head, or when it became idle
+        self.told = False       # the client was told that the head has begun
+        self.pardoned = False   # the head began before another client came and is not charged
         self.jobs_given = 0            # jobs given to it
-        self.recalled = False   # asked to give back, not answered
-        # Its job sends a file, or has and waits for the answer: the link it goes along
+        self.recalled = False   # it was asked to return jobs, and has not answered
+        # The link on which its job sends a file, or waits for the answer
         self.sending_file_on = 0
-        # CPUs of a job that was killed and has been told, while its process has not ended
+        # CPUs of a killed job that was reported as ended, until its process has ended
         self.stuck = 0
 
     def note_begun(self) -> None:
@@ -9923,9 +9941,9 @@ class _Claim:
 
     def __init__(self) -> None:
         self.used = 0.0          # CPU seconds of attempts that have ended
-        self.reckoned = 0.0      # the same and what runs, in a turn
-        self.seen = -math.inf    # when it last had attempts while others were here
-        self.fresh = True        # none has begun since it came
+        self.reckoned = 0.0      # the same with running jobs, in a turn
+        self.seen = -math.inf    # when it last had attempts while others had some
+        self.fresh = True        # no attempt has begun since it came
 
     def rank(self) -> Tuple[bool, float]:
         """Return the sort key: the lowest is served next."""
@@ -9945,7 +9963,7 @@ class _Computation:
         self.since = now        # when it came here
         client = spec.get('client', comp)
         self.client_name = str(client)[:NAME_MOST]
-        # Whose it is, for people
+        # The name of its owner, for people
         self.user = str(spec.get('whose') or self.client_name)[:NAME_MOST]
         self.stage = Stage.PREPARING
         self.forced_end: Optional[ForcedEnd] = None
@@ -9956,39 +9974,39 @@ class _Computation:
         self.workers: Dict[int, _Worker] = {}
         self.idle: List[_Worker] = []
         self.has_idle_timer = False
-        # Busy workers whose queue may be filled up
+        # Busy workers that may get more attempts
         self.refillable: Dict[int, _Worker] = {}
         self.estimate = DurationEstimate()
         # Jobs that a worker may hold behind the one that it runs
         self.handed = Allowance(self.estimate, 0, AHEAD_MOST)
-        # Attempts recalled by the client that stand behind running ones
+        # Attempts behind running ones that the client has recalled
         self.steal_debt: Set[int] = set()
-        # Attempts that have begun and since when, to be told to the client
+        # Attempts that have begun, with the times, to be reported to the client
         self.begun: List[Tuple[int, float]] = []
-        # Workers in a row that died before their first job
+        # Consecutive workers that ended before their first job
         self.startup_failures = 0
-        # Keys of workers that are not ready for work yet, as the initializer runs in them or they
-        # load the computation; and whether there are such
+        # Keys of workers that are not ready yet, because the initializer runs in them or they load
+        # the computation; and whether there are such workers
         self.starting: Set[int] = set()
         initializer = spec.get('initializer')
         self.initializer = bool(initializer) or start_method == SPAWN
         self.digest = result_key(spec)
         max_jobs = spec.get('max_jobs')
         self.most = max_jobs or 0
-        self.limit = spec['cpus']              # CPUs that it may use at once; 0: all
-        self.orphan_at = 0.0                   # when its results are given up, if its link is gone
+        self.limit = spec['cpus']              # how many CPUs it may use at once; 0: all
+        self.orphan_at = 0.0                   # when its results expire, if its link has ended
         # Questions to the client -> worker that waits for the answer
         self.calls: Dict[int, int] = {}
-        self.asked = False                     # for files, ever
+        self.asked = False                     # whether it has ever requested files
         # Workers, and the files that they wait for
         self.fetches: Deque[Tuple[int, list]] = collections.deque()
-        # When it was given a CPU last, in numbers of the node
+        # When it last got a CPU, as a counter of the node
         self.served = 0
-        self.own = self.client = _Claim()      # see `FairShare`; the second is set by it
+        self.own = self.client = _Claim()      # see `FairShare`, which sets the second
         self.done = 0                          # attempts that have ended
-        self.failed = 0                        # attempts that have ended without a value
-        self.cpu_seconds = 0.0                 # that its jobs have occupied CPUs
-        # Notes of what has begun do not reach back far enough
+        self.failed = 0                        # attempts that have ended without a result
+        self.cpu_seconds = 0.0                 # for which its jobs have occupied CPUs
+        # The notes of which attempts have begun do not reach back far enough
         self.overrun = False
 
     def __str__(self) -> str:
@@ -10029,8 +10047,8 @@ class NodeTables:
     actions that the parts have decided in this call."""
 
     def __init__(self, name: str, start_method: str = FORK) -> None:
-        self.name = name        # of the node, for texts
-        self.start_method = start_method   # of workers, for computations that do not say
+        self.name = name        # the name of the node, for texts
+        self.start_method = start_method   # of workers, for computations that do not specify it
         self.now = 0.0          # the time of this call
         self.actions: List[Any] = []
         self.links: Dict[int, LinkUp] = {}
@@ -10106,7 +10124,7 @@ class NodeTables:
         """Call a function for a computation, which alone ends if the function raises."""
         try:
             call(*args)
-        except Exception as exc:  # ours; the shell logs it and tells Faulted
+        except Exception as exc:  # a fault of dispy; the node host logs it and sends Faulted
             action = Broken(comp, exc)
             self.do(action)
 
@@ -10129,7 +10147,7 @@ class Timers:
         self.next_at = math.inf     # when the first is due
         self._heap: List[Timer] = []
         self._numbers = itertools.count()
-        self._most = 64             # after which they are looked through
+        self._most = 64             # the number after which they are searched
 
     def __len__(self) -> int:
         return len(self._heap)
@@ -10140,7 +10158,7 @@ class Timers:
     def at(self, when: float, comp: str, call: Callable[..., None], *args: Any,
            is_wanted: Callable[..., bool]) -> None:
         """Have `call(*args, now)` called at this time."""
-        if len(self._heap) >= self._most:   # those of attempts that have ended
+        if len(self._heap) >= self._most:   # removes those of attempts that have ended
             self._heap = [timer for timer in self._heap if timer.is_wanted(*timer.args)]
             heapq.heapify(self._heap)
             self._most = 2 * len(self._heap) + 64
@@ -10165,9 +10183,9 @@ class Cpus:
 
     def __init__(self, count: int) -> None:
         self.offered = count
-        # More than offered while a computation wants more processes than there are CPUs
+        # It exceeds the offer while a computation wants more processes than there are CPUs
         self.total = count
-        self.most = count       # that `total` ever was
+        self.most = count       # the maximum of `total`
         self.free = count
 
     def resize(self, limits: Iterable[int]) -> None:
@@ -10189,7 +10207,7 @@ class Units:
         """`offer`: how many units of each resource there are. They are numbered from 0."""
         self._offer = offer
         self._free = {name: list(range(count)) for name, count in offer.items()}
-        # Worker -> its computation, and the units that it has
+        # Worker -> its computation and its units
         self._taken: Dict[int, Tuple[str, Dict[str, List[int]]]] = {}
 
     def lack(self, request: Request, where: str) -> str:
@@ -10219,7 +10237,7 @@ class Units:
         """Free the units of a worker, because its process has ended or was never made."""
         _, units = self._taken.pop(worker, ('', {}))
         for name, taken in units.items():
-            # The first go first, so that few devices are used where there are few jobs
+            # The first units are used first, so that few jobs use few devices
             self._free[name] = sorted(self._free[name] + taken)
 
     def release_all(self, comp: str) -> None:
@@ -10257,7 +10275,7 @@ class ResourceWorkers:
         if not may_make:
             return None
         worker = self._make(comp, request)
-        if comp.initializer:   # it gets work when it is ready for it
+        if comp.initializer:   # it gets attempts when it is ready
             comp.starting.add(worker.key)
             return None
         return worker
@@ -10316,10 +10334,10 @@ class NodeLease:
         self.served = 0             # leases that have ended
         self._serve = serve
         self._client_shutdown = client_shutdown
-        self._is_last = False       # the lease that is held is the last
+        self._is_last = False       # the present lease is the last
         self._held_since = 0.0
         self._refused: Set[int] = set()     # links that were refused because another holds the node
-        # Client from which the node was taken; when it may come again
+        # Client from which the node was taken; when it may use the node again
         self._cooldown: Tuple[Optional[bytes], float] = (None, 0.0)
 
     def _move(self, event: str, holder: Optional[bytes], text: str) -> None:
@@ -10461,14 +10479,14 @@ class UndeliveredResults:
         self._timers = timers
         self._past = past
         self._zombie = zombie
-        # Computation -> results on disk, also of some that are over here
+        # Computation -> results on the disk, including those of computations that have ended here
         self.spooled: Dict[str, Spooled] = {}
-        # Computation -> attempts whose results are to be on disk, and are not yet
+        # Computation -> attempts whose results are being written to the disk
         self._on_their_way: Dict[str, AbstractSet[int]] = {}
-        self._disk_full = False                 # which was told
+        self._disk_full = False                 # this was reported
         # Links on which results of a computation were sent again
         self._resent: Set[Tuple[int, str]] = set()
-        # Links at which the key of a computation was shown
+        # Links on which the key of a computation was shown
         self._key_shown: Set[Tuple[int, str]] = set()
 
     def deliver(self, comp: _Computation) -> None:
@@ -11722,7 +11740,7 @@ class JobRequests:
         worker = tables.worker_at_work(event.worker)
         if worker is None:
             return
-        # Of a job that does not run there
+        # The job does not run there
         if not worker.queue:
             return
         if worker.queue[0].serial != piece.key:
@@ -11730,7 +11748,7 @@ class JobRequests:
         if piece.offset == 0:
             worker.sending_file_on = worker.comp.link or -1
         if not worker.sending_file_on:
-            return   # it was answered already: what is left of it is passed over
+            return   # it was answered already: the rest is ignored
         if worker.sending_file_on == worker.comp.link and worker.sending_file_on in tables.links:
             tables.send(worker.comp.link, piece)
         else:
@@ -11857,7 +11875,7 @@ class Computations:
         self._scheduler = scheduler
         self._share = share
         self._requests = requests
-        self.ending: List[_Computation] = []   # what runs of them was killed
+        self.ending: List[_Computation] = []   # whose running jobs were killed
 
     # -- files and code ----------------------------------------------------------------------------
 
@@ -11868,7 +11886,7 @@ class Computations:
         up = tables.links[link]
         start_method = spec.get('start_method') or tables.start_method
         comp = _Computation(message.comp, up.instance, link, spec, tables.now, start_method)
-        if comp.client_name == comp.comp:   # no scheduler has said for whom it is
+        if comp.client_name == comp.comp:   # no scheduler has named the program
             comp.user = tables.client_at(link)
         logger.info('%s of %s begins; files that its jobs need: %d', comp, comp.user,
                     len(spec['files']))
@@ -11933,7 +11951,7 @@ class Computations:
         asked = message.purpose in ASKED_FOR
         if message.purpose == Purpose.FROM_JOB or (asked and comp is not None and not comp.asked):
             raise PeerError('a file that was not asked for')
-        # What came on another connection is sent again on this one
+        # What was sent on another connection is sent again on this one
         if asked and comp is not None:
             if comp.link != link:
                 return
@@ -12009,8 +12027,9 @@ class Computations:
         """Tell the client that a computation cannot be used here, or not any more, and why."""
         text = shorten(text)
         logger.warning('%s is refused (%s): %s', comp, code, text)
-        self._attempts.return_waiting(comp)   # what has not begun waits again elsewhere
-        # What has ended, has ended; after the refusal nobody would believe it
+        self._attempts.return_waiting(comp)   # attempts that have not begun wait again elsewhere
+        # Attempts that have ended are reported before the refusal; afterwards the client would
+        # ignore them
         self._results.deliver(comp)
         self._results.spool(comp)
         message = Refused(comp.comp, code, text)
@@ -12112,7 +12131,8 @@ class Computations:
         if comp is None:
             return
         if comp.stage is not Stage.CLOSING:
-            # Its workers are killed with it; what they ran has failed, and all later jobs would.
+            # Its workers are killed with it; their running jobs have failed, and all later jobs
+            # would fail.
             for worker in list(comp.workers.values()):
                 comp.startup_failures = 0
                 if worker.queue:
@@ -12156,7 +12176,7 @@ class Computations:
     def _client_stayed_away(self, name: str, now: float) -> None:
         tables = self._tables
         comp = tables.comps.get(name)
-        # Its client is back, or was back and has a timer of its own
+        # Its client is back, or was back and has left again, with a timer of its own
         if comp is None:
             return
         if comp.link in tables.links:
@@ -12202,7 +12222,7 @@ class Computations:
         comp = self._tables.comp_of(link, message.comp)
         if comp is not None:
             self.close(comp, at_once=False)
-        # Also of one that is being closed, as it was an orphan
+        # This includes a computation that is being closed because it was orphaned
         if self._results.may_forget(link, message.comp):
             self._results.forget(message.comp)
             self._past.forget(message.comp)
@@ -12241,7 +12261,7 @@ class Inquiries:
         self._cpus = cpus
         self._facts = facts
         self._born = now
-        self.queries: List[Tuple[int, str]] = []   # links, and the computations they ask about
+        self.queries: List[Tuple[int, str]] = []  # links, and the computations about which they ask
 
     def on_query(self, link: int, message: Query, now: float) -> None:
         """Note the question of a client. It is answered at the end of the turn, when the attempts
@@ -12300,11 +12320,11 @@ class Inquiries:
 
 class JobLookouts:
     """Questions of clients about what their running jobs do."""
-    WAITING = 100   # that are waited for at most
+    WAITING = 100   # limit of answers that are awaited
 
     def __init__(self, tables: NodeTables) -> None:
         self._tables = tables
-        # Worker, serial -> who has asked: links, computations, numbers of their calls
+        # (worker, serial) -> the requests: links, computations, numbers of their calls
         self._asked: 'collections.OrderedDict[Tuple[int, int], List[tuple]]' = \
             collections.OrderedDict()
 
@@ -12325,7 +12345,7 @@ class JobLookouts:
         who = (link, message.comp, message.number)
         asked = self._asked.setdefault(key, [])
         asked.append(who)
-        if len(self._asked) > self.WAITING:   # of those a runner did not answer
+        if len(self._asked) > self.WAITING:   # a runner may not have answered some
             self._asked.popitem(last=False)
         look = Look(worker.key, serial, stacks)
         self._tables.do(look)
@@ -12382,8 +12402,8 @@ class NodeService:
         self._inquiries = inquiries
         self.paused: Dict[str, str] = {}
         self.stopping = False
-        self._finishing = False   # it ends when its jobs have ended
-        self._leaving = False     # what runs was killed, and its end is waited for
+        self._finishing = False   # the node ends when its jobs have ended
+        self._leaving = False     # running jobs were killed and have not ended yet
 
     def refusal(self, comp: str) -> Optional[Refused]:
         """Why no client can have the node for a computation now; None if nothing is against it."""
@@ -12928,8 +12948,8 @@ class EventText(reprlib.Repr):
     log contains neither their data nor a key."""
     # Names of fields that hold the serial number of an attempt, or a list of them
     SERIALS = frozenset(('serial', 'serials', 'held', 'begun'))
-    # Messages and events whose rows begin with the serial number of an attempt; behind it, results
-    # have their outcome
+    # Messages and events whose rows begin with the serial number of an attempt; in results, the
+    # outcome follows
     ROWS = frozenset((Jobs, Results, Started, WorkerResults))
     RESULTS = frozenset((Results, WorkerResults))
 
@@ -13046,7 +13066,7 @@ class Phase(enum.Enum):
     """What the hours of service permit."""
     SERVING = 'serving'
     DRAINING = 'draining'   # no new jobs
-    CLOSED = 'closed'       # and those that run are ended
+    CLOSED = 'closed'       # and running jobs are ended
 
 
 class Hours(NamedTuple):
@@ -13069,13 +13089,13 @@ class Hours(NamedTuple):
 
 
 # --------------------------------------------------------------------------------------------------
-# The job side: worker and runner processes. One thread each; the only place where a user's code
-# runs.
+# The job side: runner and worker processes. Each has one thread; only these processes run the code
+# of users.
 # --------------------------------------------------------------------------------------------------
 
-# Compared after every job: 1 us instead of 30 through os.environ
+# It is compared after every job: this takes 1 us, and 30 us through os.environ
 _ENVIRON = getattr(os.environ, '_data', os.environ)
-# Without the enum around it: 0.1 us
+# Without the conversion to an enum, it takes 0.1 us
 _getsignal = getattr(sys.modules.get('_signal'), 'getsignal', signal.getsignal)
 
 
@@ -13083,7 +13103,7 @@ def _not_here(*args: Any) -> None:
     """Do nothing. This replaces a function that this system or version of Python does not have."""
 
 
-# Asked after each job. PRIO_PROCESS is 0, and 0 is this process.
+# This is called after each job. PRIO_PROCESS is 0, and 0 means this process.
 _affinity: Any = getattr(os, 'sched_getaffinity', _not_here)
 _policy: Any = getattr(os, 'sched_getscheduler', _not_here)
 _priority: Any = getattr(os, 'getpriority', _not_here)
@@ -13091,15 +13111,15 @@ _digits: Any = getattr(sys, 'get_int_max_str_digits', _not_here)
 _locale_now: Any = getattr(sys.modules.get('_locale'), 'setlocale', locale.setlocale)
 _sigmask: Any = getattr(sys.modules.get('_signal'), 'pthread_sigmask', None) \
     or getattr(signal, 'pthread_sigmask', None)   # the same
-# Ignored by default and used by hardly anything. Windows has no such signal: one that a thread of
-# the worker raises there.
+# A signal that is ignored by default and hardly used. Windows has no such signal: there a thread of
+# the worker raises the given one.
 TAKE_BACK_SIGNAL = getattr(signal, 'SIGURG', signal.SIGTERM)
-# Has a worker write its stacks: one that hardly anything uses or that does nothing by default
+# The signal that makes a worker write its stacks: it is hardly used, or does nothing by default
 if hasattr(signal, 'SIGRTMIN'):
     STACKS_SIGNAL = int(signal.SIGRTMIN) + 9
 else:
     STACKS_SIGNAL = int(getattr(signal, 'SIGINFO', 0))
-# Windows has no signal that cannot be handled; to send this one there ends a process likewise
+# Windows has no SIGKILL; sending SIGTERM there kills a process in the same way
 SIGKILL = getattr(signal, 'SIGKILL', signal.SIGTERM)
 # Windows translates line ends in files that are not opened with it
 _O_BINARY = getattr(os, 'O_BINARY', 0)
@@ -13170,7 +13190,7 @@ def _out_of_reach(handle: int) -> int:
     except (OSError, ValueError):
         return handle
     finally:
-        # Open descriptors above it stay open
+        # Descriptors above it remain open
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
     os.close(handle)
     return high
@@ -13189,7 +13209,7 @@ def buffer_lines(libc: Any) -> None:
         return
     import ctypes
     for name in ('stdout', '__stdoutp'):   # Linux, macOS
-        with contextlib.suppress(ValueError):   # there is no such variable
+        with contextlib.suppress(ValueError):   # the library has no such variable
             stream = ctypes.c_void_p.in_dll(libc, name)
             libc.setvbuf(stream, None, ctypes.c_int(1), ctypes.c_size_t(0))
             return
@@ -13202,7 +13222,7 @@ def keep_descriptors() -> None:
         with contextlib.suppress(OSError):
             for name in os.listdir(directory):
                 if int(name) > 2:
-                    with contextlib.suppress(OSError):   # that of the listing itself
+                    with contextlib.suppress(OSError):   # the descriptor of the listing itself
                         os.set_inheritable(int(name), False)
             return
 
@@ -13210,7 +13230,7 @@ def keep_descriptors() -> None:
 def _no_stdin() -> None:
     """Replace descriptor 0 by one that reads nothing."""
     handle = os.open(os.devnull, os.O_RDONLY)
-    if handle:   # it is 0 itself when 0 was closed
+    if handle:   # it is 0 if 0 was closed
         os.dup2(handle, 0)
         os.close(handle)
     os.set_inheritable(0, True)
@@ -13290,7 +13310,7 @@ class Slots:
         path = os.path.join(directory, '%s%d' % (cls.NAME, number))
         handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | _O_BINARY, 0o600)
         try:
-            # To write to a page without room on the disk kills the process
+            # Writing to a page for which the disk has no room would kill the process
             if hasattr(os, 'posix_fallocate'):
                 os.posix_fallocate(handle, 0, size)
             else:
@@ -13364,7 +13384,7 @@ class Slots:
         os.close(os.open(path, os.O_WRONLY | os.O_CREAT, 0o600))
 
 
-NOTES_ASKED = 'notes'    # in a computation's directory: the path of a file, see `write_notes`
+NOTES_ASKED = 'notes'    # a file with the path of another one, see `write_notes`
 
 
 def write_notes(private: str) -> None:
@@ -13379,7 +13399,7 @@ def write_notes(private: str) -> None:
             json.dump({'begun': None if begun is None else sorted(begun)}, file)
     except FileNotFoundError:
         logger.debug('nobody has asked what has begun')
-    except OSError as exc:   # no room: then nobody knows
+    except OSError as exc:   # no room: then the attempts are unknown
         logger.debug('what has begun cannot be written down: %s', exc)
 
 
@@ -13540,7 +13560,8 @@ class NumericThreads:
     that the user or the operator has set is left alone, and so are the libraries that read it.
     """
 
-    # Part of a library's file name: the variables that it reads, and the functions that set it.
+    # Part of a library's file name -> the variables that it reads, and the functions that set the
+    # number
     LIBRARIES = {
         'openblas': (('OPENBLAS_NUM_THREADS', 'OMP_NUM_THREADS'),
                      [prefix + 'openblas_set_num_threads' + suffix
@@ -13555,7 +13576,7 @@ class NumericThreads:
                  'NUMEXPR_NUM_THREADS')
 
     def __init__(self) -> None:
-        self.cpus = 1   # a worker a CPU runs already
+        self.cpus = 1   # the number for one worker on each CPU
         names = {name for variables, _ in self.LIBRARIES.values() for name in variables}
         chosen_names = [name for name in names.union(self.VARIABLES) if name in os.environ]
         self._of_user = frozenset(chosen_names)
@@ -13598,7 +13619,7 @@ class NumericThreads:
         import ctypes
         try:
             library = ctypes.CDLL(path)   # it is loaded already
-        except OSError as exc:   # its file has been replaced, for instance
+        except OSError as exc:   # for example because its file was replaced
             logger.debug('%s cannot be told to use %d threads: %s', path, cpus, exc)
             return
         for name in functions:
@@ -13620,7 +13641,7 @@ class TrackerProcess:
     def __init__(self) -> None:
         from multiprocessing import resource_tracker
         self._tracker: Any = getattr(resource_tracker, '_resource_tracker', None)
-        self._process: Any = None    # if it was started here
+        self._process: Any = None    # if it was started by this process
         self.pid = 0
         self.reader = -1    # the end of the pipe that it will read, until it is started
 
@@ -13628,7 +13649,7 @@ class TrackerProcess:
         """Start the tracker now."""
         try:
             self._tracker.ensure_running()
-        except (OSError, AttributeError) as exc:   # no room for a process; another Python
+        except (OSError, AttributeError) as exc:   # no process starts, or Python has other names
             self._warn(exc)
         self.find()
 
@@ -13658,7 +13679,7 @@ class TrackerProcess:
         code = 'from multiprocessing.resource_tracker import main; main(%d)' % handle
         flags: List[str] = subprocess._args_from_interpreter_flags()  # type: ignore[attr-defined]
         words = [sys.executable, *flags, '-c', code]
-        # It ignores these, but not from its very beginning
+        # The tracker ignores these signals, but not from its very beginning
         ignored = (signal.SIGINT, signal.SIGTERM)
         mask = signal.pthread_sigmask(signal.SIG_BLOCK, ignored)
         try:
@@ -13699,7 +13720,7 @@ class TrackerProcess:
         self._tracker._pid = None
         now = time.monotonic()
         until = now + GRACE
-        with contextlib.suppress(ChildProcessError):   # somebody else has waited for it
+        with contextlib.suppress(ChildProcessError):   # it was reaped elsewhere
             while os.waitpid(self.pid, os.WNOHANG)[0] == 0 and time.monotonic() < until:
                 time.sleep(0.002)
 
@@ -13719,7 +13740,7 @@ class SharedMemoryTracker:
 
     def install(self) -> None:
         """Track shared memory in this way from now on, and in all forked children."""
-        if os.name != 'nt':   # there memory goes with the last process that has it
+        if os.name != 'nt':   # there the memory is freed with the last process that uses it
             self._tracker.register = self._register_own
             self._tracker.unregister = self._unregister_any
 
@@ -13786,7 +13807,7 @@ class Surroundings:
     def _is_signal(number: int) -> bool:
         try:
             _getsignal(number)
-        except ValueError:   # it is not one that this system lets be handled
+        except ValueError:   # this signal cannot be handled on this system
             return False
         return True
 
@@ -13816,7 +13837,7 @@ class Surroundings:
                 sys.argv, sys.path, warnings.filters, gc.callbacks)
 
     def _set_hooks(self) -> None:
-        logging.captureWarnings(False)   # or it would take itself for switched on
+        logging.captureWarnings(False)   # otherwise it would count as switched on
         (sys.excepthook, sys.unraisablehook, sys.displayhook, sys.breakpointhook,
          threading.excepthook, warnings.showwarning, warnings.formatwarning,
          sys.argv, sys.path, warnings.filters, gc.callbacks) = self._hooks
@@ -13873,14 +13894,14 @@ class Surroundings:
                 self._set_system()
             if 'resource' in sys.modules:
                 self._restore_limits(sys.modules['resource'])
-        except Exception as exc:  # of the system, and of objects that the job has left there
+        except Exception as exc:  # by the system, or by objects that the job has left there
             logger.debug('this process is replaced: %s: %s', type(exc).__name__, exc)
             return False
         return True
 
     def _restore_files(self) -> None:
         try:
-            os.dup2(self._nothing, 0)   # this takes less time than to look whether it is open
+            os.dup2(self._nothing, 0)   # this takes less time than checking whether it is open
             if os.getcwd() != self._directory:
                 os.chdir(self._directory)
         except OSError:   # its directory is gone, or a descriptor
@@ -13896,7 +13917,7 @@ class Surroundings:
                 os.environ[os.fsdecode(key)] = os.fsdecode(value)
         elif time.tzname is self._zone:
             return
-        if hasattr(time, 'tzset'):   # the C library may have read TZ without Python's knowing
+        if hasattr(time, 'tzset'):   # the C library may have read TZ unknown to Python
             time.tzset()
             self._zone = time.tzname
 
@@ -13905,7 +13926,7 @@ class Surroundings:
         if handlers != self._handlers:
             for number, now, was in zip(self._signals, handlers, self._handlers):
                 if now != was:
-                    signal.signal(number, was)   # raises for one that C code had made
+                    signal.signal(number, was)   # raises for a handler that C code had installed
             if hasattr(signal, 'siginterrupt'):
                 signal.siginterrupt(TAKE_BACK_SIGNAL, False)
         signal.set_wakeup_fd(-1)
@@ -13929,7 +13950,7 @@ class Surroundings:
         if sys.path != self._path:
             sys.path[:] = self._path
         if warnings.filters != self._filters:
-            warnings.resetwarnings()   # it also has what is remembered of filters forgotten
+            warnings.resetwarnings()   # it also clears the cache of the filters
             filters: Any = warnings.filters
             filters[:] = self._filters
         for itself, held in self._lists:
@@ -13976,7 +13997,7 @@ class MainFile:
     def __init__(self, directory: str) -> None:
         self._directory = directory
         self._numbers = itertools.count(1)
-        self._last = ('', 0, b'')   # module, the process that wrote it, what it says
+        self._last = ('', 0, b'')   # module, the process that wrote it, its contents
 
     def module(self) -> str:
         """Return the name of a module that defines what the main module contains now."""
@@ -13985,7 +14006,8 @@ class MainFile:
         found: Dict[str, bytes] = {}
         for name, value in list(vars(sys.modules['__main__']).items()):
             if not name.startswith('__'):
-                with contextlib.suppress(Exception):  # what cannot be pickled, the child has not
+                # The child does not get what cannot be pickled
+                with contextlib.suppress(Exception):
                     dumped = dumps(value, Pickler)
                     found[name] = in_one_piece(dumped.payload)
         content = pickle.dumps((modules.here() if modules is not None else (), found))
@@ -14015,7 +14037,7 @@ def load_main(variables: Dict[str, Any], path: str) -> None:
         if vars(main) is variables:
             spaces.adopt_main(main)
     for name, payload in found.items():
-        with contextlib.suppress(Exception):  # it is missing when it is used
+        with contextlib.suppress(Exception):  # using it will raise
             variables[name] = loads(payload)
 
 
@@ -14418,7 +14440,7 @@ def link_to(path: str, link: str) -> None:
 def _hard_link(path: str, link: str) -> None:
     try:
         os.link(path, link)
-    except OSError:   # a file system without them
+    except OSError:   # the file system has no links
         shutil.copy2(path, link)
 
 
@@ -14776,7 +14798,7 @@ def has_ended(pid: int) -> bool:
     """Return whether a child of this process has ended; if so, it is reaped."""
     try:
         return os.waitpid(pid, os.WNOHANG)[0] != 0
-    except ChildProcessError:   # somebody else has waited for it
+    except ChildProcessError:   # it was reaped elsewhere
         return True
 
 
@@ -14804,7 +14826,7 @@ def _is_of_library(frame: Any) -> bool:
     return True
 
 
-# Names of what joblib and loky make, with the number of the process that has made it.
+# Names of files of joblib and loky, which contain the PID of the process that has made them
 _JOBLIB_NAME = re.compile(r'(?:joblib_memmapping_folder_|sem\.loky-|loky-)(\d+)[_-]')
 
 
@@ -14816,7 +14838,7 @@ def remove_joblib_remains(pids: Set[int], since: float) -> None:
     for directory in ('/dev/shm', tempfile.gettempdir()):
         try:
             names = os.listdir(directory)
-        except OSError:   # there is no such thing on this system
+        except OSError:   # this system has no such directory
             continue
         for name in names:
             match = _JOBLIB_NAME.match(name)
@@ -14910,7 +14932,7 @@ class ComputationCode:
         self._cleanup: Any = None
         self._setup_args: tuple = ()
         self.globals: List[Dict[str, Any]] = []   # of the computation, setup and cleanup
-        self.is_loaded = False      # what fails later is not for want of code
+        self.is_loaded = False      # later failures are not caused by the code
 
     def load(self, code: memoryview) -> None:
         """Load the code and run setup. Raises whatever the user's modules and setup do."""
@@ -15049,7 +15071,7 @@ class RunningLimits:
 
     def __init__(self) -> None:
         self._known: Dict[int, Dict[int, RunningLimit]] = {}
-        self.of_memory = False     # there may be some
+        self.of_memory = False     # there may be limits of memory
 
     def __bool__(self) -> bool:
         return bool(self._known)
@@ -15113,7 +15135,7 @@ _JOB_KILL_ON_CLOSE = 0x2000
 _JOB_ACCOUNTING = struct.Struct('@qqqqIIII')
 _JOB_ACCOUNTING_CLASS = 1
 _PROCESS_ASSIGN = 0x0101   # PROCESS_TERMINATE | PROCESS_SET_QUOTA
-_ENDED_BY_US = 0x10000   # the exit code by which multiprocessing knows that it has ended a process
+_ENDED_BY_US = 0x10000   # multiprocessing uses this exit code for processes that it has ended
 
 
 class ProcessTree:
@@ -15174,9 +15196,9 @@ class StackFile:
     """A file into which a process writes the stacks of its threads when it gets STACKS_SIGNAL, even
     while C code runs. It is in the private directory of its computation, and its PID is its
     name."""
-    TIME = 0.3      # s that this may take: the runner does nothing else meanwhile
+    TIME = 0.3      # s that this may take: the runner is blocked in the meantime
     STEP = 0.002
-    # What has called the job, which stands behind its own lines
+    # The frames that have called the job, which follow its own lines
     OURS = re.compile(r'  File "[^"\n]*dispynode\.py", line \d+ in _run\n(?:  File .*\n)*')
     SILENT = 'the process has not written its stacks: it is stopped, or waits for its disk'
 
@@ -15665,7 +15687,7 @@ def _shared_itself(value: Any) -> str:
     managers = sys.modules.get('multiprocessing.managers')
     if managers is not None and isinstance(value, (managers.BaseProxy, managers.BaseManager)):
         manager = getattr(value, '_manager', None) or value
-        if hasattr(manager, '_process'):   # started here, and not only connected to
+        if hasattr(manager, '_process'):   # started here, and not only connected
             return 'of a manager of multiprocessing that was started here'
     return ''
 
@@ -16283,8 +16305,8 @@ def runner_main(control: socket.socket, user: Optional[User] = None) -> None:
     if hasattr(os, 'setsid'):
         if os.getsid(0) != os.getpid():
             os.setsid()
-    _no_stdin()       # nor are lines that are typed there meant for setup()
-    del sys.argv[1:]  # among which the secret may be
+    _no_stdin()       # setup() must not read lines that are typed there
+    del sys.argv[1:]  # they may contain the secret
     if user is not None:
         become(user)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -16298,33 +16320,33 @@ def runner_main(control: socket.socket, user: Optional[User] = None) -> None:
             code = exc.code
         else:
             code = 1
-    os._exit(code)   # threads and exit handlers of the user's modules are not waited for
+    os._exit(code)   # the user's threads and exit handlers are not waited for
 
 
 def worker_main(control: socket.socket, private: str, names: Tuple[str, str],
                 place: Tuple[int, int], runner: int) -> None:
     """A worker process that is not forked, started by the runner with `spawn`."""
     if hasattr(os, 'setsid'):
-        os.setsid()   # a group of its own, for signals to the job and all it starts
+        os.setsid()   # a group of its own, for signals to the job and its children
     _no_stdin()
     out = _out_of_reach(control.detach())
     worker = SpawnedWorker(socket.socket(fileno=out))
     try:
         worker.run(private, names, place, runner)
     except (ConnectionError, EOFError, SystemExit):
-        os._exit(1)   # the other side is gone, and with it whoever could be told
-    except BaseException:   # no descriptors, or our own fault
+        os._exit(1)   # the other side is gone, so that this cannot be reported
+    except BaseException:   # no descriptors are left, or a fault of dispy
         worker.tell_fault(traceback.format_exc())
         os._exit(70)
-    os._exit(0)   # as a runner
+    os._exit(0)   # as a runner does
 
 
 # --------------------------------------------------------------------------------------------------
-# The daemon: carries out what Node decides; its directory, its processes, its command line
+# The daemon: it carries out what Node decides. Its directory, its processes, its command line.
 # --------------------------------------------------------------------------------------------------
 
-NODE_MARK = 'dispy-node'    # the file that says that a directory is a node's
-# All that an idle node has in its directory
+NODE_MARK = 'dispy-node'    # the file that marks a directory as a node's
+# Everything that an idle node has in its directory
 KEEPING_FILES = frozenset(('lock', 'memory', NODE_MARK))
 
 
@@ -16424,11 +16446,11 @@ def _cgroup_pids() -> List[int]:
             with contextlib.suppress(OSError, ValueError), open(os.path.join(below,
                                                                              'pids.max')) as limit:
                 contents = limit.read()
-                found.append(int(contents))   # 'max' is no number
+                found.append(int(contents))   # 'max' is not a number
     return found
 
 
-# Exit codes of Windows that people meet
+# Exit codes of Windows that people may see
 NT_STATUS = {
     0xC0000005: 'access violation', 0xC0000017: 'no memory', 0xC00000FD: 'stack overflow',
     0xC0000135: 'a DLL was not found', 0xC000013A: 'ended by Ctrl-C', 0xC0000374: 'heap corruption',
@@ -16480,7 +16502,7 @@ class ProcFiles:
     """Reads from /proc on Linux what psutil would return. The first result of a program would have
     to wait until psutil is imported, which takes longer than everything else that its node does
     before it."""
-    _idle = 0     # when this was asked for before, in ticks since the system was started
+    _idle = 0     # values of the previous call, in ticks since the system was started
     _all = 0
 
     @classmethod
@@ -16489,7 +16511,7 @@ class ProcFiles:
         bytes. Raises OSError, ValueError or KeyError."""
         with open('/proc/stat') as file:
             words = file.readline().split()
-        ticks = [int(word) for word in words[1:9]]   # what guests use is a part of these
+        ticks = [int(word) for word in words[1:9]]   # the time of guests is a part of these
         idle = ticks[3] + ticks[4]                   # idle, or waiting for a disk
         passed = sum(ticks) - cls._all
         share = (idle - cls._idle) / max(1, passed)
@@ -16515,7 +16537,7 @@ def availability(directory: str, soon: bool = False) -> dict:
     is not imported then."""
     found: Dict[str, Optional[float]] = {}
     if soon and sys.platform == 'linux' and 'psutil' not in sys.modules:
-        with contextlib.suppress(OSError, ValueError, KeyError):   # psutil may know
+        with contextlib.suppress(OSError, ValueError, KeyError):   # psutil may succeed
             if importlib.util.find_spec('psutil') is not None:
                 found = ProcFiles.free()  # type: ignore[assignment]
     if not found:
@@ -16541,7 +16563,7 @@ def installed_version(package: str) -> str:
         return ''
     if not hasattr(spec.loader, 'get_data'):
         return ''
-    # It may lie in an archive
+    # It may be in an archive
     source = spec.loader.get_data(spec.origin)  # type: ignore[union-attr]
     found = re.search(rb'^__version__ = ["\']([^"\']+)', source, re.MULTILINE)
     if found:
@@ -16590,7 +16612,7 @@ class ModuleStore:
                     with replaced(path, '.new') as temporary:
                         shutil.copyfile(os.path.join(root, *check_name(name)), temporary)
             self._shorten()
-        except OSError as exc:   # no room: they are sent again to the next computation
+        except OSError as exc:   # no room: they are sent again for the next computation
             logger.debug('files of modules are not kept: %s', exc)
 
     def _shorten(self) -> None:
@@ -16678,7 +16700,7 @@ class ResultSpool:
                 file.flush()
                 os.fsync(file.fileno())
             except BaseException:
-                with contextlib.suppress(OSError):   # what is buffered has no room either
+                with contextlib.suppress(OSError):   # there is no room for buffered data either
                     file.close()
                 if start:
                     os.truncate(self.path, start)
@@ -16829,7 +16851,8 @@ class Memory:
     def close(self) -> None:
         """Note that the node ends in good order."""
         if not self._torn:
-            with contextlib.suppress(OSError):   # a full disk: as if the machine had ended
+            # A full disk has the same effect as the end of the machine
+            with contextlib.suppress(OSError):
                 text = '%s %s clean' % (self.ident, machine())
                 self._write(self._path, text)
 
@@ -16856,7 +16879,7 @@ class GpuSearch:
     command and returns what it prints, or '' if there is no such command; `names_in` lists a
     directory."""
     CUDA = 'CUDA_VISIBLE_DEVICES'
-    HIP = 'HIP_VISIBLE_DEVICES'   # of ROCm, whose libraries look at the first one too
+    HIP = 'HIP_VISIBLE_DEVICES'   # for ROCm, whose libraries read the first one too
     KFD = '/sys/class/kfd/kfd/topology/nodes'
 
     def __init__(self, environ: Any = os.environ,
@@ -16898,7 +16921,7 @@ class GpuSearch:
         visible = self.visible()
         if visible is None:
             return found
-        # A word may be a number, or the beginning of an identifier, which is not known here
+        # A word may be a number, or the beginning of an identifier that is not known here
         return visible[:len(found)]
 
     def _of_nvidia(self) -> List[str]:
@@ -16923,7 +16946,7 @@ class GpuSearch:
             number = self._read('%s/%s/gpu_id' % (self.KFD, name)).strip()
             count += number not in ('', '0')
         visible = self._environ.get('ROCR_VISIBLE_DEVICES')
-        if visible is not None:   # devices are numbered among those that it leaves
+        if visible is not None:   # devices are numbered among the visible ones
             words = [word for word in visible.split(',') if word.strip()]
             count = min(count, len(words))
         return [str(number) for number in range(count)]
@@ -17015,7 +17038,7 @@ class Interpreter(NamedTuple):
         return {'python': self.version, 'cloudpickle': self.cloudpickle}
 
 
-# What a Python is asked for, by a program that any version can run
+# The program that every version of Python can run, and that prints these facts
 PROBE = '''
 import importlib.util, json, sys
 def version(name):
@@ -17069,7 +17092,7 @@ def _probe(name: str, path: str) -> Interpreter:
 
 
 def _tell_without_psutil(python: str) -> None:
-    if sys.platform != 'linux':   # there /proc tells
+    if sys.platform != 'linux':   # there /proc has it
         logger.warning('%s has no psutil, which limits the memory of jobs here (dispy_memory): '
                        'they are not limited', python)
 
@@ -17138,12 +17161,12 @@ class Options(NamedTuple):
     zombie: float = ZOMBIE_TIME            # s
     msg_timeout: float = HANDSHAKE_TIME    # s
     force_cleanup: bool = False            # files of computations are removed, whatever clients say
-    start_method: str = FORK               # of workers, for clients that do not say
-    python: str = ''                       # what runs the runners, if not sys.executable
+    start_method: str = FORK               # of workers, for clients that do not specify it
+    python: str = ''                       # the interpreter of the runners, if not sys.executable
     grace: float = GRACE                   # s that jobs have to end when the node is stopped
     offer: Offer = Offer()
     interpreters: Dict[str, Interpreter] = {}   # others that jobs may run on
-    memory: Optional[int] = None           # bytes that jobs may have together
+    memory: Optional[int] = None           # bytes of memory for all jobs together
 
 
 class ChildEnded(NamedTuple):
@@ -17171,7 +17194,7 @@ class NodeDirectory:
         self._port = 0
         self._lock_file: Any = None
         self.memory: Optional[Memory] = None
-        # Where computations work, and what is above: not the same with --user
+        # The directory of computations, and the one above it: they differ with --user
         self.root = self.base = ''
 
     def available(self) -> Dict[str, Any]:
@@ -17421,7 +17444,7 @@ class ComputationDirectory:
             Purpose.VALUES: values_in(private)
         }
         self.receiver = FileReceiver(roots, max_file, scratch=private)
-        self.fetched: list = []                      # rows of those that are on their way
+        self.fetched: list = []                      # rows of files that are being transferred
 
 
 class ComputationFiles:
@@ -17458,7 +17481,7 @@ class ComputationFiles:
             self._directory.ensure()
             private = self._directory.private_of(comp)
             directory = self._directory.working_directory(comp, spec['dest_path'], keep)
-            # A thread has no rights of its own
+            # A thread cannot have rights of its own
             if self._options.user is None:
                 unknown = Digests.unknown(directory, spec['files'])
             else:
@@ -17468,7 +17491,7 @@ class ComputationFiles:
                 return
             self._digesting.discard(comp)
             with self._directory.as_user():
-                # It is known before it is made, and so it is removed if something fails
+                # It is noted before it is made, so that it is removed if something fails
                 files = self._known[comp] = ComputationDirectory(comp, directory, private, keep,
                                                                  self._options.max_file)
                 for path in (directory, private):
@@ -17530,7 +17553,7 @@ class ComputationFiles:
         """Post whether a value is missing."""
         digest = action.digest
         files = self._known.get(action.comp)
-        if files is None:   # it is over
+        if files is None:   # the computation has ended
             return
         missing: list = []
         if action.size > VALUE_MOST:
@@ -17553,7 +17576,8 @@ class ComputationFiles:
         """Remove a value that nobody needs."""
         files = self._known.get(action.comp)
         if files is not None:
-            with self._directory.as_user(), contextlib.suppress(OSError):   # it has gone
+            # It does not exist any more
+            with self._directory.as_user(), contextlib.suppress(OSError):
                 path = os.path.join(values_in(files.private), action.digest.hex())
                 os.unlink(path)
 
@@ -17633,10 +17657,10 @@ class ResultStore:
         self._directory = directory
         self._zombie = zombie
         self._unkept: Set[str] = set()    # computations with results that could not be kept
-        # Results that their clients could not take, and why
+        # Results that their clients could not use, and why
         self.refused: Dict[Tuple[str, int], str] = {}
         self.backlog = SpoolSender(host.links)
-        # Kept results, of a link and a computation, and when they are read again
+        # Links and computations of kept results that could not be read, and when to read them again
         self.read_later: Dict[Tuple[int, str], float] = {}
 
     def find_kept(self) -> None:
@@ -17732,8 +17756,9 @@ class ResultStore:
             self._directory.tear_memory()
 
 
-# Held while a thread starts a process. Popen reads a pipe to its end, which a child that is forked
-# meanwhile, such as one of a multiprocessing.Pool, would hold open for as long as it lives.
+# The lock is held while a thread starts a process. Popen reads a pipe to its end, which a child
+# that is forked in the meantime, such as one of a multiprocessing.Pool, would hold open as long as
+# it lives.
 process_start_lock = threading.Lock()
 if hasattr(os, 'register_at_fork'):
     os.register_at_fork(before=process_start_lock.acquire,
@@ -17773,7 +17798,7 @@ class RunnerProcess:
         where = '[:]'
         variables = dict(os.environ)
         variables.pop('DISPY_SECRET', None)
-        if self._home:   # behind what it finds by itself
+        if self._home:   # after the paths that it finds by itself
             where = '[len(sys.path):]'
             places = [self._home]
             variables = environment_for(python)
@@ -17787,7 +17812,7 @@ class RunnerProcess:
             error = None
             try:
                 os.fstat(2)
-            except OSError:   # closed: its number must not become that of something else there
+            except OSError:   # closed: its number must not be used for another descriptor
                 error = opened.enter_context(open(os.devnull, 'w'))
             with process_start_lock:
                 return subprocess.Popen(
@@ -17811,7 +17836,7 @@ class RunnerProcess:
         error = None
         try:
             os.fstat(2)
-        except OSError:   # closed, as in a program without a console
+        except OSError:   # it is closed, as in a program without a console
             error = subprocess.DEVNULL
         with process_start_lock:
             process = subprocess.Popen([python, *words], env=variables, stdin=subprocess.PIPE,
@@ -17851,22 +17876,22 @@ class RunnerWatch:
     """Finds out whether a runner lives and answers. Its process is watched, because other processes
     may hold its socket: a child that setup has forked in C, for example. While the runner has jobs,
     it is asked for a sign of life. The loop's thread uses this class."""
-    # Seconds between looks at one that is on its way out; at one that can be watched by looks alone
+    # Seconds between checks of a runner that is about to end; of one that can only be polled
     SOON = 0.02
     OFTEN = 1.0
 
     def __init__(self, host: 'NodeHost', pid: int, ended: Callable[[], None]) -> None:
         self._host = host
         self._handle = -1
-        self.look_at: Optional[float] = None     # when to look at the process
+        self.look_at: Optional[float] = None     # when to check the process
         self.killed_at: Optional[float] = None
         self.shall_ask = False
         self._ask_at: Optional[float] = None     # when to ask next
-        self._asked_at: Optional[float] = None   # of the question that has not been answered
+        self._asked_at: Optional[float] = None   # time of the question that was not answered
         try:
             self._handle = os.pidfd_open(pid)  # type: ignore[attr-defined]
             host.add_reader(self._handle, ended)
-        except (AttributeError, OSError):   # Python 3.8, another system, no descriptors
+        except (AttributeError, OSError):   # Python 3.8, another system, or no descriptors
             self.look_at = host.now + self.OFTEN
 
     def next_look(self, now: float) -> Optional[float]:
@@ -18203,7 +18228,7 @@ class WorkerReader:
             self._host.tell(WorkerReturnedJobs(pipe.worker, list(struct.unpack(layout, body))))
 
 
-_JOB = int(RecordType.JOB)        # a member's value is found faster so
+_JOB = int(RecordType.JOB)        # a local variable is faster than the member
 _RESULT = int(RecordType.RESULT)
 
 
@@ -18701,7 +18726,7 @@ class Uplink:
         self.dialling = Reconnector(min(1.0, most), most)
         self.link = 0
         self.since = 0.0
-        self.told: Any = None     # what the last failure was that was logged
+        self.told: Any = None     # the last failure that was logged
         self.second = SecondConnection(self)
 
 
@@ -18771,7 +18796,7 @@ class Uplinks:
         uplink.dialling.ended()
         uplink.dialling.again(daemon.now)
         about: Any = event.failing
-        # One that closes at once refuses us for a while, for the reason that was told.
+        # A peer that closes at once refuses this node for a while, for the reason that was logged.
         if about is Failing.CLOSED and uplink.told is not None:
             return
         if about is Failing.OTHERWISE:
@@ -18841,7 +18866,7 @@ class NodeDiscovery:
         self._sockets: Optional[DiscoverySockets] = None
         self.hello_at: Optional[float] = None
         self._port = 0
-        self._stranger_at = -60.0         # when one that asked with another secret was logged
+        self._stranger_at = -60.0         # when a client with another secret was last logged
 
     def start(self, port: int) -> None:
         """Announce once that the node serves at this port, and answer from now on."""
@@ -18854,8 +18879,8 @@ class NodeDiscovery:
         self._port = port
         key = derive_key(options.secret)
         self._discovery = Discovery(key, Role.NODE, self._instance, port, addresses)
-        # Its own port for those who name it; the usual one so that it is found at whatever port it
-        # serves.
+        # It listens at its own port for clients that list it, and at the usual one so that it is
+        # found whatever its own port is.
         ports = {options.port or NODE_PORT, NODE_PORT}
         self._sockets = DiscoverySockets(self._daemon, reach, ports, ports, self._hear,
                                          options.multicast)
@@ -18883,7 +18908,7 @@ class NodeDiscovery:
             if not daemon.now - self._stranger_at > 10.0:
                 return
             self._stranger_at = daemon.now
-            # Another user of this machine is no reason to worry.
+            # Clients of other users of this machine are normal.
             if is_own_address(source):
                 level = logging.INFO
             else:
@@ -19448,7 +19473,7 @@ class DirectoryRemains:
                 named = text in contents
                 _try_lock(file, shared=True)
                 return named
-        except OSError:   # it is not ours to read, or is locked
+        except OSError:   # it cannot be read, or is locked
             return False
 
     def past(self, comp: str, memory: str) -> AttemptHistory:
@@ -19461,7 +19486,7 @@ class DirectoryRemains:
                 whole = memory != '' and file.read().startswith(memory + ' ')
             past = Memory.read(root, comp)
             private = os.path.join(root, 'p-' + comp)
-            if not os.path.isdir(private):   # it has ended in good order, or the computation has
+            if not os.path.isdir(private):   # it, or the computation, has ended in good order
                 return past.and_also(AttemptHistory(whole=whole))
             begun = Slots.read(private)
         except OSError:
@@ -19477,7 +19502,7 @@ class DirectoryRemains:
             path = os.path.join(directory, 'r-' + comp)
             rows = ResultSpool(path).rows()
             return [row[0] for row in rows]
-        except OSError:   # none, as a rule
+        except OSError:   # usually there is none
             return []
 
 
@@ -19624,7 +19649,7 @@ EXIT_STATUSES = '''Exit statuses: 0, it was told to end; 1, it cannot start, and
     2, the options are wrong; 3, it was ended by a fault of its own and should be started again.'''
 
 
-STACKS = 'dispy-stacks'       # the name of the memory in which SIGUSR2 writes stacks
+STACKS = 'dispy-stacks'       # the name of the memory into which SIGUSR2 writes stacks
 
 
 def write_stacks_on_signal() -> None:
@@ -19721,7 +19746,7 @@ class ServiceManager:
         process = environment.pop('WATCHDOG_PID', str(os.getpid()))
         self._turn = threading.Event()
         self._is_over = threading.Event()
-        self.interval: Optional[float] = None   # s in which it wants to hear of us
+        self.interval: Optional[float] = None   # s within which systemd expects a message
         if interval.isdigit() and process == str(os.getpid()):
             self.interval = int(interval) / 1e6
 
@@ -19730,7 +19755,7 @@ class ServiceManager:
         if not self._socket:
             return
         address = self._socket
-        if address.startswith('@'):   # a name that is no file
+        if address.startswith('@'):   # an abstract name, not a file
             address = '\0' + address[1:]
         try:
             with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
@@ -19768,7 +19793,7 @@ def run_until_ended(loop: Loop) -> int:
     """Run the loop of a daemon and close it. Returns the exit status."""
     try:
         loop.run()
-    except Exception as exc:  # LoopFailed, or what was raised where nothing could be guarded
+    except Exception as exc:  # LoopFailed, or an exception outside of the guarded calls
         loop.log.critical('this daemon has ended because of a fault and has to be started again: '
                           '%s',
                           exc,
@@ -19815,7 +19840,7 @@ class Obsolete(argparse.Action):
         namespace.obsolete = [*namespace.obsolete, self.option_strings[0]]
 
 
-# Options of dispy 4 without a meaning, whether they take a value, and what takes their place.
+# Options of dispy 4 that have no effect, whether they take a value, and what replaces them
 OBSOLETE_NODE = {
     '--init': (True, 'give setup= to the cluster'),
     '--unsafe-setup': (False, 'setup() runs in a process of its computation'),
@@ -19849,13 +19874,13 @@ class OldConfig:
     has a value, including those that were not given."""
     NAMES = {'hosts': '--host', 'ext_hosts': '--ext-host', 'nodes': '--node', 'loglevel': '--debug',
              'dispy_port': '--port', 'node_init': '--init', 'http_server': '--httpd'}
-    # (key, value) -> option that it stands for, or none
+    # (key, value) -> equivalent option, or none
     WORDS = {
         ('safe_setup', 'False'): ['--unsafe-setup'],
         ('safe_setup', 'True'): [],
         ('scheduler_alg', 'fair_cluster'): ['--fair'],
         ('scheduler_alg', 'fcfs_cluster'): ['--fifo'],
-        # Its default; nodes were at the next port, as they are now
+        # The default of dispy 4; nodes used the next port, as they do now
         ('dispy_port', '9700'): []
     }
     NOT_GIVEN = frozenset(('', 'None', 'False', '[]', '0', '0.0'))
@@ -19912,7 +19937,7 @@ class OptionParser(argparse.ArgumentParser):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self._file = ''    # that is being read
+        self._file = ''    # the file that is being read
 
     def error(self, message: str) -> NoReturn:
         """End the program because of a wrong option; for one in a file, raise StartError, which
@@ -20242,7 +20267,8 @@ def host_and_port(text: str, port: int) -> Tuple[str, int]:
 def own_host(word: str) -> str:
     """Return the address that a word for an address of this host means: itself, or the address of
     the interface that it names. Raises StartError."""
-    interfaces = ask_psutil(lambda psutil: psutil.net_if_addrs()) or {}   # no names without psutil
+    # There are no names without psutil
+    interfaces = ask_psutil(lambda psutil: psutil.net_if_addrs()) or {}
     families = (socket.AF_INET, socket.AF_INET6)
     interface = interfaces.get(word, ())
     items = [item for item in interface if item.family in families]
@@ -20270,12 +20296,12 @@ def forget_secret() -> None:
     """Remove the secret from the environment after it was read, so that jobs find it neither in
     their environment nor in that of this process."""
     if os.environ.pop('DISPY_SECRET', None) is not None:
-        # /proc/PID/environ is as it was at the start, and is root's from now on
+        # /proc/PID/environ shows the environment of the start, and belongs to root from now on
         _prctl(_libc(), _PR_SET_DUMPABLE, 0)
 
 
-# Of the variables of root, under whom a daemon with --user was started, jobs get these and those
-# with such beginnings.
+# With --user, jobs get only these of the variables of root, who has started the daemon, and those
+# with these prefixes.
 KEPT_VARIABLES = ('PATH', 'LANG', 'LANGUAGE', 'TZ', 'LD_LIBRARY_PATH', 'VIRTUAL_ENV',
                   'DISPY_DISCOVERY')
 KEPT_BEGINNINGS = ('LC_', 'PYTHON', 'CUDA_', 'OMP_', 'MKL_', 'OPENBLAS_', 'NUMEXPR_')
@@ -20327,7 +20353,7 @@ def read_commands(told: str, take: Callable[[str], None]) -> None:
     while True:
         try:
             data = os.read(0, 4096)
-        except OSError:   # the terminal has gone, or is another's now
+        except OSError:   # the terminal is closed, or belongs to another process
             return
         if not data:
             return
@@ -20352,7 +20378,7 @@ def _standard_files() -> None:
             setattr(sys, name, open(number, 'w', closefd=False))
 
 
-# SIGBREAK: Windows, when its window is closed, too
+# SIGBREAK is for Windows; it also comes when the window is closed
 ENDING_SIGNALS = ('SIGTERM', 'SIGINT', 'SIGHUP', 'SIGBREAK')
 
 
@@ -20362,7 +20388,7 @@ def _on_signals(daemon: Daemon, stay: bool) -> None:
     no signal is ignored, because programs that jobs start would inherit that."""
     for name in ENDING_SIGNALS:
         number = getattr(signal, name, None)
-        # As of nohup
+        # As with nohup
         if number is None:
             continue
         if name != 'SIGHUP' or signal.getsignal(number) is not signal.SIG_IGN:
@@ -20399,7 +20425,7 @@ def _make_ready_for(user: Optional[User]) -> None:
     """Prepare the environment and groups of this process for jobs that run as this user. With None,
     jobs run as the user who started the node, and a warning is logged if that is root."""
     if user is not None:
-        clear_environment()   # root's is not for jobs; what runs from here on inherits what is left
+        clear_environment()   # jobs, which inherit the environment, must not get root's
         os.initgroups(user.name, user.gid)
     elif hasattr(os, 'geteuid'):
         if os.geteuid() == 0:
@@ -20440,7 +20466,7 @@ def listen_at_terminal(told: str, take: Callable[[str], None]) -> None:
     """Start the thread that reads what the operator of a daemon types at its terminal; see
     `read_commands`. The main thread must call this."""
     if hasattr(signal, 'SIGTTIN'):
-        # In the background a read fails instead of stopping the daemon
+        # In the background, reading fails instead of stopping the daemon
         signal.signal(signal.SIGTTIN, signal.SIG_IGN)
     threading.Thread(target=read_commands, args=(told, take), daemon=True).start()
 

@@ -159,7 +159,7 @@ logger = logging.getLogger('dispyscheduler')
 
 
 # --------------------------------------------------------------------------------------------------
-# What is kept on disk
+# What is kept on the disk
 # --------------------------------------------------------------------------------------------------
 
 STATE_MARK = 'dispy-scheduler'   # the file that says that a directory is a scheduler's
