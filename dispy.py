@@ -50,9 +50,10 @@ Files this program needs: this one, dispynode.py, cloudpickle.
 """
 
 if __name__ == '__main__':
-    # The module is run once more under its own name, so that classes have one identity. Here, and
-    # not at the end: all that follows would be made for nothing. The code is compiled already;
-    # where no byte code can be kept, to compile it again takes longer than all imports.
+    # Run this module once more under its own name, so that classes have one identity. This happens
+    # here and not at the end, where everything below would have been executed for nothing. The code
+    # is compiled already; where no byte code can be stored, compiling it again takes longer than
+    # all imports.
     import importlib.util
     import os
     import sys
@@ -64,7 +65,7 @@ if __name__ == '__main__':
     sys.modules['dispy'] = program
     try:
         exec(sys._getframe().f_code, vars(program))
-    except ImportError as exc:   # a file or a package that it needs is not there
+    except ImportError as exc:   # a file or a package that it needs is missing
         sys.exit(str(exc))
     sys.exit(program.main())
 
@@ -132,7 +133,7 @@ try:
     import cloudpickle
     import dispynode
     from dispynode import Loop
-except ImportError as exc:   # this file was copied alone, or beside one of another release
+except ImportError as exc:   # this file was copied alone, or with one of another release
     missing = {
         'dispynode': 'dispy.py needs the file dispynode.py of the same release beside it, in %s' %
         os.path.dirname(os.path.abspath(__file__)),
@@ -147,7 +148,7 @@ except ImportError as exc:   # this file was copied alone, or beside one of anot
 
 try:
     from concurrent.futures.process import BrokenProcessPool
-except ImportError:   # a system without semaphores
+except ImportError:   # the system has no semaphores
     from concurrent.futures import BrokenExecutor as BrokenProcessPool  # type: ignore[assignment]
 
 from dispynode import ASKED_FOR, ATOMS, BRING_BACK, BUNDLE, BUNDLES, FILES_LEFT
@@ -198,45 +199,48 @@ __all__ = [
 # Constants and errors
 # --------------------------------------------------------------------------------------------------
 
-QUEUED_TIME = 0.1             # s of work that a node may hold beyond what runs
-# Jobs a CPU that a node may hold beyond what it runs, however short they are
+QUEUED_TIME = 0.1             # s of work that a node may hold in addition to what runs
+# Jobs for each CPU that a node may hold in addition to those that run, however short they are
 AHEAD_MOST = 512
-# Further rounds of jobs that end unheard, for each QUEUED_TIME of a round trip
+# Additional rounds of jobs that may end before this is known, for each QUEUED_TIME of a round trip
 ROUNDS_FAR = 1
-TURN_TIME = 0.005            # s that a node and a schedule take beyond the round trip between them
-JOURNAL_MOST = 900 << 20      # bytes of arguments, or of a result, that a recovery file holds
-AHEAD_BYTES = 8 << 20        # bytes of arguments that a node may hold beyond what it runs
-SHARED_ARGS_MOST = 15 << 20   # bytes of setup_args that go by way of a scheduler
+TURN_TIME = 0.005            # s that a node and a schedule need in addition to their round trip
+JOURNAL_MOST = 900 << 20      # limit in bytes of arguments, or of a result, in a recovery file
+AHEAD_BYTES = 8 << 20        # bytes of arguments that a node may hold in addition to what it runs
+SHARED_ARGS_MOST = 15 << 20   # limit in bytes of setup_args that are sent through a scheduler
 DIALS_MOST = 64               # nodes that are dialled at the same time
 NODES_PAGE = 500              # nodes of a scheduler in one answer
-# Times a job is called back for reasons of the schedule; then it is sent to idle CPUs only
+# How often a job may be recalled for reasons of the schedule, before it is sent to idle CPUs only
 RECALLS_MOST = 2
-# Jobs that must have ended before one that runs is started a second time, and how many times their
-# median it must have run by then
+# How many jobs must have ended before a running one is started a second time, and how many times
+# their median duration it must have run by then
 SPECULATE_AFTER = 10
 SPECULATE_TIMES = 2
-DURATIONS_KEPT = 1000         # of jobs that have ended last, for this median
+DURATIONS_KEPT = 1000         # durations of the last jobs, for this median
 NO_INITIALIZER = 'no node can run the initializer of the executor'
-END_WITHOUT_NODES = 30.0      # s for which a program's end waits for calls while no node is ready
-WITHDRAW_TIME = 1.0           # s for which the cancel of a future waits for the answer of a node
+END_WITHOUT_NODES = 30.0      # s that the end of a program waits for calls while no node is ready
+WITHDRAW_TIME = 1.0           # s that the cancellation of a future waits for the answer of a node
 AHEAD_A_TURN = 4000                # jobs that are sent to queues on nodes in one turn of the loop
 RETURN_APART = 2.0                 # s between two nodes that come back one after the other
-RETURN_EACH = 0.1                  # s that the last may take longer for each node that there is
-MAX_LOST_NODES = 3                 # nodes a job may be lost with before it is given up
-# Times it may be lost, with however few of them: a node that is started again is the same node
+RETURN_EACH = 0.1                  # s that the last one may take longer for each node
+MAX_LOST_NODES = 3                 # nodes with which a job may be lost before it is abandoned
+# How often it may be lost, whatever the number of nodes: a node that is started again is the same
+# node
 MAX_ATTEMPTS = 16
-# CPUs in the mean of the past below which the use of a user is forgotten
+# Mean number of CPUs in the past below which the use of a user is forgotten
 PAST_LEAST = 0.001
-# Seconds after which half of what a user has had counts beside what he has now. Without it parts of
-# CPUs would be lost: of 6 CPUs, shares of 3 and 1 would be 4 and 2 for ever
+# Half-life in seconds of the CPUs that a user has had, which count together with the present ones.
+# Without this, fractions of CPUs would be lost: of 6 CPUs, shares of 3 and 1 would always get 4 and
+# 2.
 RECENT_TIME = 60.0
-RECENT_APART = 0.1            # s between two looks at what users have had
-# Seconds for which a node that was found by IPv6 may answer by IPv4, which people expect to see
+RECENT_APART = 0.1            # s between two updates of what users have had
+# Seconds within which a node that was found by IPv6 may also answer by IPv4, whose addresses people
+# expect to see
 IPV6_LATER = 0.1
-SURVEY_TIME = 2.0             # s for which answers to a question to all are waited for
+SURVEY_TIME = 2.0             # s to wait for the answers to a broadcast
 PROBE_TIME = 1.0              # s that nodes=None waits for a dispynode before it starts one
 PROGRESS_EVERY = 1.0          # s between lines of progress
-LEAVE_TIME = 3.0              # s that a program that has failed waits for jobs on their way
+LEAVE_TIME = 3.0              # s that a program that has failed waits for jobs that are being sent
 SHOWN_MOST = 50               # arguments of a job that are shown, and rows of a table in a notebook
 REASON_MOST = 300             # characters of the line that says why a job failed
 # Seconds without a usable node
@@ -245,39 +249,39 @@ WARN_EVERY = 60.0
 # Seconds between attempts to reach a node, doubling
 REDIAL_FIRST = 0.5
 REDIAL_MOST = 30.0
-LAST_TRY = 0.1                # s before the jobs on a node are lost, when it is tried once more
-# An attempt to reach a node takes at most so many times its patience: for its name, the connection
+LAST_TRY = 0.1   # s before the jobs on a node are lost at which one more attempt begins
+# Limit for an attempt to reach a node, as a multiple of its patience: for its name, the connection
 # and the handshake
 TRY_TIMES = 3
-FOUND_FAILURES = 5            # attempts after which a node that was found, not named, is forgotten
+FOUND_FAILURES = 5   # attempts after which a node that was found and not named is forgotten
 # Seconds between the first two questions by UDP, doubling up to ping_interval
 ASK_FIRST = 0.2
 # Seconds until a computation is offered again to a node that could not take it, doubling
 RETRY_FIRST = 0.1
 RETRY_MOST = 30.0
-# Seconds that nodes are tried which keep results that need not be kept any more
+# Seconds during which nodes are tried that keep results which are not needed any more
 FORGET_TIME = 3.0
-# Seconds that a question to the driver may take; its turns take milliseconds
+# Time limit in seconds of a question to the driver, whose turns take milliseconds
 CALL_TIME = 30.0
-# Results that wait for their acknowledgement, and s that they do
+# Number of results that wait for their acknowledgement, and how many seconds they do
 ACKS_MOST = 256
 ACK_AFTER = 0.05
 CANCELS_MOST = 1000           # jobs that are cancelled in one turn of the driver
 CALLBACK_THREADS = 16         # callbacks that may block at the same time
-CALLBACK_TIME = 0.1           # s that callbacks take one after the other before they do so
+CALLBACK_TIME = 0.1           # s of one callback after which others begin at the same time
 HTTPD_PORT = 8181             # of the web monitor
-REPORTS_APART = 5.0           # s between two questions to a node for what is free there
-FAILURES_KEPT = 500           # failed jobs that monitors are told of; older ones are forgotten
+REPORTS_APART = 5.0           # s between two requests to a node for its free resources
+FAILURES_KEPT = 500           # failed jobs that are kept for monitors; older ones are forgotten
 FAILURES_PAGE = 100           # of these in one answer
 FAILURE_TEXT = 8000           # characters that are kept of the end of a traceback
-# Jobs that have ended and that monitors can still show, the bytes of these, and those of the end
-# of what a job has printed
+# Jobs that have ended and are kept for monitors, their total size in bytes, and the size of the end
+# of a job's output
 ENDED_KEPT = 10000
 ENDED_BYTES = 64 << 20
 OUTPUT_SHOWN = 4096
 ENDED_PAGE = 500              # of these jobs in one answer
-ARGUMENTS_MOST = 16384        # bytes of packed arguments that monitors get to show
-DEALLOCATED = 'deallocated'   # why a node that is ready is given no jobs, to those who ask
+ARGUMENTS_MOST = 16384        # limit in bytes of packed arguments that monitors get
+DEALLOCATED = 'deallocated'   # the reason that is shown for a ready node that gets no jobs
 # Seconds of one slice of a wait: Ctrl-C does not end a wait on Windows
 FOREVER = 0.5 if os.name == 'nt' else 3600.0
 
@@ -326,17 +330,17 @@ class LogToStderr(logging.Handler):
         try:
             sys.stderr.write(self.format(record) + '\n')
             sys.stderr.flush()
-        except Exception:   # a closed stream, or arguments that do not fit: as logging itself does
+        except Exception:   # a closed stream, or arguments that do not match: as logging does
             self.handleError(record)
 
 
 if not any(type(_handler).__name__ == LogToStderr.__name__ for _handler in logger.handlers):
     logger.addHandler(LogToStderr())
-_own_level = -1                 # that this module has set; another one is the program's
+_own_level = -1                 # the level that this module has set; another one is the program's
 if logger.level == logging.NOTSET:
     _own_level = logging.INFO   # as in dispy 4
     logger.setLevel(_own_level)
-ROUTINE = {'is_routine': True}  # `extra` of messages of what happens in each program
+ROUTINE = {'is_routine': True}  # `extra` of messages that every program causes
 
 
 def level_of(loglevel: Any) -> int:
@@ -453,7 +457,7 @@ def exit_error(job: 'DispyJob') -> subprocess.CalledProcessError:
     return subprocess.CalledProcessError(job.result, command, job.stdout, job.stderr)
 
 
-# The job's own exception could not travel, or it ended as its options say
+# The exception of the job could not be sent, or its options have ended it
 _OUTCOMES_TOLD = frozenset((Outcome.RAISED, Outcome.TIMED_OUT))
 
 
@@ -542,7 +546,7 @@ JOB_TABLE: Dict[Tuple[JobState, str], JobState] = {
     (JobState.REQUEUED, 'give up'): JobState.ABANDONED,
     (JobState.CREATED, 'fail'): JobState.TERMINATED,
     (JobState.REQUEUED, 'fail'): JobState.TERMINATED,
-    (JobState.REQUEUED, 'finish'): JobState.FINISHED,   # it might have been repeated, and is not
+    (JobState.REQUEUED, 'finish'): JobState.FINISHED,   # it might have been repeated and is not
 }
 for _running in (JobState.SENT, JobState.RUNNING, JobState.PROVISIONAL):
     JOB_TABLE[_running, 'finish'] = JobState.FINISHED
@@ -571,10 +575,10 @@ class ScheduledJob:
         self.payload = payload
         self.options = options
         self.serial = 0          # job number << 16 | number of the attempt; 0 before the first
-        self.lost_with: Tuple[str, ...] = ()   # nodes that were lost while it was there
+        self.lost_with: Tuple[str, ...] = ()   # nodes that were lost while the job was there
 
 
-_OF_PROGRAM: Any = object()       # in place of the number of a job
+_OF_PROGRAM: Any = object()       # replaces the number of a job
 _own_numbers = itertools.count(1)
 
 
@@ -734,7 +738,7 @@ class DispyJob(ProgramJob):
         if self.status in ENDED:
             return True
         if timeout is None and self.event is None:
-            # What the driver does for it is one call, where an event takes a dozen
+            # For this the driver needs one call, whereas an event takes a dozen
             ended: 'queue.SimpleQueue[DispyJob]' = queue.SimpleQueue()
             self.call_when_ended(ended.put)
             next_of(ended)
@@ -915,7 +919,7 @@ def words_of(args: tuple, kwargs: Dict[str, Any]) -> str:
 def _word_of(value: Any) -> str:
     try:
         return SHORT.repr(value)
-    except Exception:  # of the user's object
+    except Exception:  # raised by the user's object
         return '<%s>' % type(value).__name__
 
 
@@ -949,7 +953,7 @@ class NodeState(enum.Enum):
     """The state of a node for this program."""
     FOUND = 'found'
     DIALLING = 'dialling'
-    UNREACHED = 'unreachable'   # shown as the word for what came of the attempt: see Unreached
+    UNREACHED = 'unreachable'   # shown as the word for the result of the attempt: see Unreached
     CONNECTED = 'connected'
     CLOSED = 'closed'
     LOST = 'lost'
@@ -1013,18 +1017,18 @@ def fill_in(job: DispyJob, row: tuple, is_program: bool, failures: Optional['Fai
         if status in FAILED:
             failures.add(job, node)
     job.payload = None
-    job.status = status   # last: whoever sees it sees all of the above
+    job.status = status   # this comes last: threads that see it see all of the above
 
 
 def _fill_in_error(job: DispyJob, payload: Any) -> None:
     """Set the exception of a job that its function raised."""
-    job.result = None   # a provisional one may stand there
+    job.result = None   # it may be a provisional one
     job.exception, body = unpack_error(payload)
     if not len(body):
         return
     try:
         job.error = loads(body)
-    except BaseException as exc:  # unpickling runs the user's code; the text is there
+    except BaseException as exc:  # unpickling runs the user's code; the text is sufficient
         logger.debug('an exception of job %r could not be opened: %s', job.id, type(exc).__name__)
 
 
@@ -1053,7 +1057,7 @@ class AssignmentState(enum.Enum):
 ASSIGNMENT_TABLE: Dict[Tuple[AssignmentState, str], AssignmentState] = {
     (AssignmentState.WAITING, 'ask'): AssignmentState.ASKING,
     (AssignmentState.REFUSED, 'ask'): AssignmentState.ASKING,
-    (AssignmentState.ASKING, 'ask'): AssignmentState.ASKING,   # for its source after its allocation
+    (AssignmentState.ASKING, 'ask'): AssignmentState.ASKING,   # the source follows
     (AssignmentState.WAITING, 'offer'): AssignmentState.SETTING_UP,
     (AssignmentState.REFUSED, 'offer'): AssignmentState.SETTING_UP,
     (AssignmentState.ASKING, 'offer'): AssignmentState.SETTING_UP,
@@ -1130,7 +1134,7 @@ class DispyNode:
     avail_info - the DispyNodeAvailInfo of the time when it was connected; figures that are not
         known, as without psutil, are None
     """
-    # What cluster_status says of a node; no job's status has these numbers.
+    # The status of a node in cluster_status; no status of a job has these numbers.
     Initialized = 4
     Closed = 16
     AvailInfo = 17
@@ -1208,7 +1212,7 @@ class DispyNode:
 
 # States of nodes
 NOT_CONNECTED = frozenset(('found', 'dialling', 'lost', *map(str, Unreached)))
-NOT_TRIED = frozenset(('found', 'dialling'))   # to the end: nothing is known yet
+NOT_TRIED = frozenset(('found', 'dialling'))   # until the end of the search, nothing is known
 SILENT = frozenset(map(str, Unreached)) - {str(Unreached.REFUSED)}
 
 
@@ -1227,7 +1231,7 @@ class ClusterStatus(_NodesAndJobs, metaclass=Listed):
         answered: List[DispyNode] = []
         refused: List[DispyNode] = []
         for node in nodes:
-            # One that has answered has told its CPUs.
+            # A node that has answered has sent its number of CPUs
             has_answered = node.avail_cpus or node.state not in NOT_CONNECTED
             (answered if has_answered else refused).append(node)
         status = super().__new__(cls, answered, jobs_pending)
@@ -1333,9 +1337,9 @@ class Failure:
         self.reason = reason
         self.node = node
         self.row = row
-        # Arguments, until they are shown; None: they are large, or the text has a traceback
+        # The arguments, until they are shown; None: they are large, or the text has a traceback
         self.payload: Any = None
-        self.is_call = False       # of an executor
+        self.is_call = False       # the call of an executor
 
     def keep(self, job: 'DispyJob') -> None:
         """Keep the arguments of the job, which has ended, unless they are large."""
@@ -1380,12 +1384,12 @@ class Failures:
 
     Jobs are counted and not kept: a job that the program has dropped stays counted.
     """
-    KINDS_MOST = 100   # of reasons; others count as one
+    KINDS_MOST = 100   # kinds of reasons; the others count as one
 
     def __init__(self, directory: str, sent: Iterable[str], counts: bool) -> None:
         self._directory = directory
         self._sent = sent
-        self._counts = counts                  # no callback of the program is told
+        self._counts = counts                  # the program has no callback for this
         # Kind of reason -> [jobs, reason of the first, its id]
         self._rows: Dict[str, List[Any]] = {}
 
@@ -1461,7 +1465,7 @@ def status_words(status: Any) -> str:
 
 
 _NO_MODULE = LazyPattern(r"ModuleNotFoundError: No module named '(\w+)[\w.]*'$", re.M)
-# What a node says (explain_import), which does not know what the module is here
+# The text of a node (explain_import), which does not know what the module is here
 _INSTALL = LazyPattern(
     r'install (\S+) on this node \((.+) -m pip install \S+\), or list its file in depends '
     r'if it is a module of your own'
@@ -1561,7 +1565,7 @@ class SourceHere:
             return shown
         if shown and shown[0].strip() == line:
             return shown
-        return [indent + line]   # the node has another file by this name, or none
+        return [indent + line]   # the node has another file with this name, or none
 
     @staticmethod
     def is_own(file: str) -> bool:
@@ -1579,7 +1583,7 @@ class SourceHere:
             return ''
         try:
             return linecache.getline(file, number)
-        except Exception:  # of a loader that linecache asks
+        except Exception:  # raised by a loader that linecache calls
             return ''
 
 
@@ -1626,7 +1630,7 @@ def state_of(job: 'DispyJob') -> Tuple[str, str, str]:
         return 'failed', job.ip_addr or '', status_words(job.result)
     if state not in FAILED:
         return words, (job.ip_addr or '') if words == 'running' else '', ''
-    text = job.exception or ''   # to show why is to look at it
+    text = job.exception or ''   # showing the reason counts as looking at it
     if job.failure is None:
         return words, job.ip_addr or '', reason_of(text)
     return words, job.failure.node or job.ip_addr or '', job.failure.reason
@@ -1647,7 +1651,7 @@ class JobList(List['DispyJob']):
 def html_table(head: Sequence[str], rows: Sequence[Sequence[Any]], others: int = 0) -> str:
     """Return an HTML table of texts, which are escaped; `others`: the number of rows that are left
     out."""
-    import html   # here and below, as few programs need it
+    import html   # imported here and below, because few programs need it
 
     def row(cells: Sequence[Any], tag: str) -> str:
         form = '<%s style="text-align:left">%%s</%s>' % (tag, tag)
@@ -1773,7 +1777,7 @@ KNOWN_TABLE: Dict[Tuple[Known, Occasion], Verdict] = {
     (Known.UNSENT, Occasion.ENDED): Verdict.WAITS,
     (Known.HELD, Occasion.CONNECTED): Verdict.STAYS,
     (Known.HELD, Occasion.RECOVERED): Verdict.STAYS,
-    (Known.HELD, Occasion.ENDED): Verdict.STAYS,      # its result is on the disk there
+    (Known.HELD, Occasion.ENDED): Verdict.STAYS,      # its result is on the disk of the node
     (Known.UNBEGUN, Occasion.CONNECTED): Verdict.WAITS,
     (Known.UNBEGUN, Occasion.RECOVERED): Verdict.WAITS,
     (Known.UNBEGUN, Occasion.ENDED): Verdict.WAITS,
@@ -1789,9 +1793,9 @@ KNOWN_TABLE: Dict[Tuple[Known, Occasion], Verdict] = {
     (Known.FORGOTTEN, Occasion.CONNECTED): Verdict.LOST,
     (Known.FORGOTTEN, Occasion.RECOVERED): Verdict.LOST,
     (Known.FORGOTTEN, Occasion.ENDED): Verdict.LOST,
-    (Known.SILENT, Occasion.CONNECTED): Verdict.STAYS,   # until it was away too long
-    (Known.SILENT, Occasion.RECOVERED): Verdict.STAYS,   # told as Running
-    (Known.SILENT, Occasion.ENDED): Verdict.LOST,        # as one that has begun
+    (Known.SILENT, Occasion.CONNECTED): Verdict.STAYS,   # until it was away for too long
+    (Known.SILENT, Occasion.RECOVERED): Verdict.STAYS,   # reported as Running
+    (Known.SILENT, Occasion.ENDED): Verdict.LOST,        # like one that has begun
 }
 KNOWN_TEXTS = {
     Known.LOST: 'it had begun when the node ended',
@@ -1803,7 +1807,7 @@ class Account(NamedTuple):
     """What a node or a scheduler reports about attempts of a computation."""
     held: FrozenSet[int] = frozenset()
     past: AttemptHistory = AttemptHistory()
-    whole: bool = True   # its memory is the one that was there when they were sent
+    whole: bool = True   # its memory is still the one of the time when they were sent
 
     def known(self, serial: int) -> Known:
         """Return what the report means for an attempt that was sent there."""
@@ -1863,7 +1867,7 @@ class Standing(enum.Enum):
     BUSY_SCHEDULER = 'it is a scheduler, which keeps jobs and results on its disk'
 
 
-# By the kind of the node, as of NodeDoubted, and whether it has jobs
+# By the kind of the node, as in NodeDoubted, and whether it has jobs
 STANDINGS: Dict[Tuple[str, bool], Standing] = {
     ('', False): Standing.IDLE,
     ('', True): Standing.BUSY,
@@ -1897,7 +1901,7 @@ LOSS_TABLE: Dict[Tuple[Evidence, Standing], Loss] = {
     (Evidence.CUT, Standing.BUSY): Loss.AWAY,
     (Evidence.CUT, Standing.EMBEDDED): Loss.LOST,
     (Evidence.CUT, Standing.IDLE_SCHEDULER): Loss.LOST,
-    (Evidence.CUT, Standing.BUSY_SCHEDULER): Loss.AWAY,     # for ever
+    (Evidence.CUT, Standing.BUSY_SCHEDULER): Loss.AWAY,     # without a limit
     (Evidence.SILENCE, Standing.IDLE): Loss.LOST,
     (Evidence.SILENCE, Standing.BUSY): Loss.LOST,
     (Evidence.SILENCE, Standing.EMBEDDED): Loss.LOST,
@@ -1912,12 +1916,12 @@ LOSS_TABLE: Dict[Tuple[Evidence, Standing], Loss] = {
     (Evidence.PROCESS_ENDED, Standing.BUSY): Loss.LOST,
     (Evidence.PROCESS_ENDED, Standing.EMBEDDED): Loss.LOST,
     (Evidence.PROCESS_ENDED, Standing.IDLE_SCHEDULER): Loss.STAYS,
-    (Evidence.PROCESS_ENDED, Standing.BUSY_SCHEDULER): Loss.STAYS,   # the next reads its disk
+    (Evidence.PROCESS_ENDED, Standing.BUSY_SCHEDULER): Loss.STAYS,   # its disk is read later
     (Evidence.OTHER_INSTANCE, Standing.IDLE): Loss.LOST,
     (Evidence.OTHER_INSTANCE, Standing.BUSY): Loss.LOST,
     (Evidence.OTHER_INSTANCE, Standing.EMBEDDED): Loss.LOST,
     (Evidence.OTHER_INSTANCE, Standing.IDLE_SCHEDULER): Loss.LOST,
-    (Evidence.OTHER_INSTANCE, Standing.BUSY_SCHEDULER): Loss.LOST,   # its disk is another, too
+    (Evidence.OTHER_INSTANCE, Standing.BUSY_SCHEDULER): Loss.LOST,   # the disk is another one, too
     (Evidence.OVERDUE, Standing.IDLE): Loss.LOST,
     (Evidence.OVERDUE, Standing.BUSY): Loss.LOST,
     (Evidence.OVERDUE, Standing.EMBEDDED): Loss.LOST,
@@ -1933,9 +1937,9 @@ class Opened(NamedTuple):
     client: str
     reentrant: bool
     remote: bool = False
-    most: Optional[int] = None   # CPUs that it may use at once over all nodes
+    most: Optional[int] = None   # how many CPUs it may use at once over all nodes
     speculate: bool = False      # its last jobs are started a second time, see `Speculation`
-    user: str = ''               # whose it is, where users have limits or shares
+    user: str = ''               # its user, if users have limits or shares
 
 
 class Submitted(NamedTuple):
@@ -1962,11 +1966,11 @@ class NodeReady(NamedTuple):
     cpus: int
     held: list
     name: str = ''
-    offers: int = 0   # CPUs that it has, also for others
-    trip: float = 0.0   # s that a message to it and its answer take, 0 if that is not known
+    offers: int = 0   # all its CPUs, including those for others
+    trip: float = 0.0   # round trip time in s, 0 if it is not known
     past: AttemptHistory = AttemptHistory()
     whole: bool = True   # as in Account
-    stock: Dict[str, int] = {}   # what it has of resources, and of memory
+    stock: Dict[str, int] = {}   # its resources, and its memory
 
 
 class NodeTold(NamedTuple):
@@ -2086,10 +2090,10 @@ class NodeDoubted(NamedTuple):
     name: str
     evidence: Evidence
     text: str = ''
-    kind: str = ''              # 'embedded', 'scheduler' or '', which is any other node
-    comps: Sequence[str] = ()   # of BYE and REFUSAL: the computations that it speaks of
-    until: float = -math.inf    # of CUT: as of NodeAway
-    known: Dict[str, Account] = {}   # as of NodeLost
+    kind: str = ''              # 'embedded', 'scheduler' or '' for any other node
+    comps: Sequence[str] = ()   # for BYE and REFUSAL: the computations that it names
+    until: float = -math.inf    # for CUT: as in NodeAway
+    known: Dict[str, Account] = {}   # as in NodeLost
 
 
 class NodeLeft(NamedTuple):
@@ -2353,8 +2357,8 @@ class _Queue:
 
 
 _WAITING = frozenset((JobState.CREATED, JobState.REQUEUED))
-MEMORY = 'memory'   # of what a job needs, beside the resources that nodes name
-ALL_KINDS = '*'     # what a scheduler has, which counts the resources of its nodes itself
+MEMORY = 'memory'   # among the needs of a job, besides the resources that nodes name
+ALL_KINDS = '*'     # the resources of a scheduler, which itself counts those of its nodes
 
 
 def needs_of(work: ScheduledJob) -> Request:
@@ -2571,7 +2575,7 @@ class SecondAttempts:
 class UserRule(NamedTuple):
     """The limits of a user, or of a group of users, and their share of the CPUs."""
     share: float = 1.0          # in proportion to the shares of others
-    priority: int = 0           # the jobs of who has a higher one go first
+    priority: int = 0           # jobs of users with a higher one go first
     cpus: float = math.inf      # CPUs that the jobs on nodes may have
     jobs: float = math.inf      # jobs that may be on nodes
 
@@ -2581,8 +2585,8 @@ class UserRules(NamedTuple):
     users: Mapping[str, UserRule] = types.MappingProxyType({})
     groups: Mapping[str, UserRule] = types.MappingProxyType({})
     members: Mapping[str, str] = types.MappingProxyType({})   # user -> group
-    others: UserRule = UserRule()     # of users that are not named
-    by_user: bool = False             # CPUs are shared among users; if not, among clients
+    others: UserRule = UserRule()     # the rule of users that are not named
+    by_user: bool = False             # CPUs are shared among users; otherwise among clients
     half_life: float = 0.0            # s after which half of the past use counts; 0: none counts
 
     @property
@@ -2599,11 +2603,11 @@ class UserLoad:
         self.name = name           # for people
         self.rule = rule
         self.group = group
-        self.cpus = 0              # CPUs of the jobs on nodes, run or not
-        self.jobs = 0              # these jobs
+        self.cpus = 0              # CPUs of the jobs on nodes, whether they run or not
+        self.jobs = 0              # the number of these jobs
         self.running = 0           # CPUs of those that are known to run
-        # CPUs that were used in the mean of the last minutes, and in that of the past by the
-        # half-life of the rules, as these were at this time
+        # Mean numbers of CPUs that were used in the last minutes, and in the past by the half-life
+        # of the rules, as they were at this time
         self.recent = 0.0
         self.past = 0.0
         self.at = 0.0
@@ -3447,7 +3451,7 @@ class Books:
         self.changed[node.key] = node
 
 
-# Options of jobs that do not move to another node which has an idle CPU
+# Options of jobs that are not moved to another node with an idle CPU
 _FOR_ONE_NODE = frozenset(('node', 'resources'))
 
 
@@ -5043,12 +5047,12 @@ _EVENT_OF = {
 # which one entry at a time is replaced.
 # --------------------------------------------------------------------------------------------------
 
-PACKAGE_DATA = 20 << 20    # bytes of data files that travel with one package
-PACKAGE_FILES = 20000      # entries of its directories that are looked at to find them
-NAME_PARTS = 4             # of a dotted name that is followed from module to module, at most
-UNLOADED_TIME = 1.0        # s for which it is believed where a module is that is not loaded
+PACKAGE_DATA = 20 << 20    # limit in bytes of the data files of one package
+PACKAGE_FILES = 20000      # entries of its directories that are examined to find them
+NAME_PARTS = 4             # parts of a dotted name that is followed from module to module
+UNLOADED_TIME = 1.0        # s for which the location of a module that is not loaded is cached
 STABLE_READS = 3           # attempts to read a file that is written at the same time
-NOT_OWN = frozenset((      # top-level modules that are never the user's own, wherever they lie
+NOT_OWN = frozenset((      # top-level modules that are never the user's own, wherever they are
     'dispy', 'dispynode', 'dispyscheduler', 'dispy_httpd', 'cloudpickle', 'psutil'))
 _MAIN_NAMES = frozenset(('__main__', '__mp_main__'))
 SITE_DIRECTORIES = frozenset(('site-packages', 'dist-packages'))
@@ -5078,12 +5082,12 @@ class NameBinding:
 
     def __init__(self, kind: NameKind, origins: Tuple[str, ...] = ()) -> None:
         self.kind = kind
-        self.origins = origins      # modules that it is imported from, in the order of the text
+        self.origins = origins      # modules from which it is imported, in the order of the text
         if origins:
             self.origin = origins[0]
         else:
             self.origin = ''
-        self.from_file = False      # whether the value depends on where the module's file lies
+        self.from_file = False      # whether the value depends on the location of the module's file
 
     def __repr__(self) -> str:
         if hasattr(self, 'value'):
@@ -5105,7 +5109,7 @@ class ImportedModule(NamedTuple):
     """An import in a source text."""
     module: str               # absolute name
     names: Tuple[str, ...]    # what is imported from it; ('*',) for all
-    certain: bool             # whether it is done whenever the text is run
+    certain: bool             # whether it is always executed when the text is run
 
     def members(self) -> List[str]:
         """Return the names that are imported from it, as the names that they have if they are
@@ -5114,7 +5118,7 @@ class ImportedModule(NamedTuple):
 
 
 _FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
-_BLOCKS = ('body', 'handlers', 'orelse', 'finalbody', 'cases')   # as they stand in a text
+_BLOCKS = ('body', 'handlers', 'orelse', 'finalbody', 'cases')   # in the order of a text
 _PLAIN_STATEMENTS = frozenset((
     ast.Assign, ast.AnnAssign, ast.AugAssign, ast.Expr, ast.Return, ast.Import, ast.ImportFrom,
     ast.Pass, ast.Raise, ast.Delete, ast.Assert, ast.Global, ast.Nonlocal, ast.Break, ast.Continue))
@@ -5195,17 +5199,16 @@ def _constant(node: Any) -> Tuple[Any, ...]:
         return ()
     try:
         value = ast.literal_eval(node)
-    except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):   # no literal
+    except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):  # it is not a literal
         return ()
     if _is_constant(value):
         return (value,)
     return ()
 
 
-# Python counts the depth of syntax trees for a whole process: two threads that make trees disturb
-# each other's count
-# (SystemError, "AST constructor recursion depth mismatch"). Nothing of the user's runs while it is
-# held.
+# Python counts the depth of syntax trees for a whole process: two threads that make trees would
+# corrupt each other's count (SystemError, "AST constructor recursion depth mismatch"). No code of
+# the user's runs while the lock is held.
 _tree_lock = threading.Lock()
 
 
@@ -5222,9 +5225,9 @@ def _parse_alone(text: Union[str, bytes]) -> ast.Module:
         raw = text.encode('utf-8', 'surrogatepass')
     if not _ODD_ESCAPE.search(raw):
         return ast.parse(text)
-    # Only the import of the module should warn of '\d', and `-W error` must not make an error of it
-    # here. What is done to the filters makes Python forget which warnings it has given, so other
-    # texts do without.
+    # Only the import of the module should warn of '\d', and `-W error` must not turn it into an
+    # error here. Changing the filters makes Python forget which warnings it has given; therefore
+    # this is avoided for other texts.
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')
         return ast.parse(text)
@@ -5235,7 +5238,7 @@ class _ScopeNames:
 
     def __init__(self, resolve: Callable[[Any], str]) -> None:
         self._resolve = resolve
-        # name -> how it is bound, in the order of the text: rows of (kind, constant in a tuple of
+        # Name -> how it is bound, in the order of the text: rows of (kind, constant in a tuple of
         # one, origin)
         self.rows: Dict[str, List[Tuple[NameKind, Tuple[Any, ...], str]]] = {}
         self.globals: Set[str] = set()
@@ -5361,7 +5364,7 @@ class _ScopeNames:
 
 
 _FILE_NAMES = frozenset(('__file__', '__spec__', '__path__', '__cached__', '__loader__'))
-_FILE_MODULES = frozenset((   # give paths beside a module
+_FILE_MODULES = frozenset((   # modules whose functions yield paths beside a module
     'importlib.resources', 'importlib_resources', 'pkg_resources'))
 _FILE_WORDS = (
     *_FILE_NAMES, 'import resources', 'importlib.resources', 'importlib_resources', 'pkg_resources')
@@ -5451,7 +5454,7 @@ class _FileUse:
         self._classes = source.classes
         self._walrus = source.has(':=')
         self._resolve = resolve
-        self._users: Dict[str, Set[str]] = {}   # what is used -> what uses it
+        self._users: Dict[str, Set[str]] = {}   # what is used -> the names that use it
         # Imports: rows of (name here, module, name there or '').
         self.links: List[Tuple[str, str, str]] = []
         self._read_body(tree.body, '')
@@ -5560,7 +5563,7 @@ class _FileUse:
             key = '%s.%s()' % (scope, node.name)
         else:
             key = node.name + '()'
-        # The names of a class are no variables of its methods.
+        # The names of a class are not variables of its methods.
         self._note(key, _uses(node), '')
         if scope:
             user = self._users.setdefault(key, set())
@@ -5652,7 +5655,7 @@ class ModuleSource:
                     seeds.append(seed)
             else:
                 seeds += [here + '.' + name for name in others(module)]
-        # Modules that import each other have a.X, b.a.X, a.b.a.X and so on without end.
+        # Modules that import each other have the names a.X, b.a.X, a.b.a.X and so on without end.
         return self._file_use.dependents([name for name in seeds if name.count('.') < NAME_PARTS])
 
     def _read_file_use(self, tree: ast.Module) -> None:
@@ -5788,8 +5791,8 @@ class ModuleSource:
 class Whereabouts(NamedTuple):
     """What is known of a module without importing it."""
     kind: ModuleKind
-    path: str = ''                                # of its file, which may be in an archive
-    locations: Optional[Tuple[str, ...]] = None   # of a package: directories of its submodules
+    path: str = ''                                # the path of its file, which may be in an archive
+    locations: Optional[Tuple[str, ...]] = None   # for a package: the directories of its submodules
     loader: Any = None
 
 
@@ -5854,7 +5857,7 @@ class Installations:
     read once, and again when it has changed."""
 
     def __init__(self) -> None:
-        # directory -> (time of its last change, file below it -> metadata directory)
+        # Directory -> (time of its last change, file below it -> metadata directory)
         self._tables: Dict[str, Tuple[int, Dict[str, str]]] = {}
 
     def owner(self, holder: str, path: str) -> str:
@@ -5954,8 +5957,8 @@ class ModuleFinder:
 
     def __init__(self) -> None:
         self.installations = Installations()
-        # name -> (what sys.modules had, time until which this is believed if that was nothing,
-        # what was found)
+        # Name -> (what sys.modules had, time until which the entry is valid if that was nothing,
+        # the result)
         self._kept: Dict[str, Tuple[Any, float, Whereabouts]] = {}
 
     def look(self, name: str) -> Whereabouts:
@@ -6002,7 +6005,7 @@ class ModuleFinder:
             found = self._look_at(name, module)
         else:
             found = self._look_for(name)
-            # A package has put it there.
+            # A package has added it there.
             if found.kind is ModuleKind.MISSING:
                 if module is not self:
                     found = Whereabouts(self._kind_without_file(name, None, None))
@@ -6070,9 +6073,9 @@ class ModuleFinder:
     def _as_locations(path: Any) -> Optional[Tuple[str, ...]]:
         if path is None:
             return None
-        try:   # of a namespace package: it asks finders if sys.path is another one now
+        try:   # a namespace package asks finders if sys.path has changed
             entries = tuple(path)
-        except Exception as exc:   # the user's own; no submodules of this can be found
+        except Exception as exc:   # raised by the user's code; no submodules can be found
             logger.debug('the __path__ of a package cannot be read: %s', describe_exception(exc))
             return ()
         chosen_entries = []
@@ -6149,7 +6152,8 @@ class ModuleFinder:
         if self.installations.owner(holder, below):
             return ModuleKind.INSTALLED
         if not path.endswith(tuple(importlib.machinery.all_suffixes())):
-            return ModuleKind.BY_VALUE   # a hook of the user's has loaded it; a node has none
+            # A hook of the user's has loaded it, which nodes do not have
+            return ModuleKind.BY_VALUE
         return ModuleKind.OWN
 
     def _leads_to(self, name: str, path: str) -> bool:
@@ -6178,9 +6182,9 @@ class ModuleFinder:
             return None
         if parent in sys.modules:
             below = self._ask([importlib.machinery.PathFinder], name, list(locations))
-        else:   # PathFinder would look for a loaded package that a namespace package is in
+        else:   # PathFinder would need the loaded parent of a namespace package
             below = self._ask_entries(name, locations)
-        # Finders of editable installs may know of submodules that lie elsewhere.
+        # Finders of editable installs may know submodules that are elsewhere.
         return below or self._ask(sys.meta_path, name, list(locations))
 
     @staticmethod
@@ -6190,7 +6194,7 @@ class ModuleFinder:
         for location in locations:
             try:
                 spec = pkgutil.get_importer(location).find_spec(name)   # type: ignore[union-attr]
-            except Exception as exc:   # the user's own finder, or none for this directory
+            except Exception as exc:   # the user's own finder, or there is none for this directory
                 text = describe_exception(exc)
                 logger.debug('%s was asked for module %s: %s', location, name, text)
                 continue
@@ -6212,7 +6216,7 @@ class ModuleFinder:
                 continue
             try:
                 spec = finder.find_spec(name, path)
-            except Exception as exc:   # the user's own finder; the others are asked still
+            except Exception as exc:   # the user's own finder; the others are still asked
                 text = describe_exception(exc)
                 logger.debug('%s was asked for module %s: %s', type(finder), name, text)
                 continue
@@ -6231,7 +6235,7 @@ class FileStamp(NamedTuple):
 class FileOfModule(NamedTuple):
     """A file that is sent to nodes: that of a module, or data of a package."""
     target: str        # its name on the node, with '/'
-    path: str          # where it is read from; inside of an archive `loader` reads it
+    path: str          # its path here; inside of an archive `loader` reads it
     loader: Any = None
 
     def read(self) -> bytes:
@@ -6246,13 +6250,13 @@ class FileOfModule(NamedTuple):
 class ModuleFile(NamedTuple):
     """A module that is sent to nodes, and its file."""
     name: str
-    path: str                        # where it is read from; inside of an archive `loader` reads it
+    path: str                        # its path here; inside of an archive `loader` reads it
     target: str                      # its name on the node, with '/'
     is_package: bool
     is_extension: bool
-    source: Optional[ModuleSource]   # none of an extension module, and of one without source
+    source: Optional[ModuleSource]   # None for an extension module, and for one without source
     loader: Any = None
-    chain: Tuple[str, ...] = ()      # by whose imports it was reached, itself the last
+    chain: Tuple[str, ...] = ()      # the modules whose imports led to it, with itself as the last
 
     def file(self) -> FileOfModule:
         return FileOfModule(self.target, self.path, self.loader)
@@ -6305,7 +6309,7 @@ def _read_member(archive: str, member: str, path: str, loader: Any) -> bytes:
         if not zipfile.is_zipfile(archive):
             return bytes(loader.get_data(path))
         root = getattr(loader, 'archive', None)
-        # It knows where in the archive its files are, by the path that it has itself.
+        # The loader finds its files in the archive by its own path.
         if isinstance(root, str):
             if os.path.abspath(root) == archive:
                 data = loader.get_data(os.path.join(root, *member.split('/')))
@@ -6332,7 +6336,7 @@ class ModuleDigests:
     """Digests of the files of modules; no file is read twice while it is unchanged."""
 
     def __init__(self) -> None:
-        # path -> stamp, (size, digest, mode)
+        # Path -> stamp, (size, digest, mode)
         self._kept: Dict[str, Tuple[FileStamp, Tuple[int, bytes, int]]] = {}
 
     def note(self, path: str, content: bytes, stamp: Optional[FileStamp], mode: int) -> None:
@@ -6455,7 +6459,7 @@ class DataFiles:
 
     def __init__(self) -> None:
         self._warned: Set[str] = set()
-        # path -> stamp, whether it is an extension module
+        # Path -> stamp, whether it is an extension module
         self._extensions: Dict[str, Tuple[Tuple[int, int], bool]] = {}
 
     def of(self, package: ModuleFile) -> List[FileOfModule]:
@@ -6503,7 +6507,7 @@ class DataFiles:
             prefix, directory = waiting.pop()
             entries = self._entries(directory)
             if prefix and any(_is_package_file(entry.name) for entry in entries):
-                continue   # a package itself
+                continue   # the directory is a package itself
             looked_at += len(entries)
             if looked_at > PACKAGE_FILES:
                 self._warn_of_many(root)
@@ -6559,7 +6563,7 @@ class DataFiles:
             stem = ''
         if not stem.isidentifier():
             return False
-        if suffix not in ('.so', '.pyd'):   # has the name of this implementation in it
+        if suffix not in ('.so', '.pyd'):   # the name contains that of this implementation
             return True
         status = entry.stat()
         if status.st_size > PACKAGE_DATA:
@@ -6650,9 +6654,9 @@ class OwnModules:
         self._finder = ModuleFinder()
         self._digests = ModuleDigests()
         self._data = DataFiles()
-        # name -> (module, its __spec__, stamp of the file if it was not loaded, what was found)
+        # Name -> (module, its __spec__, stamp of the file if it was not loaded, the result)
         self._files: Dict[str, Tuple[Any, Any, Optional[FileStamp], ModuleFile]] = {}
-        # path -> stamp and digest of the last row
+        # Path -> stamp and digest of the last row
         self._versions: Dict[str, str] = {}
 
     def distribution_of(self, module: str) -> str:
@@ -6744,7 +6748,7 @@ class OwnModules:
             if stamp is None:
                 return False
             return stamp == _stamp_of(path)
-        except OSError:   # whoever reads it says so
+        except OSError:   # reading it will raise
             return False
 
     def _read_file(self, name: str, where: Whereabouts) -> Tuple[ModuleFile, Optional[FileStamp]]:
@@ -6878,10 +6882,10 @@ own_modules = OwnModules()
 # state
 # --------------------------------------------------------------------------------------------------
 
-# Bytes of a pickled variable that a module's source computes, after which it stays at home
+# Limit in bytes of a pickled variable that a module's source computes; a larger one is not sent
 STATE_LIMIT = 1 << 20
-LOOK_EVERY = 1.0              # s between looks at whether files of modules have changed
-# This file, for modules that import it on a node that has only dispynode.py
+LOOK_EVERY = 1.0              # s between checks whether files of modules have changed
+# This file is for modules that import it on a node that has only dispynode.py
 BEHIND = 'behind/dispy.py'
 
 
@@ -6906,7 +6910,7 @@ class StateCapture:
     def __init__(self) -> None:
         self.rows: List[StateRow] = []
         self.warnings: List[str] = []
-        self._objects: List[Any] = []              # those that keep their identity, by number
+        self._objects: List[Any] = []              # objects that keep their identity, by number
         self._numbers: Dict[int, int] = {}         # id -> number
         self._values: Dict[Tuple[str, str, str], Any] = {}
 
@@ -6948,7 +6952,7 @@ class StateCapture:
                    found: List[Tuple[StateRow, Any]]) -> None:
         try:
             cls = find_named(source.name, owner)
-        except Exception:  # it is not there any more, or a __getattr__ of the user's raises
+        except Exception:  # it has been removed, or a __getattr__ of the user's raises
             return
         if not isinstance(cls, type):
             return
@@ -6969,7 +6973,8 @@ class StateCapture:
             return
         if self._is_as_imported(key, value, binding, source):
             return
-        given = binding is None or binding.kind is NameKind.CONSTANT   # then the program has set it
+        # In that case the program has set it
+        given = binding is None or binding.kind is NameKind.CONSTANT
         form = plain_form(value, sys.maxsize if given else STATE_LIMIT)
         if form is not None:
             state_row = StateRow(module, owner, name, form, -1, not given)
@@ -7024,7 +7029,7 @@ class StateCapture:
         state imports. Raises what pickling raises."""
         if not self.rows:
             return [], b'', set()
-        # All there at once: their ids must differ
+        # They must exist at the same time, so that their ids differ
         contents = [contents_of(value) for value in self._objects]
         pickler = _state_pickler(self._numbers)
         sealed = dumps((contents, self._values), pickler)
@@ -7039,7 +7044,7 @@ class Bundle(NamedTuple):
     """Modules that are sent together: their files, and their state when they were first sent."""
     number: int
     closure: Tuple[ModuleFile, ...]
-    files: Dict[str, FileOfModule]    # those that no earlier bundle has, by their names on the node
+    files: Dict[str, FileOfModule]    # files that no earlier bundle has, by their names on the node
     content: bytes                    # an envelope, for ModuleLoader
 
     @property
@@ -7054,17 +7059,17 @@ class ModuleBundles:
 
     def __init__(self, name: str) -> None:
         self.name = name
-        self.shipped: List[str] = []               # modules that depends brings along as files
+        self.shipped: List[str] = []               # modules that are sent as files of `depends`
         self.known_globals: List[Dict[str, Any]] = []   # of the computation, setup and cleanup
-        # Whether the code holds no functions and classes by value
+        # Whether the code contains no functions and classes by value
         self.portable = False
         self._lock = threading.Lock()              # guards those below
         self._bundles: List[Bundle] = []
         self._number_of: Dict[str, int] = {}       # module -> bundle
-        self._plain: Set[str] = set()              # names of modules that need none
+        self._plain: Set[str] = set()              # modules that need no bundle
         # Files of modules that jobs have asked for by name
         self._extra: Dict[str, FileOfModule] = {}
-        # Path of a module's file -> its digest when it travelled
+        # Path of a module's file -> its digest when it was sent
         self._as_sent: Dict[str, bytes] = {}
         self._looked_at = time.monotonic()
         self._has_changed: List[str] = []
@@ -7162,7 +7167,7 @@ class ModuleBundles:
         more modules, which may have state as well."""
         wanted = set(modules)
         while True:
-            # Modules that travel as files of depends have state like the others.
+            # Modules that are sent as files of `depends` have state like the others.
             closure = own_modules.closure(sorted(wanted))
             new = [file for file in closure if file.name not in self._number_of]
             capture = StateCapture()
@@ -7375,7 +7380,7 @@ def _can_be_packed(value: Any) -> bool:
     try:
         dumps(value, client_pickler())
     except Exception:
-        # The user's __reduce__ may raise anything; what it is comes with the error that is told
+        # The user's __reduce__ may raise anything; the reported error contains the reason
         return False
     return True
 
@@ -7477,7 +7482,7 @@ class SharedValues:
     """The values of this program that nodes know by their digests. Each is kept once, as long as a
     job or a reference needs it. A buffer that the program may change is compared with the copy that
     was made of it; only new content is copied and digested. Any thread."""
-    # Places of a buffer, and bytes at each, by which the copy is found
+    # Positions in a buffer, and bytes at each of them, by which its copy is found
     SAMPLES = 16
     SAMPLE = 64
 
@@ -7486,7 +7491,7 @@ class SharedValues:
         self._by_digest: 'weakref.WeakValueDictionary[bytes, Value]' = weakref.WeakValueDictionary()
         self._by_object: 'weakref.WeakValueDictionary[int, Value]' = weakref.WeakValueDictionary()
         self._by_sample: 'weakref.WeakValueDictionary[tuple, Value]' = weakref.WeakValueDictionary()
-        # In a job that uses clusters: what opens the job's own values
+        # In a job that uses clusters: the object that opens the job's own values
         self._others = dispynode.known_values
 
     def payload(self, pieces: Sequence[Any], buffers: Sequence[Any]) -> Optional[SharedPayload]:
@@ -7532,12 +7537,12 @@ class SharedValues:
         if value is not None:
             return value
         sample = None
-        if type(part) is bytes:   # nobody can change it: no copy is needed
+        if type(part) is bytes:   # it is immutable: no copy is needed
             data: Union[bytes, bytearray] = part
         else:
             sample = self._sample(part)
             value = self._by_sample.get(sample)
-            # Of a bytearray, and not of a view, this is a comparison of memory.
+            # For a bytearray, unlike for a view, this compares memory.
             if value is not None and type(value.data) is bytearray:
                 if value.data == part:
                     return value
@@ -7600,7 +7605,7 @@ class ValueRef:
             return b''
         sealed = pack(value, labels, share=take)
         parts = parts or [in_one_piece(sealed.payload)]
-        # Values are known by their own memory; what is small goes along with each job.
+        # Values are recognized by their own memory; small ones are sent with each job.
         self._values = [
             shared_values.of(part) if len(part) >= OUT_OF_BAND else None for part in parts
         ]
@@ -7691,7 +7696,7 @@ class WantedOutput:
         if dest:
             os.makedirs(self.root, exist_ok=True)
         self._before = begin + mark + end
-        # Names of files that have come, and of which jobs, where two jobs may have the same
+        # Names of files that have come, and their jobs, if two jobs may have the same name
         self._came: Dict[str, Any] = {}
         self._may_clash = not mark and any(self.ID not in pattern for pattern in patterns)
         self._has_told = False
@@ -7723,7 +7728,7 @@ class WantedOutput:
         returned."""
         if not self._patterns:
             return ()
-        # Signs that no name of a file has, on whatever system
+        # Characters that are not permitted in names of files on any system
         name = re.sub(r'[/\\:*?"<>|\x00-\x1f]', '_', str(number))[:200]
         if name in ('', '.', '..'):
             name = '_' + name
@@ -7798,7 +7803,7 @@ class PackedComputation(NamedTuple):
     spec: dict
     paths: Dict[str, str]
     is_program: bool
-    # See pack_source; called when a node of another version of Python is met
+    # See pack_source; it is called when a node with another version of Python connects
     source: Callable[[], Tuple[bytes, str]]
 
 
@@ -7928,7 +7933,7 @@ def _module_files(module: types.ModuleType, paths: Dict[str, str]) -> List[str]:
     origin = module_dict(module).get('__file__')
     if not isinstance(origin, str) or not origin.endswith('.py') or not os.path.isfile(origin):
         if own_modules.kind(module.__name__) in (ModuleKind.OWN, ModuleKind.BY_VALUE):
-            return []   # in an archive, compiled or made at run time: it travels by itself
+            return []   # in an archive, compiled or made at run time: it is sent separately
         raise TypeError('depends: module %s has no Python file that could be sent' %
                         module.__name__)
     parts = module.__name__.split('.')
@@ -7955,12 +7960,13 @@ def _add_path(path: str, paths: Dict[str, str]) -> None:
         for directory, _, names in os.walk(root):
             for name in names:
                 full = os.path.join(directory, name)
-                # As locks of editors are
+                # For example locks of editors
                 if os.path.islink(full):
                     if not os.path.exists(full):
                         logger.debug('depends: %s is a link to nothing and is left out', full)
                         continue
-                if not os.path.isfile(full):   # opening a FIFO would wait, and a device has no end
+                # Opening a FIFO would wait, and a device may be endless
+                if not os.path.isfile(full):
                     raise ValueError('depends: %s is not a regular file' % full)
                 paths['/'.join([os.path.basename(root)] +
                                os.path.relpath(full, root).split(os.sep))] = full
@@ -8022,9 +8028,8 @@ class SourcePicker:
 
     def __init__(self, shipped: Sequence[str] = ()) -> None:
         self._shipped = frozenset(shipped)
-        # module -> name there -> lines of its statement (a range), value (in a tuple of one), or
-        # links: rows of (name,
-        # module, name there) that stand for imports
+        # Module -> name there -> lines of its statement (a range), value (in a tuple of one), or
+        # links: rows of (name, module, name there) that stand for imports
         self._taken: Dict[str, Dict[str, Any]] = {}
         self._read = functools.lru_cache(maxsize=None)(self._read_file)   # of (module, cell)
         self._cell_of = functools.lru_cache(maxsize=None)(cell_of)        # of (module, name)
@@ -8071,7 +8076,7 @@ class SourcePicker:
                     continue
                 try:
                     self.refer(obj, node.name)
-                except NoSource:   # a job that has one as argument is told
+                except NoSource:   # a job with such an argument gets the error
                     self._taken = before
                 else:
                     found.append((module, node.name, self.rows(before)))
@@ -8089,7 +8094,7 @@ class SourcePicker:
         found: List[Any] = []
         cells = {self._cell_of(module, name) for name in classes}
         for cell in ['', *sorted(cells - {''})]:
-            with contextlib.suppress(NoSource):   # a job that has one as argument is told
+            with contextlib.suppress(NoSource):   # a job with such an argument gets the error
                 contents = self._read(module, cell)
                 found += contents[1].body
         return found
@@ -8148,7 +8153,7 @@ class SourcePicker:
         lines, _, future = self._read(module, cell)
         wanted = {line for node in future for line in range(node.lineno, node.end_lineno + 1)}
         wanted.update(*(statement for statement in taken.values() if isinstance(statement, range)))
-        # What is not taken is left empty, so that the others keep their numbers
+        # Lines that are not taken are left empty, so that the others keep their numbers
         kept = []
         highest_wanted = max(wanted, default=0)
         for number, line in enumerate(lines[:highest_wanted], 1):
@@ -8252,7 +8257,7 @@ class SourcePicker:
         try:
             content = self._read(module, '')[1]
             nodes: List[Any] = [content]
-        except NoSource:   # cells: what they import is known by its own module and name
+        except NoSource:   # cells: their imports are known by module and name
             return
         while nodes:
             node = nodes.pop()
@@ -8375,7 +8380,7 @@ def _names_used(code: types.CodeType) -> Iterator[str]:
 
 def _is_plain(value: Any) -> bool:
     try:
-        open_plain(pickle.dumps(value, 5))   # as the node will
+        open_plain(pickle.dumps(value, 5))   # as the node will do
     except Exception:  # whatever pickle cannot do, __reduce__ of the user's among it
         return False
     return True
@@ -8459,7 +8464,7 @@ class NodeAllocate:
     ) -> None:
         self.host = host
         self.setup_args = setup_args
-        # A list of its own, to which `allocate` may add. What is no list is refused later.
+        # It is a new list, to which `allocate` may add. Other types are refused later.
         if isinstance(depends, (list, tuple, set)):
             self.depends: Any = list(depends)
         else:
@@ -8525,7 +8530,7 @@ def limited(offered: int, cpus: int) -> int:
 def matches(pattern: str, word: str) -> bool:
     """Return whether a word matches a pattern in which `*` stands for any characters. Each part is
     searched once, at its first occurrence: a regular expression could take hours."""
-    if '\n' in word:   # no name has one
+    if '\n' in word:   # names contain none
         return False
     first, *parts = pattern.split('*')
     if not parts:
@@ -8553,7 +8558,7 @@ class NodeSpec(NamedTuple):
     port: int       # TCP; with wildcards UDP
     cpus: int = 0   # > 0: at most; < 0: leave so many free
     allocator: Optional[NodeAllocate] = None
-    scheduler: bool = False   # no node, but a scheduler, which has some
+    scheduler: bool = False   # not a node, but a scheduler
 
     @property
     def wild(self) -> bool:
@@ -8813,7 +8818,7 @@ def open_own_file(path: str, what: str, flags: int = 0, make: bool = True) -> in
     flags |= os.O_RDWR
     if make:
         flags |= os.O_CREAT
-    for name in ('O_NOFOLLOW', 'O_NONBLOCK', 'O_BINARY'):   # as far as this system has them
+    for name in ('O_NOFOLLOW', 'O_NONBLOCK', 'O_BINARY'):   # those that this system has
         flags |= getattr(os, name, 0)
     check_own_file(path, what)
     is_new = make and not os.path.exists(path)
@@ -8850,7 +8855,7 @@ def _machine() -> str:
     """Return the identity of this machine since its boot; each container has one of its own."""
     try:
         return '%s %s' % (machine(), os.readlink('/proc/self/ns/pid'))
-    except OSError:   # no Linux
+    except OSError:   # not Linux
         return '%x %s' % (uuid.getnode(), socket.gethostname())
 
 
@@ -8860,7 +8865,7 @@ class Database:
     MARK = VERSION = 0         # SQLite's application_id and user_version
     TABLES = ''
     STATEMENTS: Sequence[str] = ()
-    # What a transaction wrote outlives the process; a power cut may cost the last of them
+    # Transactions survive the process; a power failure may lose the last of them
     SYNC = 'NORMAL'
 
     def __init__(self, path: str, what: str) -> None:
@@ -8873,8 +8878,8 @@ class Database:
             if owner in (0, os.geteuid()):
                 self.path = os.path.realpath(self.path)   # the user's own link, or the system's
         self._notes: List[List[tuple]] = [[] for _ in self.STATEMENTS]
-        self.broken = False    # the last transaction failed; its notes are still here
-        import sqlite3   # 10 ms that only those pay who need it
+        self.broken = False    # the last transaction failed; its notes are kept
+        import sqlite3   # takes 10 ms, which only its users need to spend
         self._error = sqlite3.Error
         try:
             for end in ('-wal', '-shm', '-journal'):
@@ -8897,7 +8902,7 @@ class Database:
                 '%s %s cannot be used: %s; if it is not a file of dispy or is damaged, move it '
                 'away' %
                 (what, path, exc)) from exc
-        except UnicodeError as exc:   # an error text of SQLite with bytes of a file that is damaged
+        except UnicodeError as exc:   # an error text of SQLite with bytes of a damaged file
             self._db.close()
             raise DispyError('%s %s is damaged: move it away' % (what, path)) from exc
         except BaseException:
@@ -8933,7 +8938,7 @@ class Database:
             yield
         except OSError:
             raise
-        except Exception as exc:  # of SQLite, pickle, struct, enums: by the bytes that are wrong
+        except Exception as exc:  # of SQLite, pickle, struct or enums, because of damaged bytes
             if isinstance(exc, DispyError):
                 if not isinstance(exc, PeerError):
                     raise
@@ -8954,7 +8959,7 @@ class Database:
             self._write(range(len(self.STATEMENTS)))
         except self._error as exc:
             return self._failed(exc)
-        except Exception as exc:  # a row that can never be written; without it the others can
+        except Exception as exc:  # a row that can never be written; the others can be
             self._drop_unfit(exc)
             return self.commit()
         if self.broken:
@@ -8989,13 +8994,13 @@ class Database:
                     message = 'SELECT %s' % ', '.join('?' * len(row))
                     self._db.execute(message, row)
                 except self._error:
-                    fit.append(row)   # of the file, not of the row
-                except Exception:  # of this row: UnicodeEncodeError, OverflowError
+                    fit.append(row)   # the error concerns the file, not the row
+                except Exception:  # the error concerns the row: UnicodeEncodeError, OverflowError
                     continue
                 else:
                     fit.append(row)
             is_last = number == len(self._notes) - 1
-            # Nothing was found: better without them than never again
+            # No unfit row was found: without these rows, later ones can be written
             if rows and len(fit) == len(rows):
                 if is_last and not any(self._notes[:number]):
                     fit = []
@@ -9032,7 +9037,7 @@ class Journal(Database):
     MARK = 0x64735035
     VERSION = 3
     WAITING, SENT, ENDED = range(3)
-    TRIM = 1 << 20             # bytes after which FILE-new is emptied when it may be
+    TRIM = 1 << 20             # bytes after which FILE-new is emptied, if that is permitted
     TABLES = """
         CREATE TABLE comps (comp TEXT PRIMARY KEY, name TEXT, reentrant INTEGER, program INTEGER,
             host TEXT, key BLOB);
@@ -9040,7 +9045,7 @@ class Journal(Database):
             options BLOB, submitted REAL, arguments TEXT, state INTEGER, serial INTEGER,
             node TEXT, status INTEGER, result BLOB, delivered INTEGER DEFAULT 0);
         """
-    # Values that jobs which have not ended have in their arguments; each is here once.
+    # Values in the arguments of jobs that have not ended; each is stored once
     VALUES = 'CREATE TABLE IF NOT EXISTS vals (digest BLOB PRIMARY KEY, data BLOB)'
     # Second attempts of jobs that run, and the directories of their files
     SECONDS = ('CREATE TABLE IF NOT EXISTS seconds (number INTEGER PRIMARY KEY, serial INTEGER, '
@@ -9055,7 +9060,7 @@ class Journal(Database):
         'DELETE FROM vals WHERE digest = ?', 'INSERT OR IGNORE INTO vals VALUES (?, ?)',
         'INSERT OR REPLACE INTO seconds VALUES (?, ?, ?, ?)',
         'DELETE FROM seconds WHERE number = ? AND serial = ?')
-    NEW_MARK = b'dispy5n\2'     # begins FILE-new
+    NEW_MARK = b'dispy5n\2'     # the beginning of FILE-new
     # INSERT or RENAME, number, submitted, lengths of id, payload, options and arguments
     _HEAD = struct.Struct('>BQdIIII')
     _LOG = RecordLog(_HEAD, 4)
@@ -9066,11 +9071,11 @@ class Journal(Database):
         if must_exist and not os.path.exists(path):
             message = 'recover_file: there is no file %s (in %s)' % (path, os.getcwd())
             raise FileNotFoundError(message)
-        # What is in FILE-new and not noted, by any thread: pairs of a statement and its row
+        # What is in FILE-new and was not noted, from any thread: pairs of a statement and its row
         self._rows: Deque[Tuple[int, tuple]] = collections.deque()
-        self._guard = threading.Lock()           # guards FILE-new, and what it is behind
-        self.last = 0                            # number of a job
-        # Rows that came into FILE-new, that were noted, that are in the database
+        self._guard = threading.Lock()           # guards FILE-new and the figures about it
+        self.last = 0                            # the last number of a job
+        # Numbers of rows that were written to FILE-new, that were noted, that are in the database
         self._added = self._noted = self._committed = 0
         # Digest of a value -> how many jobs that have not ended need it; and those that are written
         self._needed: 'collections.Counter[bytes]' = collections.Counter()
@@ -9093,9 +9098,9 @@ class Journal(Database):
     def _check_new(self) -> None:
         """Check that FILE-new has the right beginning, or create it. Raises DispyError for a file
         of the user, which is not touched."""
-        os.lseek(self._new, 0, os.SEEK_SET)   # what is written is added at the end all the same
+        os.lseek(self._new, 0, os.SEEK_SET)   # new records are appended in any case
         head = os.read(self._new, len(self.NEW_MARK))
-        # Made now, or torn when it was made
+        # It is new, or was truncated when it was made
         if len(head) < len(self.NEW_MARK) and self.NEW_MARK.startswith(head):
             os.ftruncate(self._new, 0)
             os.write(self._new, self.NEW_MARK)
@@ -9192,7 +9197,7 @@ class Journal(Database):
         previous one remains. Any thread."""
         try:
             ident = pickle.dumps(job.id)
-        except Exception as exc:  # of the user's object
+        except Exception as exc:  # raised by the user's object
             logger.warning('the id %.80r of a job cannot be written into the recover_file: %s',
                            job.id, exc)
             return
@@ -9201,7 +9206,7 @@ class Journal(Database):
                 try:
                     number = job_number(job.serial)
                     self._append(self.RENAME, number, 0.0, ident)
-                except OSError as exc:   # no room; `commit` tells that
+                except OSError as exc:   # no room; `commit` reports that
                     logger.debug('the id of a job will be written later: %s', exc)
                 row = (ident, job_number(job.serial))
                 self._add(self.RENAME, row)
@@ -9219,7 +9224,7 @@ class Journal(Database):
             while data:
                 data = data[os.write(self._new, data):]
         except OSError:
-            os.ftruncate(self._new, start)   # what comes behind a torn one is not found
+            os.ftruncate(self._new, start)   # records after a truncated one are not found
             raise
 
     def sent(self, works: Sequence[ScheduledJob], node: str, memory: str = '') -> None:
@@ -9403,7 +9408,7 @@ class Journal(Database):
             os.close(self._new)
             self._new = -1
         if remove or not left:
-            # Alone, FILE-new would be taken for new jobs
+            # Without the file itself, FILE-new would be taken for new jobs
             paths = [self.path + end for end in ('-new', '', '-wal', '-shm')]
             for path in paths + BegunNotes.all_of(self):
                 with contextlib.suppress(FileNotFoundError):
@@ -9458,12 +9463,13 @@ class BegunNotes:
                     found = json.load(file)
                 if 'directory' not in found or is_last:
                     break
-                # What it has written before its directory went may be newer than what was read
+                # What it has written before its directory was removed may be newer than what was
+                # read
                 is_there = os.path.isdir(found['directory'])
                 is_last = not is_there or time.monotonic() > until
                 if not is_last:
                     time.sleep(cls.EVERY)
-        except (OSError, ValueError, TypeError) as exc:   # as a rule there is no such file
+        except (OSError, ValueError, TypeError) as exc:   # usually there is no such file
             logger.debug('nobody knows what had begun: %s', exc)
         unknown = AttemptHistory(whole=False)
         if not isinstance(found, dict):
@@ -9481,11 +9487,11 @@ class BegunNotes:
 # jobs
 # --------------------------------------------------------------------------------------------------
 
-TRAIL_END = '.recover'        # ends the names of these files
-TRAIL_MARK = b'{"dispy": '    # begins what is in them
-TRAIL_KEPT = 30 * 86400.0     # s after which one is removed, whatever it says
-TRAIL_MOST = 1 << 20          # bytes of one that are read: 20,000 nodes
-REACH_TIME = 10.0             # s for which nodes are tried that a dead program had
+TRAIL_END = '.recover'        # the suffix of these files
+TRAIL_MARK = b'{"dispy": '    # the beginning of their contents
+TRAIL_KEPT = 30 * 86400.0     # s after which one is removed, whatever it contains
+TRAIL_MOST = 1 << 20          # bytes of one that are read: enough for 20,000 nodes
+REACH_TIME = 10.0             # s for which nodes of a program that has ended are tried
 CANCEL_LOST = '`python -m dispy --cancel-lost`'
 
 
@@ -9544,7 +9550,7 @@ class ComputationNotes:
         self._file: Any = None
         self._places: Set[str] = set()
         self._told = False
-        self.path = ''         # while there is one
+        self.path = ''         # its path, while the file exists
 
     def add(self, place: str) -> bool:
         """Note a node that is about to get jobs. Returns whether the file was created now."""
@@ -9579,7 +9585,7 @@ class ComputationNotes:
             script = os.path.realpath(self.script)
         else:
             script = ''
-        describe = self._head()   # a method of the cluster, which must not be kept alive by that
+        describe = self._head()   # a method of the cluster, which must not be kept alive by this
         if describe is not None:
             head = describe()
         else:
@@ -9619,19 +9625,19 @@ class ComputationNotes:
         self.close(remove=False)
 
 
-# In a trail: nobody wants what the nodes have, which could not be told so
+# A line of a trail: nobody wants what the nodes have, and they could not be told so
 _OVER = {'over': True}
 OVER_LINE = b'\n' + json.dumps(_OVER).encode()
 
 
 def _close_trail(file: Any, path: str, remove: bool) -> None:
-    if remove and os.name == 'nt':   # what is open cannot be removed there
+    if remove and os.name == 'nt':   # open files cannot be removed there
         file.close()
     if remove:
         try:
             os.unlink(path)
         except OSError as exc:
-            if exc.errno != errno.ENOENT:   # otherwise somebody else has removed it
+            if exc.errno != errno.ENOENT:   # otherwise another process has removed it
                 logger.info('%s cannot be removed: %s', path, exc)
     file.close()
 
@@ -9696,12 +9702,12 @@ class RecoverableFiles:
                  over: bool) -> None:
         self._file = file
         self.path = path
-        self.over = over        # its results are told, or nobody wants them
+        self.over = over        # its results were delivered, or nobody wants them
         self.places = tuple(places)
         self.comp, self.key = head['comp'], bytes.fromhex(head['key'])
         self.is_program = head['program']
         self.listen = head['listen']
-        self.files = str(head.get('files', ''))    # below which the files of jobs come
+        self.files = str(head.get('files', ''))    # the directory for the files of jobs
         self.process = tuple(head['process'])
         nodes = tuple(where.strip() for where in self.places)
         self.row = Recoverable(path, head['name'], head['script'], head['host'], head['pid'],
@@ -9733,7 +9739,7 @@ class RecoverableFiles:
         file = os.fdopen(own_file, 'rb', 0)
         try:
             lock_file(file)
-        except OSError:   # it lives, here or on another host with the same home
+        except OSError:   # its program is alive, here or on another host with the same home
             file.close()
             return None
         try:
@@ -9742,7 +9748,7 @@ class RecoverableFiles:
             is_old = time.time() - os.fstat(file.fileno()).st_mtime > TRAIL_KEPT
             head = _json(lines[0])
             if not _is_head(head):
-                if not is_old:   # it may be in the making
+                if not is_old:   # it may be being written
                     raise DispyError('recovery file %s is damaged, or of another version of dispy'
                                      % path)
                 _close_trail(file, path, True)
@@ -9831,7 +9837,7 @@ def remove_old_trails() -> None:
 def remedy_for_source(spec: dict) -> str:
     """Return what to do about a computation that cannot be sent to nodes as source."""
     same = 'un dispynode there with %s' % python_of(spec['python'])
-    if 'most' in spec:   # of an executor
+    if 'most' in spec:   # the call of an executor
         return 'R' + same
     return ('Put the function into a file, at its top level, with def, and give it all '
             'that it needs as arguments; or r' + same)
@@ -9906,12 +9912,12 @@ class Pool:
         self._guard = threading.Lock()   # guards those below
         self._done = 0              # tasks
         self._count = 0             # threads
-        self._looks = False         # a thread looks whether another is needed
+        self._looks = False         # a thread checks whether another one is needed
         self._closed = False
 
     def run(self, call: Callable[..., Any], *args: Any) -> None:
         """Call a function in one of the threads. Only one thread (the driver's) may call this."""
-        self._tasks.put((call, args))   # before the look at who is there, see `_help`
+        self._tasks.put((call, args))   # before the number of threads is read, see `_help`
         with self._guard:
             self._given += 1
             if self._given - self._done <= self._count:
@@ -9976,13 +9982,13 @@ class Pool:
     def _help(self) -> None:
         """Do as `_work` does, until no task waits."""
         while True:
-            with self._guard:   # what `run` puts from here on has somebody else
+            with self._guard:   # another thread handles what `run` adds from here on
                 if self._closed or self._tasks.empty():
                     self._count -= 1
                     return
             with contextlib.suppress(queue.Empty):
                 task = self._tasks.get_nowait()
-                if task is None:   # for another thread
+                if task is None:   # this is for another thread
                     self._tasks.put(None)
                 else:
                     self._do(*task)
@@ -9992,7 +9998,7 @@ class Pool:
         try:
             call(*args)
         except BaseException as exc:
-            # The user's callback, sys.exit in it too; the next one is served all the same
+            # The user's callback may raise anything, even SystemExit; the next one must be served
             about = ''
             for arg in args:
                 if isinstance(arg, DispyJob):
@@ -10068,9 +10074,9 @@ class NodeInfo(NamedTuple):
     name: str
     state: str
     reason: str
-    cpus: int      # that the cluster may use
-    busy: int      # jobs of the cluster
-    offered: int   # CPUs by the node
+    cpus: int      # CPUs that the cluster may use
+    busy: int      # running jobs of the cluster
+    offered: int   # CPUs that the node offers
     facts: dict
 
     def facts_now(self) -> dict:
@@ -10093,7 +10099,7 @@ def describe_node(peer: 'Union[NodeConnection, NodeInfo]',
 class Monitor:
     """An observer of a cluster, see `LiveOutput.add_monitor`. The driver's thread and its openers
     call these methods, which must be quick."""
-    page = ''   # the link to where it shows the cluster
+    page = ''   # the link to the page that shows the cluster
 
     def failed(self, job: DispyJob, payload: Any) -> None:
         """Take note that a job has ended without a result; `payload` are its packed arguments."""
@@ -10170,16 +10176,16 @@ class NodeAssignment:
         self.state = AssignmentState.WAITING
         self.spec = spec
         self.reason = ''                             # why it was refused
-        self.seat_told = False                       # to who submitted jobs to it
+        self.seat_told = False                       # whether those who submit jobs to it were told
         self.passes = False                          # the reason may pass: it is tried again
-        self.allocation: Optional[Allocation] = None   # what the user's NodeAllocate said
+        self.allocation: Optional[Allocation] = None   # the decision of the user's NodeAllocate
         self.wanted: Optional[int] = None            # CPUs by set_node_cpus; 0: deallocated
         self.acks: List[int] = []                    # serials to be acknowledged
-        self.then = ''                               # when it has drained: 'close' or 'open'
+        self.then = ''   # what to do when it has drained: 'close' or 'open'
         self.told: Set[str] = set()                  # reasons that were logged
         # A row of Holder, and what to do about that
         self.holder_hint: Tuple[tuple, str] = ((), '')
-        self.unloadable = False                      # the node cannot load the code, and said why
+        self.unloadable = False   # the node cannot load the code, and has given the reason
 
     def move(self, event: str) -> None:
         """Change the state; this is the only place that does so."""
@@ -10205,9 +10211,9 @@ class NodeConnection:
         self.port = port
         self.embedded = embedded
         self.scheduler = scheduler
-        # Named by the user, not found; kept while it cannot be reached
+        # It was named by the user and not found, so that it is kept while it cannot be reached
         self.listed = listed
-        # Looked for on this machine, where nobody has said that it is
+        # It is looked for on this machine although nobody has said that it is here
         self.probed = False
         if embedded:
             self.key: Any = LOCAL
@@ -10220,14 +10226,14 @@ class NodeConnection:
         self.linked_at = 0.0
         self.trip = 0.0                            # s from ClientHello to NodeHello
         self.instance = b''
-        # It could not use what was sent: it is not reached again at once
+        # It could not use what was sent, so that it is not reached again at once
         self.wrong = False
-        # Another process than before; told when it says NodeHello
+        # It is another process than before; the log says so when it sends NodeHello
         self.restarted = False
-        # What its memory is known by, see dispynode.Memory
+        # The identifier of its memory, see dispynode.Memory
         self.memory = ''
-        self.aliases: Set[str] = set()             # places of other names that it was dialled by
-        # Its memory is the one that was there when jobs were sent
+        self.aliases: Set[str] = set()             # places of other names by which it was dialled
+        # Its memory is still the one of the time when jobs were sent
         self.whole = True
         self.second = SecondConnection(self)                 # connection, while the first is silent
         self.replacing = False                     # the first is being replaced by it
@@ -10235,17 +10241,17 @@ class NodeConnection:
         self.name = ''
         self.ip_addr = host
         self.facts: Dict[str, Any] = {}
-        # What the schedule's jobs have of its resources there
+        # What the schedule's jobs use of its resources
         self.taken: Dict[str, int] = {}
         self.offered = 0
         self.reason = 'not reached yet'
-        self.unreached = Unreached.UNREACHABLE     # what came of the last attempt that failed
-        # Bytes that packets may carry; 0: as many as the system says
+        self.unreached = Unreached.UNREACHABLE     # the result of the last attempt that failed
+        # Limit in bytes of packets; 0: that of the system
         self.segment = 0
         self.dialling = Reconnector(REDIAL_FIRST, redial)
         self.failures = 0                          # in a row
         self.heard = 0.0                           # when it was last found by UDP
-        # Of links before this one
+        # Bytes of earlier links
         self.tx = 0
         self.rx = 0
         self.heard_last = 0.0
@@ -10253,13 +10259,13 @@ class NodeConnection:
         self.retry_wait = RETRY_FIRST
         self.told: Set[Any] = set()                # reasons that were logged: Failing, or texts
         self.uses: Dict[str, NodeAssignment] = {}             # computation -> use
-        # Computations that wait here for another that wants the node alone
+        # Computations that wait because another one has the node exclusively
         self.blocked: Set[str] = set()
-        # CPUs of it that each computation may use at most: who runs a scheduler decides
+        # How many of its CPUs each computation may use: the operator of a scheduler decides this
         self.most = sys.maxsize
-        # (computation, file or '') -> who asked
+        # (computation, file or '') -> futures of those who asked
         self.answers: Dict[Tuple[str, str], 'concurrent.futures.Future[Any]'] = {}
-        # The embedded node; where it is a process of its own, that and its directory
+        # The embedded node; if it is a process of its own, the process and its directory
         self.local: Optional[EmbeddedNode] = None
         self.process: Optional['subprocess.Popen[bytes]'] = None
         self.directory = ''
@@ -10290,7 +10296,7 @@ class NodeConnection:
         another attempt is made."""
         if self.state is NodeState.UNREACHED or (self.state is NodeState.DIALLING
                                                  and self.failures):
-            # Lost: it has been connected before
+            # It is lost: it has been connected before
             if self.offered:
                 return NodeState.LOST.value
             return str(self.unreached)
@@ -10370,7 +10376,7 @@ class NodeConnection:
         exclusively."""
         use = self.uses[comp]
         if use.wanted is not None:
-            # The program's own may have more processes than CPUs
+            # The embedded node may have more processes than CPUs
             if self.embedded:
                 most = use.wanted
             else:
@@ -10402,10 +10408,10 @@ class NodeConnection:
         return where
 
 
-# Whether the embedded node runs in the program. Its runners are given descriptors, which takes
+# Whether the embedded node runs in the program. Its runners inherit descriptors, which requires
 # POSIX (see RunnerProcess); elsewhere it is a process of its own.
 IN_PROGRAM = hasattr(os, 'fork')
-LOCAL_PREFIX = 'dispy-local-'    # of the names of directories of such nodes
+LOCAL_PREFIX = 'dispy-local-'    # the prefix of the directories of such nodes
 
 
 def offer_here() -> Offer:
@@ -10433,7 +10439,7 @@ class EmbeddedNode:
         self._driver = driver
         self._is_whole = True      # the last turn did not fail
         if dispynode.logger.level == logging.NOTSET:
-            # What a node tells its operator is nothing to the user of a program
+            # Messages for the operator of a node do not concern the user of a program
             dispynode.logger.setLevel(logging.ERROR)
         options = Options(available_cpus(),
                           prefix=root,
@@ -10498,7 +10504,7 @@ class EmbeddedNode:
     def close(self) -> None:
         """End its processes and remove its directory."""
         self._driver.detach(self._end)
-        for _ in range(2):   # the second says: at once
+        for _ in range(2):   # the second call ends it at once
             self._host.guard(None, self._host.tell, Stop())
         self._host.close()
 
@@ -10508,7 +10514,7 @@ def remove_abandoned_directories() -> None:
     runners, which would have removed them."""
     import tempfile
     above = tempfile.gettempdir()
-    with contextlib.suppress(OSError):   # somebody else has removed one of them
+    with contextlib.suppress(OSError):   # another process has removed one of them
         for entry in os.scandir(above):
             if not entry.name.startswith(LOCAL_PREFIX):
                 continue
@@ -10544,25 +10550,25 @@ class NodeUser:
     the driver's thread, must be quick, and do nothing here unless the docstring says so."""
     comp = ''                                   # the name of its computation, to nodes
     name = ''                                   # for people
-    client = ''                                 # whose claims on CPUs it shares
-    user_name = ''                              # whose limits and share it has, at a scheduler
-    program = ''                                # whose it is, for people, if a scheduler knows that
-    key = b''                                   # who has it may take the results
-    cargo: Optional[PackedComputation] = None               # the computation; None: it only looks
-    source: Optional[Tuple[bytes, str]] = None  # what pack_source gave
-    specs: List[NodeSpec] = []                  # the nodes that are meant, replaced as a whole
-    port = NODE_PORT                            # of nodes for which none is given
-    hosts: Sequence[Tuple[str, int]] = ()       # where nodes may connect to this program
-    hosts_may_fail = False                      # a port of those that is taken is no error
+    client = ''                                 # the client with which it shares claims to CPUs
+    user_name = ''   # the user whose limits and share apply, for a scheduler
+    program = ''                                # its owner, for people, if a scheduler knows that
+    key = b''                                   # it authorizes to take the results
+    cargo: Optional[PackedComputation] = None   # the computation; None: it only observes
+    source: Optional[Tuple[bytes, str]] = None  # what pack_source returned
+    specs: List[NodeSpec] = []                  # the matching nodes, replaced as a whole
+    port = NODE_PORT                            # the port of nodes for which none is given
+    hosts: Sequence[Tuple[str, int]] = ()       # addresses where nodes may connect to this program
+    hosts_may_fail = False                      # one of these ports that is in use is not an error
     callers: Collection[str] = ()               # names of nodes that will connect to this program
     multicast = False                           # nodes are looked for by IPv4 multicast, too
-    searches = True                             # nodes that a wildcard means are looked for by UDP
-    warns = True                                # when no node is ready for a while
+    searches = True                             # nodes that match a wildcard are searched by UDP
+    warns = True                                # whether to warn if no node is ready for a while
     reentrant = False                           # jobs of a lost node are run again elsewhere
     speculate = False                           # its last jobs are started a second time
     seconds = SecondsOfUser()
     remote = False                              # jobs go to a scheduler
-    journal: Optional[Journal] = None           # where its jobs are written down
+    journal: Optional[Journal] = None           # where its jobs are recorded
     closed = False                              # nothing can be submitted any more
 
     def cpus_in_all(self) -> Optional[int]:
@@ -10718,7 +10724,7 @@ START_NODE = ('Run `python dispynode.py` on a host that has the same secret, and
 class NodePolicy:
     """What the owner of a driver decides about the use of nodes, and learns of it. This class,
     which is that of a program, permits everything. The driver's thread calls its methods."""
-    start_node = START_NODE   # what to do where no node answers
+    start_node = START_NODE   # what to do if no node answers
 
     def introduction(self) -> str:
         """Return who this is, for those who run the node and for others who want to use it."""
@@ -10780,7 +10786,7 @@ class Collector(NodeUser):
     met - the nodes that have been connected
     """
     client = 'recovery'
-    acknowledges = True    # results, when they come
+    acknowledges = True    # whether results are acknowledged when they come
 
     def __init__(self,
                  places: Iterable[str],
@@ -10862,7 +10868,7 @@ class Recovery(Collector):
         for _, other, _ in journal.seconds().values():
             place, _, _ = other.rpartition('#')
             places.add(place)
-        self._unmet = holders - places   # they may keep results that are noted
+        self._unmet = holders - places   # they may keep results that are recorded
         listens = [row[4] for row in rows if row[4]]
         super().__init__(places | self._unmet, places, listens, parts.new_comp)
         self.name = 'the recovery of %s' % ', '.join(sorted({row[1] for row in rows}))
@@ -10967,7 +10973,7 @@ class Recovery(Collector):
                 cancel = Cancel(comp, [serial])
                 self.driver.send(peer.link, cancel)
         if not any(peer.place == place for peer in self.met):
-            self._unmet.add(place)   # it is told that the computation is over
+            self._unmet.add(place)   # it must be told that the computation has ended
 
     def where(self, comp: str, serials: Sequence[int], node: tuple) -> None:
         """Take the report of a scheduler about which jobs are on a node, or wait."""
@@ -11063,9 +11069,9 @@ class ResultCollection(Collector):
     Nodes are asked first; then their results are taken, unless the program is connected to any of
     them. The driver's thread uses this class, except for `wait`."""
     warns = False
-    acknowledges = False    # at the end, when the user has them
+    acknowledges = False    # results are acknowledged at the end, when the user has them
     name = 'the recovery of programs that have ended'
-    # What is asked once more on a new link
+    # The question that is repeated on a new link
     _ASKED_ANEW = frozenset((Collecting.ASKED, Collecting.TAKING, Collecting.COMING))
 
     def __init__(self, lefts: Sequence[RecoverableFiles], cancel: bool = False) -> None:
@@ -11083,12 +11089,13 @@ class ResultCollection(Collector):
         self.taken: Set[Tuple[str, str]] = set()
         self.alive: Set[str] = set()        # computations whose programs are connected to a node
         self.there: Dict[Tuple[str, str], Set[int]] = {}   # serials that are not in `rows`
-        # (computation, number) -> its result and where from; what became of it if none will come
+        # (computation, number) -> its result and the source of it; or what became of it if none
+        # will come
         self.rows: Dict[Tuple[str, int], Tuple[tuple, str]] = {}
         self.gone: Dict[Tuple[str, int], Tuple[JobState, str]] = {}
-        self.placed: Dict[Tuple[str, int], bool] = {}   # a scheduler has them on a node
+        self.placed: Dict[Tuple[str, int], bool] = {}   # whether a scheduler has them on a node
         self._changed = threading.Condition()           # guards all of these
-        self._is_over = False                           # what comes now is left to the next one
+        self._is_over = False   # what comes from now on is left to the next one
 
     def take(self, comps: Iterable[str]) -> None:
         """Collect these computations from the nodes that have answered, and from others when they
@@ -11461,7 +11468,8 @@ def _recover_newest(timeout: Optional[float], cancel: bool,
         raise NothingToRecover(_left_nothing(script, lefts))
     try:
         while mine:
-            run = [left for left in mine if left.process == mine[0].process]   # its clusters
+            # The clusters of the same process
+            run = [left for left in mine if left.process == mine[0].process]
             mine = [left for left in mine if left not in run]
             jobs, unreached = _collect(run, timeout, cancel, access)
             if jobs or unreached:
@@ -11631,7 +11639,7 @@ def cancel_lost(access: ConnectionSettings) -> int:
         _take(found, 3 * GRACE)
         rest = 0
         for left in lefts:
-            if left.over:   # its program wanted nothing any more
+            if left.over:   # its program did not need it any more
                 continue
             ended = ('%d jobs and results were found, and all of them are '
                      'removed') % before[left.comp]
@@ -11702,7 +11710,7 @@ class JournalRecovery:
         self._lock = threading.Lock()   # guards the jobs, and the list of those that have ended
         with journal.damages():
             self._is_program = journal.is_program()
-            # Computations whose jobs may run again
+            # Computations whose jobs may be run again
             self._reentrant = {row[0] for row in journal.comps() if row[2]}
         self._restored = RestoredJobs(journal, journal.known(), self._is_program)
 
@@ -11711,7 +11719,7 @@ class JournalRecovery:
         restored = self._restored
         for job, node in restored.sent:
             job.status = DispyJob.Running
-            if node.startswith('@'):   # a scheduler tells which of them are on a node
+            if node.startswith('@'):   # a scheduler reports which of them are on a node
                 job.status = DispyJob.Created
         if restored.are_at_nodes:
             self._collect(timeout, access)
@@ -11814,7 +11822,7 @@ class Unused:
         if core.is_replaced(clusters.values()):
             shown = references_of_history(core.cluster)
         unused = self._references(core) <= self._references(_Owner()) + shown
-        if unused and shown:   # it may have been shown anew meanwhile
+        if unused and shown:   # it may have been shown again in the meantime
             unused = shown == references_of_history(core.cluster)
         return unused
 
@@ -11834,7 +11842,7 @@ class Unused:
 class Misfits:
     """Nodes that have answered a broadcast and that do not match the wildcards of a cluster. Driver
     thread only."""
-    KEPT = 1000   # nodes of a cluster
+    KEPT = 1000   # nodes that are kept for a cluster
     SHOWN = 10
 
     def __init__(self) -> None:
@@ -11882,7 +11890,7 @@ def remedy(attempts: Sequence[Tuple[str, int, bool]], others: bool, start: str =
             silent.append((Unreached(state), port, scheduler))
     states = [state for state, _, _ in attempts if state not in NOT_TRIED]
     if len(silent) < len(states):
-        return ''   # somebody has answered
+        return ''   # a node has answered
     return _remedy_for_silence(silent, start)
 
 
@@ -11915,7 +11923,7 @@ class NodeTable:
     def __init__(self) -> None:
         self.by_key: Dict[Any, NodeConnection] = {}
         self.by_link: Dict[int, NodeConnection] = {}       # those that are connected
-        # Instance or address -> one that cannot be used, and is no node that was named
+        # Instance or address -> an unusable node that was not named by the user
         self.unusable: Dict[Any, NodeConnection] = {}
         self.misfits = Misfits()
 
@@ -12026,8 +12034,8 @@ class NodeTable:
         known = {(peer.host, peer.reason) for peer in unusable}
         peer = self.unusable[key] = NodeConnection(address, 0)
         peer.reason = text
-        if (address, text) not in known:   # a host may have many of them
-            # Another user's node on this machine is no reason to worry.
+        if (address, text) not in known:   # a host may have many such nodes
+            # Nodes of other users on this machine are normal.
             if is_own_address(address):
                 level = logging.INFO
             else:
@@ -12043,16 +12051,16 @@ class NodeSearch:
         self._nodes = driver.nodes
         self._clusters = driver.clusters
         self._psk = psk
-        self.reach = discovery_reach()               # how far nodes are asked for
+        self.reach = discovery_reach()               # the range of the search for nodes
         self._discovery = Discovery(psk, Role.CLIENT, driver.instance)
-        # (UDP port, multicast) -> who asks there
+        # (UDP port, multicast) -> the probe there
         self._ears: Dict[Tuple[int, bool], DiscoveryProbe] = {}
 
     def begin(self, port: int, multicast: bool) -> None:
         """Ask for nodes at a UDP port, often at first, then every ping_interval."""
         asker = self._ears.get((port, multicast))
         if asker is None:
-            # Answers come to a port of our own; at the nodes' port those are heard that start
+            # Answers come to an own port; at the nodes' port, this program hears nodes that start
             # later.
             discovery_sockets = DiscoverySockets(self._driver, self.reach, (port, ), (0, port),
                                                  self._hear, multicast)
@@ -12169,8 +12177,8 @@ class Connector:
         self._psk = psk
         self._tls = tls
         self.searches = NodeSearch(driver, psk)
-        self._acceptors: Dict[Tuple[str, int], Acceptor] = {}        # where nodes may dial
-        self._dials: Set[NodeConnection] = set()               # with a dial thread at work
+        self._acceptors: Dict[Tuple[str, int], Acceptor] = {}        # where nodes may connect
+        self._dials: Set[NodeConnection] = set()               # nodes that a thread is dialling
 
     def _on_rejected(self, address: str, text: str) -> None:
         """Note that a node which dialled this program was refused. A gate's thread."""
@@ -12216,7 +12224,7 @@ class Connector:
             if any(where in other.hosts for other in clusters):
                 continue
             gate = self._acceptors.pop(where, None)
-            if gate is not None:   # else its port was taken
+            if gate is not None:   # otherwise its port was in use
                 self._driver.remove_reader(gate.socket)
                 gate.server_close()
 
@@ -12225,7 +12233,7 @@ class Connector:
         for peer in self._nodes.by_key.values():
             when = peer.dialling.due
             if when is not None and when <= self._driver.now and peer.state in _MAY_DIAL:
-                # Each takes a thread and a descriptor; those that end make place for others
+                # Each one needs a thread and a descriptor; those that end make room for others
                 if len(self._dials) < DIALS_MOST:
                     self._dial(peer)
             elif when is not None:
@@ -12294,7 +12302,7 @@ class Connector:
             self._second_reached(event)
             return
         self._dials.discard(peer)
-        self._driver.soon()   # others may wait to be dialled
+        self._driver.soon()   # others may be waiting to be dialled
         peer.dialling.ended()
         self._tried(peer, 0.0)
         if peer.state is not NodeState.DIALLING:
@@ -12302,12 +12310,12 @@ class Connector:
             return
         instance = event.session.peer_instance
         twin = self._nodes.twin_of(peer, instance)
-        if twin is not None:   # one node by two names or addresses: one link is enough
+        if twin is not None:   # it is one node with two names or addresses: one link is enough
             event.sock.close()
             self._keep_twin(peer, twin)
             return
         elder = self._elder_of(peer, instance)
-        if elder is not None:   # one node by two names: its jobs are known by the other
+        if elder is not None:   # it is one node with two names: its jobs belong to the other one
             self._merge_into_elder(peer, elder)
             peer = elder
         self._connected(peer, self._link_of(event))
@@ -12328,9 +12336,9 @@ class Connector:
             if not known or not twin.name:
                 continue
             if self._clusters[comp].cargo is None:
-                # It may look for something by this name.
+                # Other code may look for it by this name.
                 self._clusters[comp].node_connected(twin)
-        # It has dialled us; when that ends, we dial it
+        # It has dialled this program; when that link ends, this program dials it
         if peer.listed and not twin.port and not twin.embedded:
             peer.move('fail')
             peer.reason = 'it has connected by itself'
@@ -12373,7 +12381,7 @@ class Connector:
         peer.linked_at = self._driver.now
         self._driver.attach(peer.link)
         self._nodes.by_link[peer.link.number] = peer
-        # It is about to tell what it holds
+        # It is about to report its jobs
         lasts = PULSES_LOST * self._driver.access.pulse
         self._tried(peer, lasts)
         policy = self._driver.policy
@@ -12384,7 +12392,7 @@ class Connector:
         """Take a node that has dialled."""
         instance = event.session.peer_instance
         for other in self._nodes.linked_to(instance):
-            if other.port or other.embedded:   # we have dialled it
+            if other.port or other.embedded:   # this program has dialled it
                 self._send_away(event)
                 return
             text = 'the node has connected again'
@@ -12411,7 +12419,7 @@ class Connector:
             if other.key in self._driver.schedule.nodes:
                 return other
         there = self._nodes.dialling_from(address)
-        # Of several behind one address it may be another
+        # It may be another one of several behind one address
         if len(there) == 1:
             if there[0].link is None:
                 if not there[0].embedded:
@@ -12446,7 +12454,7 @@ class Connector:
             peer.replacing = True
             self._driver.break_link(old, 'a new connection was made')
             peer.replacing = False
-        if not self._nodes.has(peer):   # nobody wants it any more
+        if not self._nodes.has(peer):   # no cluster needs it any more
             event.sock.close()
             return
         peer.move('dial')
@@ -12520,7 +12528,8 @@ class Connector:
                     line: str = '', failing: Failing = Failing.OTHERWISE) -> None:
         """Log why a node cannot be reached, once for each reason, in the given line if there is
         one, and try again later."""
-        # One that closes at once refuses this address for a while, for the reason that was told
+        # A peer that closes at once refuses this address for a while, for the reason that was
+        # logged
         if failing is not Failing.CLOSED or not peer.told:
             self._tell_not_reached(peer, text, line, failing)
         peer.dialling.again(self._driver.now, lived, self._driver.access.pulse)
@@ -12561,7 +12570,7 @@ class Connector:
         for gate in self._acceptors.values():
             gate.server_close()
         self.searches.close()
-        # Also those that no cluster uses any more
+        # This includes nodes that no cluster uses any more
         for peer in {*self._dials, *self._nodes.by_key.values()}:
             peer.dialling.abort(peer.embedded)
             peer.second.abort()
@@ -12639,7 +12648,7 @@ class NodeSelection:
         """Use the embedded node of this program, for all clusters of this driver."""
         if self.probes.pop(comp, None) is not None:
             if any(peer.uses[comp].offered for peer in self._nodes.of(comp)):
-                return   # a dispynode has answered meanwhile
+                return   # a dispynode has answered in the meantime
             logger.info(
                 'no dispynode answers, so that one is started on this machine for this program '
                 '(nodes=%r does that without a search)',
@@ -12647,7 +12656,7 @@ class NodeSelection:
         node_connection = NodeConnection('127.0.0.1', 0, self._driver.access.redial, True, True)
         peer = self._nodes.by_key.setdefault(LOCAL, node_connection)
         most = self._clusters[comp].cpus_in_all()
-        if comp not in peer.uses and most is not None:   # also if the machine has fewer CPUs
+        if comp not in peer.uses and most is not None:   # even if the machine has fewer CPUs
             node_spec = NodeSpec('127.0.0.1', 0)
             peer.uses[comp] = NodeAssignment(node_spec)
             peer.uses[comp].allocation = Allocation(most, b'', [], {})
@@ -12690,7 +12699,7 @@ class NodeSelection:
         del self._nodes.by_link[link.number]
         peer.count_link()
         peer.link = None
-        for comp, serials in self._driver.jobs.outgoing.drop(peer):   # it never left
+        for comp, serials in self._driver.jobs.outgoing.drop(peer):   # they were never sent
             event = NodeReturned(peer.key, comp, serials)
             self._driver.decide(event)
         for use in peer.uses.values():
@@ -12699,7 +12708,7 @@ class NodeSelection:
             use.then = ''
             use.acks.clear()
         for (_, what), future in peer.answers.items():
-            # A scheduler is asked once more
+            # A scheduler is asked again
             if what.startswith('call '):
                 kind: Type[Exception] = ConnectionError
             else:
@@ -12782,8 +12791,8 @@ class NodeSelection:
             use.move('close')
             use.reason = 'closed by the program'
         elif use.state is not AssignmentState.CLOSED:
-            # To be set up anew; the node says 'closing' until its cleanup has run, and is asked
-            # again
+            # It is to be set up again; the node answers 'closing' until its cleanup has run, and is
+            # asked again
             use.move('lost')
             self._driver.setup.set_up(peer, comp)
         self._driver.policy.node_freed(peer)
@@ -12899,12 +12908,12 @@ class ComputationSetup:
         if peer.restarted and not peer.whole:
             self._doubt(peer, kept)
         peer.restarted = False
-        # What it has from before comes first, also if it is busy now
+        # What it still has is asked for first, even if it is busy now
         for comp in {**dict.fromkeys(kept), **dict.fromkeys(sent)}:
             if comp in self._clusters and (kept.get(comp) or comp in sent):
                 self._driver.say_to(peer, Reclaim(comp, self._clusters[comp].key))
             elif self._driver.is_over(comp):
-                # It ended while the node could not be told
+                # The computation ended while the node could not be told
                 self._driver.say_to(peer, Done(comp))
         # Recoveries first
         for comp, cluster in sorted(self._clusters.items(),
@@ -12924,7 +12933,7 @@ class ComputationSetup:
             spec = cluster.spec_of(peer)
             if spec is None:
                 self._nodes.misfits.add(comp, peer.instance, str(peer))
-                # At its address might have been one that is meant, but it has another name
+                # A node at this address could have matched, but this one has another name
                 del peer.uses[comp]
                 return
             use.spec = spec
@@ -12964,7 +12973,7 @@ class ComputationSetup:
             return
         if use.state not in _MAY_OFFER:
             return
-        if cluster.cargo is None:   # it only looks
+        if cluster.cargo is None:   # it only observes
             cluster.node_connected(peer)
             return
         if use.spec.allocator is not None and use.allocation is None:
@@ -12994,7 +13003,7 @@ class ComputationSetup:
         use.unloadable = False
         self._check_unloadable(comp)
         self._driver.selection.probes.pop(comp, None)
-        # Whose claims on the node's CPUs it shares
+        # The client with which it shares claims to the node's CPUs
         out = out_of_band(spec['code'])
         setup_args = out_of_band(spec['setup_args'])
         spec.update(code=out, setup_args=setup_args, client=cluster.client,
@@ -13049,7 +13058,7 @@ class ComputationSetup:
             return True
         if use.wanted is not None:
             return True
-        # The node has said why it offers none, and offers them when it does again
+        # The node has said why it offers no CPUs, and sends CpusChanged when it offers some again
         if not peer.offered:
             if use.state is AssignmentState.REFUSED and use.reason:
                 return False
@@ -13070,7 +13079,7 @@ class ComputationSetup:
         sock = peer.link.sock
         try:
             here = peer.embedded or sock.getsockname()[0] == sock.getpeername()[0]
-        except OSError:   # the link is breaking, and nothing will go along it
+        except OSError:   # the link is breaking, and nothing will be sent on it
             here = False
         if not here:
             return {}
@@ -13101,7 +13110,7 @@ class ComputationSetup:
     def allocated(self, comp: str, peer: NodeConnection, link: Link, allocation: Allocation,
                   error: str) -> None:
         """Take the decision of the user's allocator."""
-        # Closed or lost meanwhile
+        # It was closed or lost in the meantime
         if comp not in self._clusters:
             return
         if peer.link is not link:
@@ -13151,10 +13160,10 @@ class ComputationSetup:
             return
         if not use.offered:
             return
-        # Its runner has died later: a new one may live
+        # Its runner has died later: a new one may survive
         was_ready = use.state is AssignmentState.READY
         if peer.link is not None:
-            peer.link.abandon(comp)   # nobody takes it there
+            peer.link.abandon(comp)   # nobody receives it there
         if was_ready:
             self._driver.tell_all(DispyNode.Closed, peer, [comp])
             doubt = NodeDoubted(peer.key, str(peer), Evidence.REFUSAL, message.text, peer.kind,
@@ -13239,7 +13248,7 @@ class ComputationSetup:
         available = peer.facts.get('available', {})
         if any(value is not None for value in available.values()):
             self._driver.tell_all(DispyNode.AvailInfo, peer, [comp])
-        limit = self._driver.selection.tell_limit(peer, comp)   # before the first job
+        limit = self._driver.selection.tell_limit(peer, comp)   # this is sent before the first job
         ready = NodeReady(peer.key, comp, limit, message.held, str(peer), peer.offered,
                           peer.trip, AttemptHistory.of(message.past), peer.whole,
                           stock_of(peer.facts))
@@ -13257,7 +13266,7 @@ class FileTransfers:
         self._nodes = driver.nodes
         self._clusters = driver.clusters
         self.incoming: Dict[Tuple[int, str], FileReceiver] = {}   # (link, computation) -> receiver
-        self.backlog = SpoolSender(driver.links)         # what goes to nodes
+        self.backlog = SpoolSender(driver.links)         # files that are being sent to nodes
 
     def on_need(self, peer: NodeConnection, message: Need) -> None:
         """Send the files that a node asks for."""
@@ -13294,7 +13303,7 @@ class FileTransfers:
     def _send_value(self, peer: NodeConnection, cluster: NodeUser, key: int, row: tuple) -> None:
         """Send a value that jobs need and the node lacks."""
         source = cluster.value_source(row[2])
-        if source is None:   # and its jobs have ended
+        if source is None:   # the computation and its jobs have ended
             text = 'the program does not have it any more'
             purpose = int(Purpose.VALUES)
             message = FileStored(cluster.comp, purpose, key, row[0], text)
@@ -13315,7 +13324,7 @@ class FileTransfers:
                 peer = self._nodes.by_link[link.number]
                 message = 'it cannot be read: %s' % text
                 self._driver.queries.answer(peer, (comp, name), message)
-            elif purpose in ASKED_FOR:   # the node waits for it in vain
+            elif purpose in ASKED_FOR:   # the node would wait for it in vain
                 self._driver.break_link(link, 'a file of the computation cannot be read: %s' % text)
 
     def on_file_piece(self, peer: NodeConnection, message: FilePiece) -> None:
@@ -13374,7 +13383,7 @@ class HeldFiles:
     counts - the attempt is that of its job
     names - those files that are complete and not yet at their destinations, in order
     """
-    forwards = False    # to where they belong, which takes its time
+    forwards = False    # files are sent on, which takes time
 
     def __init__(self, directory: str, root: str, where: str = 'on the client: ') -> None:
         """The destinations are below `root`; `where` is as in FileReceiver."""
@@ -13388,7 +13397,7 @@ class HeldFiles:
 
     def take(self, message: FilePiece) -> Optional[FileStored]:
         """Take a piece. Returns the answer when its file is complete or cannot be stored."""
-        with contextlib.suppress(OSError):   # the receiver tells why it has no place
+        with contextlib.suppress(OSError):   # the receiver reports why there is no room
             os.makedirs(self.directory, mode=0o700, exist_ok=True)
         stored = self._receiver.take(message)
         if stored is None or stored.error:
@@ -13861,7 +13870,7 @@ class Cancellations:
     def __init__(self, driver: 'Driver') -> None:
         self._driver = driver
         self._clusters = driver.clusters
-        # Jobs to be cancelled if they have not begun
+        # Jobs that are to be cancelled if they have not begun
         self.withdrawals: Dict[Any, 'concurrent.futures.Future[bool]'] = {}
 
     def cancel(self, job: DispyJob) -> None:
@@ -13884,7 +13893,7 @@ class Cancellations:
         known = self._driver.schedule.comps.get(comp)
         if known is not None:
             but_first = but_first and not known.remote
-            if but_first:   # also if they have come in this turn
+            if but_first:   # including jobs of this turn
                 self._driver.flush()
             works = known.not_begun()
             if but_first:
@@ -13972,7 +13981,7 @@ class Recoveries:
         """Tell a node that a computation has ended. Its answer to the question that follows shows
         that it has received this."""
         reclaim = Reclaim(comp, key, False)
-        self._driver.say_to(peer, reclaim)   # which shows the key
+        self._driver.say_to(peer, reclaim)   # it contains the key
         self._driver.say_to(peer, Done(comp))
         message = Reclaim(comp, key, False)
         self._driver.say_to(peer, message)
@@ -13985,7 +13994,7 @@ class Recoveries:
             places = (peer.place, *peer.aliases)
             left = [comp for where, comp in found.taken if where in places and comp not in whole]
             if peer.link is not None and left:
-                peer.replacing = True   # not to be told
+                peer.replacing = True   # this end is not to be logged
                 self._driver.break_link(peer.link, 'the recovery has ended')
         self._driver.forget(found.comp)
 
@@ -13996,7 +14005,7 @@ class Recoveries:
             for peer in recovery.met:
                 if peer.link is not None and whole:
                     self._driver.send(peer.link, Done(comp))
-                # Without Bye: they keep what they have
+                # The link ends without Bye, so that nodes keep what they have
                 elif peer.link is not None:
                     if not any(comp != recovery.comp for comp in peer.uses):
                         self._driver.break_link(peer.link, 'the recovery has ended')
@@ -14087,7 +14096,7 @@ class SchedulerCalls:
         cluster = self._clusters.get(message.comp)
         if cluster is not None:
             cluster.warn(message.text)
-        else:   # it was closed meanwhile
+        else:   # it was closed in the meantime
             logger.warning('%s', message.text)
 
 
@@ -14189,7 +14198,7 @@ class NodeQueries:
         peers = self._nodes.of(comp)
         instances = {peer.instance for peer in peers}
         others = self._nodes.misfits.text(comp, instances)
-        if any(peer.uses[comp].spec.wild for peer in peers):   # some are meant
+        if any(peer.uses[comp].spec.wild for peer in peers):   # some nodes match
             others = ''
         if others:
             message = 'of the nodes that answer, none fits %s. These do answer: %s' % (' or '.join(
@@ -14249,7 +14258,7 @@ class NodeQueries:
                                                     or peer.uses[comp].state.value)
             raise RuntimeError(message)
         if (comp, name) in peer.answers and not name:
-            return peer.answers[comp, name]   # one answer for all who ask
+            return peer.answers[comp, name]   # one answer for all callers
         if (comp, name) in peer.answers:
             raise RuntimeError('node %s is already being sent %s' % (peer, name))
         peer.answers[comp, name] = future
@@ -14309,7 +14318,7 @@ class NodeQueries:
         """End the driver if everything has been sent, and if it is known of all jobs that were
         recalled whether they have begun, for the nodes that have a link. Returns whether it
         ends."""
-        self._driver.flush()   # the end of this turn shall call nothing back
+        self._driver.flush()   # the end of this turn must not recall anything
         for key, node in self._driver.schedule.nodes.items():
             peer = self._nodes.by_key.get(key)
             if peer is None or peer.link is None:
@@ -14324,11 +14333,11 @@ class NodeQueries:
 
 class FailedJob(NamedTuple):
     """A job that has failed, in the form that monitors get."""
-    number: int    # of the failure, from 1
+    number: int    # the number of the failure, from 1
     time: float    # when the job ended, in s since the epoch
     cluster: int
     job: Any       # its id
-    payload: Any   # its packed arguments, or the number of their bytes if these are many
+    payload: Any   # its packed arguments, or their size in bytes if they are large
     status: int
     node: str
     text: str      # the end of its traceback
@@ -14371,11 +14380,11 @@ class FailedJobs:
 
 class EndedJob(NamedTuple):
     """A job that has ended, in the form that monitors get."""
-    number: int                  # of the end, from 1
+    number: int                  # the number of the end, from 1
     cluster: int
     key: int                     # the job's number for monitors
     job: Any                     # its id
-    payload: Any                 # as of FailedJob
+    payload: Any                 # as in FailedJob
     status: int
     attempts: int                # the number of the last one
     node: Any                    # the key of the node where it was, or None
@@ -14387,7 +14396,7 @@ class EndedJob(NamedTuple):
     stdout: Any                  # the end of what it has printed: bytes or text
     stderr: Any
     text: str                    # why it failed
-    lost_with: Tuple[str, ...] = ()   # nodes that were lost while it was there
+    lost_with: Tuple[str, ...] = ()   # nodes that were lost while the job was there
 
 
 class EndedJobs:
@@ -14399,7 +14408,7 @@ class EndedJobs:
         self._count = 0
         self._bytes = 0
         self._rows: Deque[EndedJob] = collections.deque()
-        self._sizes: Deque[int] = collections.deque()   # the bytes of each
+        self._sizes: Deque[int] = collections.deque()   # the size of each in bytes
 
     def add(self, row: tuple, stdout: Any, stderr: Any, text: str, lost_with: tuple) -> None:
         """Note a job: `row` has the fields of EndedJob from `cluster` to `ended`; the others may be
@@ -14468,11 +14477,11 @@ class NodeUse(NamedTuple):
     number: int      # of the cluster
     state: str
     reason: str
-    cpus: int        # that it may use there
+    cpus: int        # CPUs that it may use there
     running: int     # jobs that run there
     used: int        # CPUs of these
-    jobs: int        # that have ended there
-    seconds: float   # that they have run
+    jobs: int        # jobs that have ended there
+    seconds: float   # the seconds that they have run
 
 
 def row_of_node(node: 'Union[NodeConnection, NodeInfo]', free: Dict[str, Any],
@@ -14498,14 +14507,14 @@ class JobAtNode(NamedTuple):
     serial: int
     work: Any
     is_running: bool
-    seconds: Optional[float]   # that it has run; None: not known
+    seconds: Optional[float]   # the time that it has run; None: not known
 
 
 class JobSight(NamedTuple):
     """What a node has reported of a running job."""
-    age: float       # s since it was told
-    stacks: str      # of its process; empty if they were not asked for
-    stdout: bytes    # the ends of these
+    age: float       # s since the node reported this
+    stacks: str      # the stacks of its process; empty if they were not requested
+    stdout: bytes    # the end of its output
     stderr: bytes
     error: str       # why nothing is known
 
@@ -14516,7 +14525,7 @@ class FailedAttempt(NamedTuple):
     node: str
     began: float     # these two in s since the epoch
     ended: float
-    text: str        # the last line of what says why
+    text: str        # the last line of the reason
 
 
 class FailedAttempts:
@@ -14558,7 +14567,7 @@ class FailedAttempts:
 class JobLooks:
     """Asks nodes about their running jobs: what they have printed last, and the stacks of their
     processes. The driver's thread uses this class."""
-    APART = 0.5      # s between two questions for a job
+    APART = 0.5      # s between two requests for a job
     KEPT = 200       # answers
     CANNOT = 'its node is not connected, or is of an older release'
 
@@ -14607,13 +14616,13 @@ class Overview:
     """Answers questions of monitors about the nodes of a driver and the jobs that were sent to
     them. The answers are plain values. Their cost grows with the rows and with the CPUs of a node,
     never with the number of jobs. The driver's thread uses this class."""
-    JOBS_APART = 1.0   # s between two questions to a node for the jobs that run there
+    JOBS_APART = 1.0   # s between two requests to a node for its running jobs
 
     def __init__(self, driver: 'Driver') -> None:
         self._driver = driver
         # (node, computation) -> when the node was asked
         self._asked: Dict[Tuple[Any, str], float] = {}
-        # -> when it answered, and what
+        # The same -> when it answered, and the answer
         self._reports: Dict[Tuple[Any, str], Tuple[float, Report]] = {}
         self.looks = JobLooks(driver)
         self.attempts = FailedAttempts()
@@ -14818,7 +14827,7 @@ class LostNodes:
             if not lost and not peer.wrong:
                 peer.dialling.due = driver.now
             peer.wrong = False
-        else:   # it dials us
+        else:   # it dials this program
             peer.reason = reason
             logger.warning('%s', line)
             if lost:
@@ -14847,11 +14856,11 @@ class LostNodes:
     def _tell_stall(peer: NodeConnection, stall: str, text: str) -> str:
         """Log why a link ended on which full packets have not arrived, while short ones did."""
         text += ': ' + STALLS[stall]
-        # One that connects by itself says how long packets may be
+        # A node that connects by itself tells the size of packets
         if peer.port and not peer.segment:
             peer.segment = SEGMENT
             text += '. From now on packets to and from there carry at most %d bytes' % SEGMENT
-            if peer.replacing:   # nothing else is said
+            if peer.replacing:   # there is nothing else to log
                 logger.warning('node %s: %s', peer, text)
         return text
 
@@ -14859,7 +14868,7 @@ class LostNodes:
         """Return until when the jobs on a node are not lost. They are not lost before an attempt to
         make a new connection has failed."""
         if peer.scheduler:
-            return math.inf   # it keeps what it has on disk
+            return math.inf   # the node keeps its results on the disk
         until = link.heard + PULSES_LOST * link.pulse
         if peer.port and (peer.second.busy or not peer.second.has_failed(link.heard)):
             until = max(until, self._driver.now + PULSES_SILENT * link.pulse)
@@ -14873,7 +14882,7 @@ class LostNodes:
             peer.lost_at = None
 
 
-LOGGED_ITEMS = 8     # of a list, in a line of the log at DEBUG
+LOGGED_ITEMS = 8     # items of a list that a line of the log at DEBUG shows
 
 
 def logged(value: Any) -> str:
@@ -15503,7 +15512,7 @@ class Drivers:
         """Note that a cluster needs a driver no longer; the last cluster ends the driver. Any
         thread but the driver's."""
         with _lock:
-            if driver not in self._users:   # this process is a fork of its own
+            if driver not in self._users:   # this process is a fork
                 return
             self._users[driver] -= 1
             if self._users[driver]:
@@ -15551,14 +15560,14 @@ _ERRORS: Dict[str, Type[Exception]] = {
 }
 _MAY_DIAL = frozenset((NodeState.FOUND, NodeState.UNREACHED, NodeState.LOST))
 _MAY_OFFER = frozenset((AssignmentState.WAITING, AssignmentState.ASKING, AssignmentState.REFUSED))
-# Options of a job that its node has to know
+# Options of a job that its node must know
 OF_JOBS = ('cpus', 'timeout', 'memory', 'priority', 'values', 'resources')
 _OF_JOBS_THERE = (*OF_JOBS, 'retries', 'node')   # and a scheduler
 # Guards the table of drivers, the making of jobs' events, cloudpickle's registry
 _lock = threading.Lock()
 drivers = Drivers()
 _clusters: 'weakref.WeakSet[JobCluster]' = weakref.WeakSet()   # those that are open
-_told_of_many: Set[Tuple[str, str]] = set()   # functions of which several clusters were open
+_told_of_many: Set[Tuple[str, str]] = set()   # functions that had several open clusters
 _instance = os.urandom(16)    # this process to nodes
 _trails_looked_at = False     # for old ones
 
@@ -15584,14 +15593,14 @@ def _user_name() -> str:
     import getpass
     try:
         return getpass.getuser()
-    except (KeyError, OSError):   # no entry for this number, as in some containers
+    except (KeyError, OSError):   # no entry for this user, as in some containers
         return 'unknown'
 
 
 def own_python() -> str:
     """Return the program that runs Python code for this one. Raises StartError in a frozen program,
     whose `sys.executable` is itself: it would start itself again, and each copy once more."""
-    spawn: Any = sys.modules.get('multiprocessing.spawn')   # where set_executable() keeps it
+    spawn: Any = sys.modules.get('multiprocessing.spawn')   # where set_executable() stores it
     if spawn is not None:
         python = os.fsdecode(spawn.get_executable() or '')
     else:
@@ -15628,9 +15637,9 @@ def _start_embedded(peer: NodeConnection) -> Tuple['subprocess.Popen[bytes]', in
         '--dest-path-prefix', prefix
     ]
     variables = dict(os.environ)
-    variables.pop('DISPY_SECRET', None)   # it has a secret of its own
+    variables.pop('DISPY_SECRET', None)   # the node has a secret of its own
     with process_start_lock:
-        # Ctrl-C is ours
+        # Ctrl-C is for this program only
         create_new_process_group = getattr(subprocess, 'CREATE_NEW_PROCESS_GROUP', 0)
         process = peer.process = subprocess.Popen(command,
                                                   stdin=subprocess.PIPE,
@@ -16114,7 +16123,7 @@ class UserCallbacks:
                 self.driver.tell_later(call, DispyNode.Closed, node, None)
             self.driver.tell_later(told.set)
         self.driver.ask(tell)
-        if not is_teller:   # otherwise it would wait for itself
+        if not is_teller:   # it must not wait for itself
             in_slices(told.wait, GRACE)
 
     def call_back(self, job: Any) -> None:
@@ -16122,7 +16131,7 @@ class UserCallbacks:
         try:
             self._call_job_status(job)
         except BaseException as exc:
-            # The user's callback, sys.exit in it too; others are called all the same
+            # The user's callback may raise anything, even SystemExit; the others must be called
             self._report(job, exc)
         finally:
             self._book.settle(1)
@@ -16132,7 +16141,7 @@ class UserCallbacks:
         try:
             self._call_job_status(job)
         except Exception as exc:
-            # The user's callback; later results are shown all the same
+            # The user's callback may raise anything; later results must be shown
             self._report(job, exc)
 
     def _call_job_status(self, job: DispyJob) -> None:
@@ -16170,7 +16179,7 @@ class LiveOutput:
         self._name = name
         self._cargo = cargo
         self._shown: Dict[DispyJob, List[int]] = {}   # bytes of stdout and stderr that were shown
-        self._told_of_files = False                   # that jobs leave behind
+        self._told_of_files = False   # whether it was logged that jobs leave files behind
 
     def add_monitor(self, monitor: Monitor) -> None:
         """Tell a monitor of jobs from now on. It gets what jobs print only from nodes that are set
@@ -16259,7 +16268,7 @@ class LiveOutput:
                     '%s: job %r has left a file in its directory: %s. What a program leaves '
                     'there does not come back, and is removed when the cluster is closed. %s',
                     self._name, job.id, text, remedy)
-        except Exception:  # a handler of the user's; the link is not to blame
+        except Exception:  # a handler of the user's; the link has not caused this
             logger.exception('a handler of logging has failed')
 
 
@@ -16625,7 +16634,7 @@ class StatusReport:
             try:
                 found = self._nodes.rows()
             except RuntimeError:
-                if not self._book.closed:   # otherwise it was closed meanwhile
+                if not self._book.closed:   # otherwise it was closed in the meantime
                     raise
         nodes: List[DispyNode] = []
         seen = set()
@@ -16654,7 +16663,7 @@ class StatusReport:
             return 'open'
         try:
             return self._nodes.in_words(self.status)
-        except RuntimeError:   # it has been closed meanwhile, or the driver has failed
+        except RuntimeError:   # the cluster was closed in the meantime, or the driver has failed
             return 'closed'
         except concurrent.futures.TimeoutError:   # the driver does not answer
             return 'open'
@@ -16667,7 +16676,7 @@ class StatusReport:
                     self._name, self._book.by_state())
             return 'it waits for a node. ' + self._nodes.explain_no_nodes()
         except (RuntimeError, concurrent.futures.TimeoutError):
-            # The cluster is closed meanwhile, or nobody answers
+            # The cluster was closed in the meantime, or nobody answers
             return 'it waits'
 
 
@@ -16721,7 +16730,7 @@ class JobTakeover:
         job.state = JobState.CREATED
         job.status = DispyJob.Created
         options = dict(job.options or {})
-        options.pop('node', None)   # it may be gone
+        options.pop('node', None)   # the node may be gone
         job.options = options or None
         self._book.answer_for(job)
 
@@ -16883,7 +16892,7 @@ class ProgramSeconds(SecondsOfUser):
     """Second attempts of the jobs of a cluster of this program. The driver's thread."""
 
     def __init__(self, cluster: 'ProgramCluster') -> None:
-        # The cluster has this, and is to be freed without the garbage collector
+        # The cluster refers to this object, and is to be freed without the garbage collector
         self._cluster: 'ProgramCluster' = weakref.proxy(cluster)
 
     def send(self, peer: NodeConnection, seconds: Sequence[SecondAttempt]) -> None:
@@ -17428,7 +17437,7 @@ def has_exception(row: tuple) -> bool:
 class OldNames:
     """Names of dispy 4 that are accepted and have no effect any more. Each is logged once in a
     process, at INFO."""
-    INSTEAD = {   # what takes its place
+    INSTEAD = {   # what replaces it
         'port': 'this program needs no port of its own',
         'client_port': 'this program needs no port of its own',
         'poll_interval': 'nodes send results at once',
@@ -17485,7 +17494,7 @@ vars(config).update(DispyPort=NODE_PORT - 1,
                     MsgTimeout=10,
                     MaxFileSize=0)
 _dispy_version = __version__
-# Old scripts start dispynode.py from there
+# Old scripts start dispynode.py from this directory
 __path__ = [os.path.dirname(os.path.abspath(__file__))]
 OldModules.install()
 
@@ -17697,7 +17706,7 @@ class JobCluster(OldCluster):
     cluster is a context manager, which calls `close` at the end.
     """
 
-    _is_shared = False    # its nodes are a scheduler's
+    _is_shared = False    # whether its nodes are a scheduler's
     _core: ProgramCluster
     __class_getitem__ = classmethod(of_kind)
 
@@ -17865,7 +17874,8 @@ class JobCluster(OldCluster):
                 def cancel() -> None:
                     for job in jobs:
                         driver.cancels.cancel(job)
-                with contextlib.suppress(RuntimeError):   # it has ended, and its jobs with it
+                # The driver has ended, together with its jobs
+                with contextlib.suppress(RuntimeError):
                     driver.ask(cancel)
 
     def as_completed(self, jobs: Iterable[DispyJob], timeout: Optional[float] = None,
@@ -17918,7 +17928,8 @@ class JobCluster(OldCluster):
         does. The cluster accepts other jobs afterwards. Returns the number of jobs. Any thread."""
         driver = self._core.driver
         jobs = self.jobs()
-        jobs.reverse()   # none begins instead of one that was cancelled before it
+        # The last ones first, so that none of them begins instead of a cancelled one
+        jobs.reverse()
         for at in range(0, len(jobs), CANCELS_MOST):
             some = jobs[at:at + CANCELS_MOST]
             driver.ask(functools.partial(driver.cancels.cancel_some, some))
@@ -18237,7 +18248,7 @@ class SharedOptions(NamedTuple):
     """The checked parameters that only a SharedJobCluster has."""
     scheduler: NodeSpec
     exclusive: bool
-    any_node: bool      # of the scheduler's nodes all may be used
+    any_node: bool      # all of the scheduler's nodes may be used
 
 
 class SchedulerCommands(NodeCommands):
@@ -18347,7 +18358,7 @@ class SchedulerCommands(NodeCommands):
     def why_unloadable(self) -> str:
         """Return why no node can load the code of the computation; the text is empty if one may."""
         if self._is_connected():
-            # It has gone meanwhile
+            # It has ended in the meantime
             with contextlib.suppress(RuntimeError, concurrent.futures.TimeoutError):
                 return self._call('why_unloadable')  # type: ignore[no-any-return]
         return ''
@@ -18356,7 +18367,7 @@ class SchedulerCommands(NodeCommands):
         """Return a text which says what was tried to reach nodes, what came of it, and what to do.
         """
         if self._is_connected():
-            # It has gone meanwhile
+            # It has ended in the meantime
             with contextlib.suppress(RuntimeError, concurrent.futures.TimeoutError):
                 return self._call('complaint')  # type: ignore[no-any-return]
         return self._ask_here('complaint')  # type: ignore[no-any-return]
@@ -18415,7 +18426,7 @@ class SharedProgramCluster(ProgramCluster):
         else:
             nodes = self.nodes.plain(self.specs)
         self.specs = [shared.scheduler]
-        # Whether another process may carry on with the jobs
+        # Whether another process may continue with the jobs
         self.tell_scheduler(nodes, options.recover_file is not None)
 
     def tell_scheduler(self, nodes: Optional[List[tuple]], recovers: bool) -> None:
@@ -18567,8 +18578,8 @@ class NodeScan(NodeUser):
         began = time.monotonic()
         wild = any(spec.wild for spec in self.specs)
         while True:
-            # What is not known yet is looked for in the same turn: otherwise an answer could come
-            # between the two.
+            # Unknown nodes are looked for in the same turn: otherwise an answer could come in
+            # between.
             found = self.driver.ask(self._found)
             passed = time.monotonic() - began
             listens = wild and passed < listen
@@ -18637,7 +18648,7 @@ class Progress:
 
     def _make_bar(self, total: Optional[int]) -> Any:
         """Return a bar of tqdm, or None if tqdm is not installed."""
-        with contextlib.suppress(ImportError):   # it is not asked for, only used
+        with contextlib.suppress(ImportError):   # it is used only if it is installed
             if not self._in_notebook:
                 import tqdm
                 return tqdm.tqdm(total=total, unit='job', file=sys.stderr)
@@ -18784,7 +18795,7 @@ def plain_number(value: Any, whole: bool = False) -> Any:
         return None
     try:
         return float(value)
-    except OverflowError:   # a fraction
+    except OverflowError:   # a number with a fraction
         return None
 
 
@@ -18839,7 +18850,7 @@ def flag_of(name: str, value: Any) -> bool:
     raise TypeError('%s=%.80r is neither True nor False' % (name, value))
 
 
-# What a resource may not be called, and how that is asked for instead
+# Names that a resource may not have, and how to request these instead
 _OTHER_NAMES = {'cpu': 'dispy_cpus', 'cpus': 'dispy_cpus', MEMORY: 'dispy_memory'}
 
 
@@ -19020,7 +19031,7 @@ class DispyFuture(concurrent.futures.Future):  # type: ignore[type-arg]
 def withdraw_all(driver: Driver, jobs: Sequence[Any]) -> None:
     """Cancel those of the jobs that have not begun, without waiting for the answers. Any thread but
     the driver's."""
-    with contextlib.suppress(RuntimeError):   # the driver has ended, and its jobs with it
+    with contextlib.suppress(RuntimeError):   # the driver has ended, together with its jobs
         driver.ask(lambda: driver.cancels.withdraw_all(jobs))
 
 
@@ -19036,7 +19047,7 @@ def withdraw(driver: Driver, job: DispyJob) -> bool:
             return future.result(WITHDRAW_TIME)  # type: ignore[no-any-return]
         except concurrent.futures.TimeoutError:
             return driver.ask(lambda: driver.cancels.keep(job))  # type: ignore[no-any-return]
-    except RuntimeError:   # the driver has ended meanwhile, and its jobs with it
+    except RuntimeError:   # the driver has ended in the meantime, together with its jobs
         return job.status == DispyJob.Cancelled
 
 
@@ -19045,7 +19056,8 @@ def _show_printed(job: DispyJob) -> None:
     printed it."""
     for text, stream in ((job.stdout, sys.stdout), (job.stderr, sys.stderr)):
         if text and stream is not None:
-            with contextlib.suppress(OSError, ValueError):   # closed, or it lacks these characters
+            # The stream is closed, or cannot encode these characters
+            with contextlib.suppress(OSError, ValueError):
                 stream.write(str(text))
                 stream.flush()
 
@@ -19079,7 +19091,7 @@ class _ExecutorClusters:
         self._clusters = [self.cluster]    # that are open
         self._closed = False
         self._end = weakref.finalize(self, _close_later, self._clusters)
-        self._end.atexit = False           # the end of the program sees to clusters itself
+        self._end.atexit = False           # the end of the program handles clusters itself
 
     def current(self) -> JobCluster:
         """Return the cluster for a new call. Raises RuntimeError or BrokenProcessPool."""
@@ -19139,7 +19151,7 @@ def _close_later(clusters: Sequence[JobCluster]) -> None:
     def close() -> None:
         for cluster in clusters:
             cluster.close()
-    with contextlib.suppress(RuntimeError):   # the interpreter ends, and its clusters with it
+    with contextlib.suppress(RuntimeError):   # the interpreter ends, together with its clusters
         thread = threading.Thread(target=close, name='dispy-shutdown', daemon=True)
         thread.start()
 
@@ -19235,7 +19247,7 @@ class DispyExecutor(concurrent.futures.Executor):
             options = submitter.with_defaults(self._options)
             submitter.enter(next_number, args, kwargs, options, payload, future)
         except RuntimeError as exc:
-            if cluster is not self._pool.cluster:   # it has been replaced meanwhile
+            if cluster is not self._pool.cluster:   # the cluster was replaced in the meantime
                 return self.submit(fn, *args, **kwargs)
             raise RuntimeError('cannot schedule new futures after shutdown: %s' % exc) from None
         return future
@@ -19274,7 +19286,7 @@ class DispyExecutor(concurrent.futures.Executor):
         first = itertools.islice(inputs, buffersize)
         futures = collections.deque(self.submit(call, *args) for args in first)
         more = None
-        if buffersize is not None:   # what is not asked for shall not keep the executor
+        if buffersize is not None:   # the generator must not keep the executor alive
             more = functools.partial(_submit_next, weakref.ref(self), call, inputs)
         results = _results_of(futures, until, more)
         if chunksize == 1:
@@ -19420,11 +19432,11 @@ def _wait_for_executors() -> None:
             logger.warning('%s: the program is ending and does not wait for its calls any more',
                            core.name)
             return
-        except RuntimeError as exc:   # it was closed, or its driver has failed
+        except RuntimeError as exc:   # the cluster was closed, or its driver has failed
             logger.debug('%s: %s', core.name, exc)
 
 
-# Before other exit handlers, which may not submit calls any more
+# This runs before other exit handlers, which may not submit calls any more
 if hasattr(threading, '_register_atexit'):
     with contextlib.suppress(RuntimeError):   # it ends already
         threading._register_atexit(_wait_for_executors)
@@ -19435,7 +19447,8 @@ class JoblibCall:
     __slots__ = ('parallel', 'job', '_callback', '_error', '_backend')
 
     def __init__(self, backend: Any, callback: Optional[Callable[[Any], Any]]) -> None:
-        self.parallel = getattr(callback, 'parallel', None)   # the Parallel that it belongs to
+        # The instance of Parallel to which it belongs
+        self.parallel = getattr(callback, 'parallel', None)
         self.job: Optional[DispyJob] = None
         self._backend = backend
         self._callback = callback
@@ -19501,7 +19514,7 @@ class JoblibClusters:
     def __init__(self) -> None:
         self._lock = threading.RLock()   # guards those below; held while a cluster is made
         self._kept: List[_KeptCluster] = []
-        self._asked: List[Tuple[Any, float, int]] = []   # nodes, when they were asked, CPUs
+        self._asked: List[Tuple[Any, float, int]] = []   # options, when the nodes were asked, CPUs
         self._timer: Optional[threading.Timer] = None
 
     def take(self, user: Any, options: dict, make: Callable[[], JobCluster]) -> JobCluster:
@@ -19622,7 +19635,7 @@ class JoblibClusters:
 
 
 joblib_clusters = JoblibClusters()
-# What Parallel gives to all backends, and what is of joblib's own
+# Keywords that Parallel passes to all backends, and those of joblib's own
 _OF_JOBLIB = frozenset(('max_nbytes', 'temp_folder', 'mmap_mode', 'prefer', 'require', 'verbose',
                         'context', 'idle_worker_timeout'))
 JOBLIB_START = 30.0    # s that a call of joblib waits for its first node
@@ -19641,7 +19654,7 @@ class JoblibRun:
         self.options = options
         self._lock = threading.Lock()    # guards those below
         self._cluster: Optional[JobCluster] = None
-        self._most = sys.maxsize         # jobs under way
+        self._most = sys.maxsize         # limit of submitted jobs
         self._calls: Set[JoblibCall] = set()
         self._waiting: Deque[Tuple[JoblibCall, Callable[..., Any]]] = collections.deque()
 
@@ -19655,7 +19668,7 @@ class JoblibRun:
             options['setup'] = functools.partial(set_numerical_threads, variables)
         digits = os.urandom(8).hex()
         start = functools.partial(run_batch, digits, initializer, tuple(initargs))
-        # What people are told of it
+        # The name for people
         start.__name__ = 'calls of joblib'  # type: ignore[attr-defined]
         if 'scheduler_host' in options:
             kind: Any = SharedJobCluster
@@ -19680,7 +19693,7 @@ class JoblibRun:
         nodes = core_of(cluster).nodes
         cpus = 0
         for row in nodes.rows():
-            # As many processes as are asked for
+            # As many processes as were requested
             if row.key == LOCAL:
                 if n_jobs > row.offered:
                     nodes.ask('set_cpus', row.key, n_jobs)
@@ -19712,7 +19725,7 @@ class JoblibRun:
         try:
             call.job = self._cluster.submit_job_id(call, function)  # type: ignore[union-attr]
         except Exception as exc:
-            # Of the user's objects, which cannot be pickled; or the cluster has been closed
+            # The user's objects cannot be pickled, or the cluster was closed
             error: Exception = exc
             core = core_of(self._cluster)
             if not core.closed:
@@ -19745,7 +19758,7 @@ class JoblibRun:
             if job is None:
                 continue
             if job.status not in ENDED:
-                # The cluster has ended, and its jobs with it
+                # The cluster has ended, together with its jobs
                 with contextlib.suppress(RuntimeError):
                     self._cluster.cancel(job)  # type: ignore[union-attr]
 
@@ -19833,7 +19846,7 @@ def joblib_backend(parallel: Any) -> Any:
             run = self._get_run()
             return run.submit(JoblibCall(run, callback), func)
 
-        apply_async = submit   # its name before joblib 1.4
+        apply_async = submit   # the name of this method before joblib 1.4
 
         def retrieve_result_callback(self, out: JoblibCall) -> Any:
             """Return what a batch returned. Raises what it raised."""
@@ -19938,7 +19951,7 @@ def _may_stay(core: ProgramCluster) -> bool:
         return False
     try:
         return bool(core.driver.ask(core.left_behind))
-    except Exception as exc:  # of the driver, which has failed or does not answer
+    except Exception as exc:  # the driver has failed or does not answer
         logger.debug('%s: %s', core.name, exc)
         return False
 
@@ -20026,7 +20039,8 @@ def _ended_by_error() -> bool:
     trace = error.__traceback__ or getattr(sys, 'last_traceback', None)
     if trace is None:
         return False
-    # It begins with the frame that has caught the exception; if nobody has, with the first of all.
+    # The traceback begins with the frame that has caught the exception; if it was not caught, with
+    # the outermost frame.
     code = trace.tb_frame.f_code
     globals_ = trace.tb_frame.f_globals
     if globals_.get('__name__') == 'runpy':   # python -m
@@ -20065,7 +20079,7 @@ def last_part_without_extension(path: str) -> str:
     return without_extension(last_part(path))
 
 
-# What follows the number in a replacement string -> what is made of the value
+# What follows the number in a replacement string -> the function that is applied to the value
 FORMS: Dict[str, Callable[[str], str]] = {
     '': str,
     '.': without_extension,
@@ -20079,7 +20093,7 @@ REPLACEMENT = LazyPattern(r'\{(?:(#)|(-?[1-9][0-9]*)?(\.|//|/\.|/)?)\}')
 class Replacement(NamedTuple):
     """A replacement string of a template."""
     is_number: bool                 # {#}: the number of the job
-    which: int                      # of the value, from 1 or from the end; 0: all values
+    which: int                      # the number of the value, from 1 or from the end; 0: all values
     form: Callable[[str], str]
 
     @classmethod
@@ -20162,9 +20176,9 @@ def _in_path(name: str) -> Optional[str]:
 
 class ProgramFile(NamedTuple):
     """Where the program of a command is found."""
-    word: str                   # what a node runs
-    path: Optional[str] = None  # the file that travels; None: the nodes have the program
-    by_python: bool = False     # a node's Python runs the file
+    word: str                   # the word that a node runs
+    path: Optional[str] = None  # the file that is sent; None: the nodes have the program
+    by_python: bool = False     # whether a node's Python runs the file
 
     @classmethod
     def find(cls, word: str) -> 'ProgramFile':
@@ -20201,7 +20215,7 @@ def is_python_script(path: str) -> bool:
     return b'python' in line
 
 
-# What makes one word a line for a shell
+# Characters that make a single word a line for a shell
 SHELL_SIGNS = LazyPattern(r'[\s|&;<>()$`\\"\'*?\[~]')
 FIRST_WORD = LazyPattern(r'\s*([\w./+@%:,-]+)(?=\s|\Z)')
 
@@ -20395,7 +20409,7 @@ class Inputs:
             message = ('-a and --args-file have the arguments of whole jobs: they do not go '
                        'together with %s' % ', '.join((*SOURCE_MARKS, '--arg-file')))
             raise ValueError(message)
-        # Whether standard input is where the arguments come from, for want of anything else
+        # Whether arguments come from standard input because no other source was given
         self.is_stdin = not self.is_old and not self._groups
         if self.is_stdin:
             self._groups.append([self._records('-')])
@@ -20459,10 +20473,10 @@ OLD_HALTS = {'0': 'never', '1': 'soon,fail=1', '2': 'now,fail=1', '-1': 'soon,su
 
 class HaltRule(NamedTuple):
     """The rule for when no more jobs are started."""
-    is_now: bool        # those that run are cancelled
+    is_now: bool        # whether running jobs are cancelled
     why: str            # what is counted: 'fail', 'success' or 'done'
     limit: int
-    is_percent: bool    # of all jobs
+    is_percent: bool    # whether the number is a percentage of all jobs
 
     @classmethod
     def parse(cls, text: str) -> Optional['HaltRule']:
@@ -20523,7 +20537,7 @@ class Ended(NamedTuple):
     seconds: float = 0.0     # how long it ran
     sent: int = 0            # bytes of its files
     status: int = 0          # exit status, or NO_STATUS
-    signal: int = 0          # that has ended it
+    signal: int = 0          # the signal that has ended it
     reason: str = ''         # why it has failed; empty if it has not
     stdout: bytes = b''
     stderr: bytes = b''
@@ -20631,9 +20645,9 @@ class Resume:
 
     def __init__(self, path: str, again: bool) -> None:
         self._path = path
-        self._again = again                # those that failed
+        self._again = again                # whether failed jobs are run again
         self._known = JobLog.read(path)
-        self.changed = ''                  # what is to be said of a log that does not fit
+        self.changed = ''                  # the message about a log that does not match
 
     def skips(self, number: int, command: str) -> bool:
         """Return whether a job is not run. Notes the first job whose command differs now."""
@@ -20657,7 +20671,7 @@ def write_file(path: str, data: bytes) -> None:
 
 
 ESCAPES = {'\\': '\\\\', '/': '\\_', '\t': '\\t', '\n': '\\n', '\0': '\\0'}
-NAME_LONGEST = 200        # bytes of a file's name; file systems take 255
+NAME_LONGEST = 200        # bytes of a file's name; file systems permit 255
 
 
 def as_file_name(value: str) -> str:
@@ -20667,7 +20681,7 @@ def as_file_name(value: str) -> str:
         signs.append(ESCAPES.get(sign, sign))
     name = ''.join(signs)
     if name in ('', '.', '..'):
-        name = '\\' + name   # no argument gives this otherwise
+        name = '\\' + name   # no argument yields this otherwise
     data = os.fsencode(name)
     if len(data) > NAME_LONGEST:
         digest_text = hashlib.sha256(data).hexdigest()
@@ -20870,7 +20884,7 @@ def delimiter_option(text: str) -> bytes:
         decoded = os.fsencode(text).decode('unicode_escape')
         data = decoded.encode('latin-1')
     except UnicodeError:
-        data = os.fsencode(text)   # no escapes, but signs beyond Latin-1
+        data = os.fsencode(text)   # there are no escapes, but characters beyond Latin-1
     if not data:
         raise argparse.ArgumentTypeError('it is empty; -0 has records that end with NUL')
     return data
@@ -20952,7 +20966,7 @@ class OptionParser(argparse.ArgumentParser):
                 self.error('there is no option -%s' % letter)
             value = word[index:]
             if letter == 'd' and not value and not self._is_delimiter(left):
-                yield '--debug'   # dispy 4's meaning
+                yield '--debug'   # the meaning in dispy 4
             elif action.nargs == 0:
                 yield '-' + letter
             else:
@@ -20990,7 +21004,7 @@ that failed, 101 for more than 100, and 255 if the command line is wrong or no n
 such a name is run as ./deploy.'''
 
 
-# Title of a group -> its options: how they are written, and what argparse is told of them
+# Title of a group -> its options: their names, and the arguments for argparse
 OPTIONS: Dict[str, List[Tuple[Tuple[str, ...], Dict[str, Any]]]] = {
     'instead of running a command': [
         (('--list-nodes',), {
@@ -21288,11 +21302,11 @@ class Plan:
 # --------------------------------------------------------------------------------------------------
 
 JOBS_AHEAD = 1000          # jobs that have been read and have not ended
-BYTES_AHEAD = 256 << 20    # the same of the files of jobs, which are in memory
-CPUS_ASKED = 0.5           # s between two looks at how many CPUs there are
+BYTES_AHEAD = 256 << 20    # bytes of the files of these jobs, which are in memory
+CPUS_ASKED = 0.5           # s between two requests for the number of CPUs
 LINE_EVERY = 0.1           # s between two lines with the progress
 OUTPUT_HELD = 1 << 16      # bytes of output that are written at once
-LATE = 1.0                 # s without a job that has ended, after which the line is written anew
+LATE = 1.0                 # s without the end of a job after which the line is written again
 
 
 class Window:
@@ -21300,8 +21314,8 @@ class Window:
 
     def __init__(self, most: Callable[[], int], changes: bool) -> None:
         self._most = most
-        self._changes = changes         # what `most` returns
-        self._is_full = False           # jobs are let in again when a part of them has ended
+        self._changes = changes         # whether the result of `most` changes
+        self._is_full = False           # jobs may start again when a part of them has ended
         self._changed = threading.Condition()
         self.count = 0
         self._bytes = 0
@@ -21357,8 +21371,8 @@ class Terminal:
 
     def __init__(self) -> None:
         self._shows = sys.stderr.isatty()
-        self._line = ''                # that stands there
-        self._next = 0.0               # when another may, by the monotonic clock
+        self._line = ''                # the line that is shown
+        self._next = 0.0               # the monotonic time when another line may be written
         self._held: List[bytes] = []   # of standard output, not written yet
         self._size = 0
 
@@ -21432,7 +21446,7 @@ class Tally:
         self._began = time.monotonic()
         self.total: Optional[int] = None   # if that is known
         self.read = 0
-        self.skipped = 0                   # that an earlier run has done
+        self.skipped = 0                   # the jobs that an earlier run has done
         self.done = 0
         self.failed = 0
         self.last_status = 0           # exit status of the job that ended last
@@ -21541,7 +21555,7 @@ class Feeder:
         self._resume = resume
         self._last = -math.inf                     # when a job was started
         self.skipped = 0                           # jobs that an earlier run has done
-        self.jobs: Dict[int, PendingJob] = {}       # under way
+        self.jobs: Dict[int, PendingJob] = {}       # submitted jobs
         self.order: Deque[int] = collections.deque()   # numbers of jobs, as they were submitted
 
     def start(self) -> None:
@@ -21557,7 +21571,7 @@ class Feeder:
                 inputs = list(inputs)
                 self._events.put(TotalKnown(len(inputs)))
             self._submit_all(inputs)
-        except (OSError, ValueError, RuntimeError) as exc:   # files, and a cluster that has ended
+        except (OSError, ValueError, RuntimeError) as exc:   # by files, or a closed cluster
             error = str(exc)
         self._events.put(InputEnd(error))
 
@@ -21612,7 +21626,7 @@ class Feeder:
             not_submitted = NotSubmitted(number, values, str(exc))
             self._events.put(not_submitted)
         else:
-            job.call_when_ended(self._events.put)   # by way of the callbacks it takes longer
+            job.call_when_ended(self._events.put)   # the callbacks would take longer
 
     def _wait_for_turn(self) -> None:
         delay = self._plan.args.delay
@@ -21640,11 +21654,12 @@ class Shell:
         self._tally = Tally(self._display())
         self._window = Window(self._most, plan.paces)
         self._live = ShownOutput()
-        self._waiting: Dict[int, Ended] = {}   # have ended before an earlier one (--keep-order)
+        # Jobs that have ended before an earlier one (--keep-order)
+        self._waiting: Dict[int, Ended] = {}
         self._input_ended = False
         self._input_failed = False
         self._halted = False
-        self._cpus_known = (0, -math.inf)      # how many, and when that was asked
+        self._cpus_known = (0, -math.inf)      # the number of CPUs, and when it was requested
         self._resume = self._open_resume()
         self._log: Optional[JobLog] = None
         self._files: List[Any] = []
@@ -21739,7 +21754,7 @@ class Shell:
             with self._cluster:
                 self._run()
         except Halted:
-            pass    # by --halt; what it has told decides about the exit status below
+            pass    # because of --halt, which determines the exit status below
         except NoNodes as exc:
             self._terminal.message('dispy: %s' % exc)
             return EXIT_USAGE
@@ -21748,7 +21763,7 @@ class Shell:
             message = 'dispy: interrupted: %d of %d jobs had ended, the others were cancelled' % (
                 done, done + len(self._feeder.jobs))
             self._terminal.message(message)
-            return 130   # as a shell has it: 128 and the signal's number
+            return 130   # as in a shell: 128 and the signal's number
         finally:
             self._close_files()
         self._show_progress(True)
@@ -21801,7 +21816,7 @@ class Shell:
 
     def _on_event(self, event: Any) -> None:
         if isinstance(event, DispyJob):
-            if event.id in self._feeder.jobs:   # an end may be told twice
+            if event.id in self._feeder.jobs:   # an end may be reported twice
                 self._on_ended(self._ended_of(event))
         elif isinstance(event, Printed):
             self._on_printed(event)
@@ -21834,13 +21849,13 @@ class Shell:
                 by_signal = max(-job.result, 0)
         if job.status != JobState.FINISHED or job.result:
             word, where, reason = state_of(job)
-            reason = reason or job.exception or word   # also of one that somebody has cancelled
+            reason = reason or job.exception or word   # including a job that was cancelled
             node = node or where
         seconds = 0.0
         if job.start_time and job.end_time:
             seconds = job.end_time - job.start_time
         begin = job.start_time or job.end_time or 0.0
-        stdout: Any = job.stdout or b''   # of a program they are bytes
+        stdout: Any = job.stdout or b''   # for a program they are bytes
         stderr: Any = job.stderr or b''
         return Ended(job.id, submitted.values, submitted.command, node, address, begin, seconds,
                      submitted.size, status, by_signal, reason, stdout, stderr)
@@ -21928,16 +21943,16 @@ class Shell:
 # --------------------------------------------------------------------------------------------------
 
 STACKS_TIME = 1.0         # s that a daemon may take to write its stacks
-LOG_LINES = 200           # of each log, from its end
-LOG_BYTES = 1 << 16       # that are looked at for these
+LOG_LINES = 200           # lines from the end of each log
+LOG_BYTES = 1 << 16       # bytes that are read for these
 DAEMONS = ('dispynode', 'dispyscheduler', 'dispy_httpd', 'dispy-httpd')
-# Options of daemons whose values are told; of the others only their names are
+# Options of daemons whose values are reported; of the others only the names are
 PLAIN_OPTIONS = frozenset((
     '-c', '--cpus', '-i', '--host', '--ip-addr', '--ext-host', '-p', '--port', '--name',
     '--dest-path-prefix', '--scheduler-host', '-n', '--node', '--node-port', '--log-file',
     '--state-dir', '--max-file-size', '--zombie-interval', '--ping-interval', '--pulse-interval',
     '--httpd', '--msg-timeout', '--serve'))
-# What is left out of texts -> what stands there instead
+# What is removed from texts -> the replacement
 LEFT_OUT = [
     (re.compile(r'(https?://[^/\s]+)/\S*'), r'\1/<left out>'),
     (re.compile(r'(token|secret|password)([=:]\s*)\S+', re.I), r'\1\2<left out>'),
@@ -21959,7 +21974,7 @@ class BugReport:
         try:
             self._lines += map(self.plain, find())
         except Exception as exc:
-            # Whatever is wrong here, the other sections are wanted all the more
+            # Whatever fails here, the other sections are needed
             line = 'it cannot be found: %s: %s' % (type(exc).__name__, exc)
             self._lines.append(self.plain(line))
 
@@ -22056,7 +22071,7 @@ def waits_of(process: int) -> Iterator[str]:
     if not os.path.isdir(root):   # another system
         return
     for thread in sorted(os.listdir(root), key=int):
-        with contextlib.suppress(OSError):   # it has ended meanwhile, or belongs to root
+        with contextlib.suppress(OSError):   # it has ended in the meantime, or belongs to root
             words = []
             for name in ('comm', 'wchan'):
                 path = os.path.join(root, thread, name)
@@ -22091,7 +22106,7 @@ def _stacks_path(process: int) -> Optional[str]:
             return None
         signals = int(caught.group(1), 16)
         if not signals >> (signal.SIGUSR2 - 1) & 1:
-            return None   # the signal would end it
+            return None   # the signal would kill it
         for name in os.listdir(root):
             path = os.path.join(root, name)
             if os.readlink(path).startswith('/memfd:' + STACKS):
@@ -22186,18 +22201,20 @@ def _report(argv: Sequence[str]) -> int:
 # --------------------------------------------------------------------------------------------------
 
 ENGINE_TIME = 60.0            # s that a command of an engine may take
-ADAPT_EVERY = 5.0             # s between two looks at what waits
-END_IDLE = 60.0               # s without jobs after which a node ends that is not one of MIN
+ADAPT_EVERY = 5.0             # s between two checks of the waiting jobs
+END_IDLE = 60.0               # s without jobs after which a node beyond MIN ends
 POD_IMAGE = 'python:3.12-slim'
 POD_GRACE = 60                # s that a node in a pod has to end
 POD_LABEL = 'app=dispy-node'
-# How a pod writes dispynode.py and the secret where only it can read them, and runs it
+# The commands with which a pod writes dispynode.py and the secret where only it can read them, and
+# runs the node
 POD_START = ('umask 077; python3 -c "import zlib; open(\'/tmp/dispynode.py\', \'wb\').write('
              'zlib.decompress(open(\'/dispy/dispynode\', \'rb\').read()))" && '
              'cp /dispy-secret/secret /tmp/secret && exec ')
 
 
-# The Job of a node, without what differs, and what all nodes have: dispynode.py and the secret
+# The Job of a node, without the parts that differ, and the Secret of all nodes: dispynode.py and
+# the secret
 POD_JOB: Dict[str, Any] = {
     'apiVersion': 'batch/v1', 'kind': 'Job',
     'metadata': {'labels': {'app': 'dispy-node'}, 'generateName': 'dispy-node-'},
@@ -22224,12 +22241,12 @@ class NodeRequest(NamedTuple):
     """What an engine is asked for: a part of a host, for some time, for one node."""
     cpus: int
     seconds: int                  # its time limit
-    memory: int = 0               # bytes; 0: what the engine gives if nothing is said
+    memory: int = 0               # bytes; 0: the default of the engine
     gpus: int = 0
     queue: str = ''               # or partition, or namespace
     log: str = ''                 # the directory for what nodes print
-    more: Tuple[str, ...] = ()    # options for the engine, as they stand in its scripts
-    image: str = ''               # of containers
+    more: Tuple[str, ...] = ()    # options for the engine, in the form of its scripts
+    image: str = ''               # the image of containers
 
     @property
     def megabytes(self) -> int:
@@ -22256,13 +22273,14 @@ class Engine:
     options in comments. The subclasses have the commands and options of each system."""
     name = ''
     title = ''
-    number = ''                   # what a shell there puts in place for the number of its job
-    mark = ''                     # begins a comment with an option
+    number = ''                   # the shell variable with the number of the job
+    mark = ''                     # the beginning of a comment with an option
     submits: Sequence[str] = ()   # the command that reads a script
     cancels: Sequence[str] = ()   # the command that ends jobs, whose numbers follow
     lists: Sequence[str] = ()     # the command that prints the jobs of this user
-    answer = re.compile(r'\s*(\S+)\s*\Z')   # what `submits` prints, with the number of the job
-    # Field of a request, or '' for always -> the options that it takes, with fields
+    # The output of `submits`, which contains the number of the job
+    answer = re.compile(r'\s*(\S+)\s*\Z')
+    # Field of a request, or '' for always -> the options that it requires, with fields
     table: Dict[str, Sequence[str]] = {}
 
     def options(self, request: NodeRequest) -> List[str]:
@@ -22592,7 +22610,7 @@ class EngineNodes:
 
 class NodeDemand(NamedTuple):
     """What a scheduler has to do, for the process that starts its nodes."""
-    waiting: int      # jobs that wait for a CPU, without those that a limit holds
+    waiting: int      # jobs that wait for a CPU, without those that a limit holds back
     idle: int         # CPUs that are idle
     there: int        # nodes that were placed and are connected
 
@@ -22633,7 +22651,7 @@ class NodePlacement:
             self._secret_file = '/tmp/secret'
             self._script = '/tmp/dispynode.py'
         parser = dispynode.make_parser()
-        self.node = parser.parse_args(self._words(True) + options)   # wrong ones are told here
+        self.node = parser.parse_args(self._words(True) + options)   # wrong ones are reported here
         dispynode.Lifetime.of_options(self.node, 0.0)
         self.request = NodeRequest(args.cpus, int(args.time))
         given = {}
@@ -22750,7 +22768,7 @@ def _range_option(text: str) -> Tuple[int, int]:
     raise argparse.ArgumentTypeError('%r is not MIN:MAX, such as 0:10' % text)
 
 
-# What is told of nodes that an engine places
+# Messages about nodes that an engine runs
 PLACING: Tuple[Tuple[str, Dict[str, Any]], ...] = (
     ('--scheduler-host', {
         'default': socket.gethostname(), 'metavar': 'HOST[:PORT]',
@@ -22824,7 +22842,7 @@ def _engine_of(args: argparse.Namespace) -> Tuple[Engine, int]:
         number = getattr(args, name)
         if number is not None:
             return engine, number
-    raise AssertionError('no engine')   # the parser wants one
+    raise AssertionError('no engine')   # the parser requires one
 
 
 def _check_placement(args: argparse.Namespace, engine: Engine, count: int) -> None:
@@ -22895,7 +22913,7 @@ def _place(task: str, argv: List[str], options: List[str]) -> int:
 # --------------------------------------------------------------------------------------------------
 
 DEPLOY_TIME = 30.0            # s that a deployed daemon may take until it listens
-DEPLOYED = 'dispy: '          # begins the line that says on a host what deploy or stop has done
+DEPLOYED = 'dispy: '          # begins the line in which a host reports what was done
 
 
 class Deployment:
@@ -22934,7 +22952,7 @@ class Deployment:
     def __exit__(self, *exc: Any) -> None:
         if not self._note:
             shutil.rmtree(self._directory)
-            with contextlib.suppress(OSError):   # other hosts have theirs there
+            with contextlib.suppress(OSError):   # the directory has those of other hosts
                 os.rmdir(os.path.dirname(self._directory))
         self._lock.close()
 
@@ -22974,7 +22992,7 @@ class Deployment:
                 write_private(path, secret + b'\n')
             self._start(options, ['--secret-file', path] if secret else [])
         except (OSError, StartError) as exc:
-            if self._running():   # it does not end, or has not been touched
+            if self._running():   # it does not end, or was not to be ended
                 raise
             self._undo(path, put, foreign)
             raise StartError('%s%s' %
@@ -23022,7 +23040,7 @@ class Deployment:
             try:
                 process.wait(0.05)
             except subprocess.TimeoutExpired:
-                # Main logs it
+                # `main` logs it
                 found = re.search(rb'at port (\d+), PID %d\n' % process.pid, _since(log, begin))
             if process.returncode is not None or time.monotonic() > until:
                 process.kill()
@@ -23088,7 +23106,8 @@ class Deployment:
         if self._running():
             raise StartError('PID %d does not end after SIGTERM' % pid)
         root = self._note.get('root', '')
-        with contextlib.suppress(OSError):   # not there, or other nodes have theirs beside it
+        # It does not exist, or other nodes have theirs beside it
+        with contextlib.suppress(OSError):
             if set(os.listdir(root)) <= KEEPING_FILES:
                 shutil.rmtree(root)
                 os.rmdir(os.path.dirname(default_directory(0)))
@@ -23135,7 +23154,7 @@ def _since(path: str, begin: int = 0) -> bytes:
         with open(path, 'rb') as file:
             file.seek(begin)
             return file.read()
-    except (FileNotFoundError, ProcessLookupError):   # the latter of /proc
+    except (FileNotFoundError, ProcessLookupError):   # the latter for /proc
         return b''
 
 
@@ -23155,7 +23174,7 @@ def deployment(source: bytes, task: str, *request: Any) -> None:
         sys.exit(str(exc))
 
 
-# What the parts that run on a host need there: nothing of this module.
+# The source that the parts which run on a host need; they use nothing else of this module.
 HOST_IMPORTS = '''import contextlib, hashlib, json, math, os, platform, re, shutil, signal
 import subprocess, sys, time
 from typing import Any, List, Optional
@@ -23165,8 +23184,8 @@ from dispynode import (GRACE, KEEPING_FILES, SecretError, StartError, default_di
 DEPLOY_TIME = %r
 DEPLOYED = %r
 ''' % (DEPLOY_TIME, DEPLOYED)
-# What a host's Python is given to run. It says itself if it is too old, and takes no module from
-# the directory it is in.
+# The program that a host's Python runs. It reports itself if that is too old, and imports no module
+# from its working directory.
 REMOTE = """import sys
 if sys.version_info < (3, 8):
     version = sys.version.split()[0]
@@ -23192,7 +23211,7 @@ SSH_OPTIONS = [
     '-T', '-o', 'BatchMode=yes', '-o', 'ConnectTimeout=10', '-o', 'ServerAliveInterval=10', '-o',
     'ControlMaster=no'
 ]
-HOST_TIME = 150.0             # s for all that is done on a host: an end, a start, and a slow line
+HOST_TIME = 150.0             # s for everything on a host: an end, a start, and a slow connection
 
 
 def _deploy_parser(task: str) -> argparse.ArgumentParser:
@@ -23273,7 +23292,7 @@ def _request(task: str, args: argparse.Namespace, options: List[str]) -> Tuple[A
         if args.grace is not None and not args.when_idle:
             raise ValueError('--grace says how long --when-idle waits, which is not given')
         return (task, args.when_idle, args.grace)
-    node = dispynode.make_parser().parse_args(options)   # wrong ones are told here, once
+    node = dispynode.make_parser().parse_args(options)   # wrong ones are reported here, once
     if node.secret:
         raise ValueError('-s/--secret can be seen in the list of processes of every host: '
                          '--secret-file before the --')
@@ -23412,7 +23431,7 @@ def _look_at_nodes(args: argparse.Namespace) -> int:
     if args.scheduler_host is not None:
         raise ValueError('--list-nodes asks the nodes themselves; '
                          '`python -m dispyscheduler nodes` asks a scheduler')
-    logger.setLevel(logging.ERROR)   # the table says it
+    logger.setLevel(logging.ERROR)   # the table shows it
     node_scan = NodeScan(_nodes_of(args), **_access_of(args))
     with node_scan as survey:
         return _list_nodes(survey.look())
@@ -23457,7 +23476,7 @@ def _run_commands(parser: OptionParser, args: argparse.Namespace, words: Sequenc
         return shell.run()
     except BrokenPipeError:
         raise
-    except OSError as exc:   # what is written has no room, for instance
+    except OSError as exc:   # for example there is no room for what is written
         print('dispy: %s' % exc, file=sys.stderr)
         return EXIT_USAGE
 
@@ -23482,7 +23501,7 @@ def _end_quietly() -> int:
     nothing = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nothing, 1)
     os.dup2(nothing, 2)
-    return 141   # as a shell has it: 128 and the number of SIGPIPE
+    return 141   # as in a shell: 128 and the number of SIGPIPE
 
 
 def main(argv: Optional[Sequence[str]] = None) -> int:
@@ -23503,4 +23522,4 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     except BrokenPipeError:
         return _end_quietly()
     except KeyboardInterrupt:
-        return 130   # as a shell has it: 128 and the signal's number
+        return 130   # as in a shell: 128 and the signal's number

@@ -173,7 +173,7 @@ from typing import (
 
 try:
     from dispy import drivers
-except ImportError as exc:   # this file was copied alone, or beside one of another release
+except ImportError as exc:   # this file was copied alone, or with one of another release
     text = str(exc)
     if exc.name == 'dispy':
         text = ('dispy_httpd.py needs the files dispy.py and dispynode.py of the same release '
@@ -200,50 +200,50 @@ __all__ = ['DispyHTTPServer']
 # Constants
 # --------------------------------------------------------------------------------------------------
 
-SNAPSHOTS_APART = 0.25        # s between two snapshots at least
-SAMPLES_APART = 1.0           # s between two points of a plot, and two snapshots when nobody looks
-PLOT_POINTS = 240             # then every second one is dropped
+SNAPSHOTS_APART = 0.25        # minimum s between two snapshots
+SAMPLES_APART = 1.0           # s between two points of a plot, and two snapshots if nobody watches
+PLOT_POINTS = 240             # when there are so many, every second one is dropped
 RATE_SPAN = 30.0              # s over which the rate is measured
-REPORTS_A_TURN = 20           # questions asked in one turn of the driver
-# Seconds after a request that snapshots are still taken as often as asked for
+REPORTS_A_TURN = 20           # requests that are made in one turn of the driver
+# Seconds after a request during which snapshots are still taken as often as requested
 LOOKED_FOR = 5.0
 # Bytes of a running job's output; jobs with output
 OUTPUT_KEPT = 4096
 OUTPUTS_KEPT = 1000
 PER_PAGE = 50
 PER_PAGE_MOST = 200
-SCHEDULER_PAGE = 100          # rows asked of a scheduler at once: a few ms of its loop
-TEXTS_KEPT = 20000            # arguments of jobs as text
-JOBS_PAGE = 500               # rows about jobs that a scheduler is asked for at once
-LIST_APART = 1.0              # s between two lists of all jobs at least
-WAITING_LISTED = 2000         # of the waiting jobs of a cluster
-BARS_KEPT = 200000            # of the timeline
-# Seconds after which nodes are asked for their history if nobody looks
+SCHEDULER_PAGE = 100          # rows in one answer of a scheduler: a few ms of its loop
+TEXTS_KEPT = 20000            # texts of arguments of jobs
+JOBS_PAGE = 500               # rows about jobs in one answer of a scheduler
+LIST_APART = 1.0              # minimum s between two lists of all jobs
+WAITING_LISTED = 2000         # waiting jobs of a cluster that are listed
+BARS_KEPT = 200000            # bars of the timeline
+# Seconds after which nodes are asked for their history if nobody watches
 HISTORY_APART = 10.0
-STACKS_TIME = 5.0             # s that a node may take to tell the stacks of a job
-STACKS_STEP = 0.1             # s between two questions for them
-ACCOUNTS_KEPT = 50000         # sums of a day, user and computation
+STACKS_TIME = 5.0             # s that a node may take to send the stacks of a job
+STACKS_STEP = 0.1             # s between two requests for them
+ACCOUNTS_KEPT = 50000         # sums for a day, user and computation
 DAY = 86400.0                 # s
-NODE_POINTS = 240             # of a node's history
-BINS = 600                    # of the time that it shows
-BARS_NAMED = 5                # jobs that are named where a bar stands for many
-RUNS_KEPT = 60.0              # s that runs of a width are kept after they were asked for
-# Seconds by which a job may seem to begin before the one before it has ended
+NODE_POINTS = 240             # points of a node's history
+BINS = 600                    # bins of the time that the timeline shows
+BARS_NAMED = 5                # jobs that are named if a bar stands for many
+RUNS_KEPT = 60.0              # s that runs of a width are kept after a request
+# Seconds by which a job may seem to begin before the previous one has ended
 CLOCK_STEP = 0.005
-SNAPSHOT_SHARE = 20           # a snapshot that takes the driver 1 s is the only one in so many
-# Bytes of a request
+SNAPSHOT_SHARE = 20           # a snapshot that takes the driver 1 s is the only one in so many s
+# Limits of a request in bytes
 MAX_LINE = 4096
 MAX_HEAD = 16384
 MAX_BODY = 65536
 MAX_CONNECTIONS = 64
-IO_TIME = 10.0                # s for a request to come, and for an answer to be taken
-SIGNAL_CHECK = 0.5            # s after which a signal is seen at the latest
-HEALTHY_AGE = 30.0            # s since the last snapshot after which the server is not well
-METRICS_CLUSTERS = 100        # rows of metrics for clusters; the older ones are one row
+IO_TIME = 10.0                # s for a request to arrive, and for an answer to be received
+SIGNAL_CHECK = 0.5            # maximum s until a signal is handled
+HEALTHY_AGE = 30.0            # s since the last snapshot after which the server is not healthy
+METRICS_CLUSTERS = 100        # rows of metrics for clusters; older ones are one row
 METRICS_USERS = 50            # the same for users
 OTHERS = 'others'             # the label of that row
 TOKEN = re.compile('[A-Za-z0-9_-]{16,200}')
-HEARTBEAT = 2.0               # s of silence in a stream: a browser that has gone is noticed
+HEARTBEAT = 2.0   # s between signs of life in a stream, which show whether the browser is gone
 
 logger = dispy.logger
 
@@ -258,8 +258,7 @@ class Refusal(Exception):
 
 
 # --------------------------------------------------------------------------------------------------
-# What of a job can be shown. Nothing of the user's is called: opening his objects could run his
-# code.
+# What can be shown of a job. No code of the user's is called: opening the objects could run it.
 # --------------------------------------------------------------------------------------------------
 
 def _new_instance(cls: type, *args: Any, **kwargs: Any) -> Any:
@@ -305,7 +304,7 @@ class _SafeUnpickler(pickle.Unpickler):
     """Opens a pickle of builtin values. A placeholder replaces every other class."""
 
     def find_class(self, module: str, name: str) -> Any:
-        # How a class of the program itself travels
+        # The names by which a class of the program itself is pickled
         if (module, name) == ('dispynode', 'class_of'):
             return lambda tracker, version, module, name, make, args: _Placeholder(name)
         if (module, name) == ('dispynode', 'function_of'):
@@ -318,11 +317,11 @@ class _SafeUnpickler(pickle.Unpickler):
         raise pickle.UnpicklingError('a persistent id')
 
 
-LONG = reprlib.Repr()         # of the arguments of a job that is shown alone
+LONG = reprlib.Repr()         # for the arguments of a job that is shown alone
 LONG.maxlevel = 6
 LONG.maxstring = LONG.maxother = 2000
 LONG.maxlist = LONG.maxtuple = LONG.maxdict = LONG.maxset = 100
-LONG_MOST = 10000             # characters of that
+LONG_MOST = 10000             # characters of these
 
 
 def arguments_text(payload: Any, form: Optional[reprlib.Repr] = None) -> str:
@@ -342,7 +341,7 @@ def arguments_text(payload: Any, form: Optional[reprlib.Repr] = None) -> str:
         _check_memo(bytes(body))
         opener = _SafeUnpickler(io.BytesIO(body))
         args, kwargs = opener.load()[:2]
-        # As no program packs them: they might have no end
+        # No program packs arguments so: they might be endless
         if type(args) is not tuple or type(kwargs) is not dict:
             raise ValueError('no arguments')
         if form is None:
@@ -352,7 +351,7 @@ def arguments_text(payload: Any, form: Optional[reprlib.Repr] = None) -> str:
             word = form.repr(value)
             words.append('%.80s=%s' % (name, word))
         return ', '.join(words)[:LONG_MOST]
-    except Exception:  # an unpickler without the real classes may stumble over anything
+    except Exception:  # an unpickler without the real classes may raise anything
         return hidden
 
 
@@ -424,7 +423,7 @@ class History:
         points = self.points
         if len(points) >= PLOT_POINTS:
             points = points[::2]
-        # A new list: others may be reading the old one
+        # This is a new list, because others may be reading the old one
         self.points = [*points, point]
         if len(self.points) > PLOT_POINTS // 2 + 1:
             return
@@ -434,8 +433,8 @@ class History:
 
 
 # --------------------------------------------------------------------------------------------------
-# The timeline: when jobs ran on the CPUs of nodes. What has ended is brought into runs of bins as
-# it comes, and a browser gets what is new: neither costs more for the jobs that were before.
+# The timeline: when jobs ran on the CPUs of nodes. Ended jobs are merged into runs of bins as they
+# come, and a browser gets the new ones: the cost of neither depends on earlier jobs.
 # --------------------------------------------------------------------------------------------------
 
 JobKey = Tuple[int, int]   # cluster, number of the job there
@@ -456,7 +455,7 @@ class Bar(NamedTuple):
     key: JobKey
 
 
-# In the order in which one hides another where both are too short to be seen
+# In the order in which one hides another if both are too short to be visible
 BAR_KINDS = ('done', 'cancelled', 'failed')
 
 
@@ -571,10 +570,10 @@ class Timeline:
         self._nodes: Dict[str, List[Lane]] = {}
         # Lanes in the order in which their bars came
         self._order: Deque[Lane] = collections.deque()
-        self.count = 0   # of the bars that have come
-        # Running jobs -> their node, and the lanes that they are shown on
+        self.count = 0   # the number of bars that have come
+        # Running jobs -> their node, and the lanes on which they are shown
         self._held: Dict[JobKey, Tuple[str, List[int]]] = {}
-        self._taken: Dict[str, Set[int]] = {}   # by node, these lanes
+        self._taken: Dict[str, Set[int]] = {}   # these lanes, by node
 
     def add(self, row: dict) -> None:
         """Add a job that has ended."""
@@ -669,11 +668,11 @@ class Timeline:
 
 
 # --------------------------------------------------------------------------------------------------
-# Jobs one by one: a list of those that wait, run and have ended. Made for requests, whatever the
-# source; nothing here belongs to a driver's thread.
+# Jobs one by one: a list of those that wait, run and have ended. It is made for requests, whatever
+# the source is; nothing here belongs to a driver's thread.
 # --------------------------------------------------------------------------------------------------
 
-# What a page asks for by `state` -> the states of the jobs that it gets
+# The word `state` of a request -> the states of the jobs that it gets
 STATE_GROUPS: Dict[str, Tuple[str, ...]] = {
     '': ('waiting', 'waits there', 'running', 'done', 'failed', 'cancelled'),
     'waiting': ('waiting', 'waits there'),
@@ -684,10 +683,10 @@ STATE_GROUPS: Dict[str, Tuple[str, ...]] = {
     'ended': ('done', 'failed', 'cancelled'),
 }
 ENDED_STATES = frozenset(STATE_GROUPS['ended'])
-# Fields of a listed job that are sent; `payload` and `name` become texts before
+# Fields of a listed job that are sent, after `payload` and `name` were replaced by texts
 LISTED_FIELDS = ('cluster', 'job', 'id', 'arguments', 'state', 'status', 'node', 'where', 'seconds',
                  'attempts', 'submitted', 'began', 'ended', 'cpus', 'text')
-# What of a node's row the timeline needs
+# The fields of a node's row that the timeline needs
 TIMELINE_FIELDS = ('id', 'name', 'address', 'state', 'cpus')
 NEW_LISTED_JOB: Dict[str, Any] = {
     'name': None,
@@ -704,8 +703,8 @@ NEW_LISTED_JOB: Dict[str, Any] = {
     'text': '',
     'stdout': b'',
     'stderr': b'',
-    'lost_with': (),   # nodes that were lost while it was there
-    'known': False,   # whether the source has the arguments, and does not need to be asked
+    'lost_with': (),   # nodes that were lost while the job was there
+    'known': False,   # whether the arguments are here and need not be requested
 }
 
 
@@ -840,11 +839,11 @@ class JobList:
         self._ended: 'collections.OrderedDict[JobKey, dict]' = collections.OrderedDict()
         self._rows: List[dict] = []
         self._made = -math.inf
-        self._asked = False                 # a page has asked for jobs
-        self._counted = 0                   # jobs that have ended, by the last snapshot
-        # Jobs that are not in the list: it has all that were counted before it was made
+        self._asked = False                 # whether a page has requested jobs
+        self._counted = 0                   # jobs that had ended at the last snapshot
+        # Jobs that are not in the list, which has all that were counted before it was made
         self.unlisted = {'waiting': 0, 'ended': 0}
-        self._placed: Placed = {}           # jobs that run, for the timeline
+        self._placed: Placed = {}           # running jobs, for the timeline
         self._placed_at = -math.inf
         self.texts = JobTexts()
         self.shows_arguments = True
@@ -897,7 +896,7 @@ class JobList:
             counted = self._counted
             try:
                 current = self._jobs.current()
-                self._take()   # behind `current`, so that no job is missing
+                self._take()   # after `current`, so that no job is missing
             except (RuntimeError, concurrent.futures.TimeoutError) as exc:
                 logger.debug('the jobs cannot be asked: %s', exc)
             found = {key_of(row): row for row in current}
@@ -923,7 +922,7 @@ class JobList:
             if now - self._placed_at >= SNAPSHOTS_APART:
                 running = {key_of(row): row for row in self._jobs.running()}
                 self._take()
-                # Once each, also those that run a second time
+                # Each once, even if it runs a second time
                 once = list(running.values())
                 self._placed = self.timeline.place(once)
                 self._placed_at = time.monotonic()
@@ -960,7 +959,7 @@ class JobList:
         """Return the rows of jobs that ran on a CPU of a node between two times, the last
         first."""
         with self._lock:
-            self._take()   # what the page may know not to run any more
+            self._take()   # jobs that no longer run
             bars = self.timeline.bars_at(node, lane, begin, end)
             rows = []
             for bar in bars:
@@ -992,7 +991,7 @@ class JobList:
         for at in range(0, min(len(unknown), most), SCHEDULER_PAGE):
             some = unknown[at:at + SCHEDULER_PAGE]
             for row, payload in zip(some, self._jobs.arguments(some)):
-                if payload is not None:   # otherwise it has ended meanwhile
+                if payload is not None:   # otherwise it has ended in the meantime
                     self.texts.add(row, arguments_text(payload))
 
     def shown(self, row: dict) -> dict:
@@ -1033,7 +1032,7 @@ class JobList:
     def _attempts(self, row: dict) -> List[FailedAttempt]:
         try:
             return self._jobs.attempts(row)  # type: ignore[no-any-return]
-        except RuntimeError as exc:   # closed meanwhile
+        except RuntimeError as exc:   # closed in the meantime
             logger.debug('the attempts of a job: %s', exc)
             return []
 
@@ -1111,10 +1110,10 @@ class JobFilter:
 
 # --------------------------------------------------------------------------------------------------
 # Sources: where snapshots come from. Each has `snapshot`, `jobs`, `failures`, `act`, `close`, and
-# gives plain values.
+# returns plain values.
 # --------------------------------------------------------------------------------------------------
 
-# What of a node's row is shown over time
+# The fields of a node's row that are shown over time
 _history_of = operator.itemgetter('used', 'cpus', 'load', 'memory')
 
 
@@ -1153,7 +1152,7 @@ class NodeHistories:
             self._apart[name] = 2 * apart
         at = round(now, 1)
         values = _history_of(row)
-        # A new list: requests may be reading the old one
+        # This is a new list, because requests may be reading the old one
         self._points[name] = [*points, (at, *values)]
 
 
@@ -1170,7 +1169,7 @@ class ClusterView(Monitor):
         self.ended_jobs = EndedJobs()
         # Job -> the end of what it has printed to stdout and to stderr
         self.output: 'collections.OrderedDict[DispyJob, List[bytes]]' = collections.OrderedDict()
-        # Node -> its link when this began: output is not sent along it
+        # Node -> its link when this view began: output is not sent on it
         self.live_from: Dict[Any, Any] = {}
         self.closed_at = 0.0   # when the cluster was closed, in s since the epoch
 
@@ -1183,7 +1182,7 @@ class ClusterView(Monitor):
         """Note a job that has failed."""
         if job.status == DispyJob.Cancelled:
             return
-        text = job._exception   # without the arguments, which may not be shown
+        text = job._exception   # without the arguments, which must not be shown
         if text is None:
             text = 'exit status %s' % (job.result,)
         node = job.ip_addr or ''
@@ -1316,7 +1315,7 @@ class ClusterView(Monitor):
         running, used = by_comp.get(comp, (0, 0))
         known = overview.node_row(peer, free)
         row = node_row(known, state, reason, cpus, running, used)
-        if self.looks_only:   # whoever uses the node
+        if self.looks_only:   # the number of jobs of all users of the node
             row['cpus'] = peer.offered
             row['used'] = free.get('busy', 0)
             holder = peer.facts.get('holder', '')
@@ -1423,7 +1422,8 @@ class SharedClusterView(ClusterView):
         return [self._known_row(row) for row in self.nodes()]
 
     def _known_row(self, row: NodeInfo) -> dict:
-        free = dict(row.facts.get('available', {}), cpu=None)   # as the scheduler knew it once
+        # The scheduler knows it from the beginning only
+        free = dict(row.facts.get('available', {}), cpu=None)
         running = self._running_at(row)
         sent = self.sent_to(row.key)
         used = sum(dispy.cpus_of(sent[serial]) for serial in running)
@@ -1537,7 +1537,7 @@ class ClusterJobs:
 
     def __init__(self, source: 'ClusterSource') -> None:
         self._source = source
-        self._known: Dict[int, int] = {}   # number of a cluster -> that of the last job that ended
+        self._known: Dict[int, int] = {}   # number of a cluster -> number of its last ended job
         self.unlisted = 0
 
     def ended(self) -> List[Tuple[EndedJob, str]]:
@@ -1577,7 +1577,7 @@ class ClusterJobs:
         turn = functools.partial(self._turn, watched)
         try:
             found = watched.cluster.driver.ask(turn)
-        except RuntimeError:   # closed meanwhile
+        except RuntimeError:   # closed in the meantime
             return []
         rows = []
         now = time.time()
@@ -1674,8 +1674,8 @@ class ClusterSource:
     nothing = 'No cluster is shown: the program has none, or has removed it (del_cluster).'
     manages = True
     shared = False
-    is_up = True      # what is shown can be asked
-    home = 'clusters'   # the page to begin with
+    is_up = True      # whether the shown clusters or nodes can be asked
+    home = 'clusters'   # the first page
     page = ''   # the link to the page that shows them
 
     def __init__(self) -> None:
@@ -1683,7 +1683,7 @@ class ClusterSource:
         self._lock = threading.Lock()
         self._watched: List[ClusterView] = []
         self._count = 0
-        # A node's id begins with its driver's place here; snapshot thread and requests
+        # A node's id begins with the number of its driver here; snapshot thread and requests
         self._drivers: List[Any] = []
         self.job_list = JobList(ClusterJobs(self))
 
@@ -1728,7 +1728,7 @@ class ClusterSource:
                 if not watched.looks_only:
                     core = watched.cluster
                     detach = functools.partial(core.live_output.remove_monitor, watched)
-                    with contextlib.suppress(RuntimeError):   # its driver has ended
+                    with contextlib.suppress(RuntimeError):   # the driver has ended
                         core.driver.ask(detach)
 
     def close(self) -> None:
@@ -1819,7 +1819,7 @@ class ClusterSource:
             name = '%s:%s' % (row['address'], row['name'])
             _, jobs, seconds = counts.pop(name, (None, 0, 0.0))
             self._put(nodes, row, watched, jobs, seconds)
-        for peer, jobs, seconds in counts.values():   # not used any more
+        for peer, jobs, seconds in counts.values():   # nodes that are not used any more
             row = gone_row(peer)
             del row['key']
             row['id'] = '%sgone:%s:%s' % (prefix, peer.ip_addr, peer.name)
@@ -1874,7 +1874,7 @@ class ClusterSource:
             turn = functools.partial(self._jobs_turn, watched, key)
             try:
                 rows += watched.cluster.driver.ask(turn)
-            except RuntimeError:   # closed meanwhile
+            except RuntimeError:   # closed in the meantime
                 continue
         return rows
 
@@ -2634,7 +2634,7 @@ def _add_use(cluster: dict, use: NodeUse) -> None:
 
 
 # --------------------------------------------------------------------------------------------------
-# Views: a snapshot and the words of a query in, plain values for JSON out.
+# Views: from a snapshot and the words of a query, these make plain values for JSON.
 # --------------------------------------------------------------------------------------------------
 
 class Snapshot(NamedTuple):
@@ -3178,7 +3178,7 @@ class SnapshotThread:
 
 
 # --------------------------------------------------------------------------------------------------
-# HTTP. A thread a connection, one request a connection.
+# HTTP. There is a thread for each connection, and one request on each connection.
 # --------------------------------------------------------------------------------------------------
 
 HEADERS = {
@@ -4084,7 +4084,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
 
 
 # --------------------------------------------------------------------------------------------------
-# The page: what browsers get. It holds no data and needs no token.
+# The page: what browsers get. It contains no data and needs no token.
 # --------------------------------------------------------------------------------------------------
 
 HTML = r'''<!DOCTYPE html>

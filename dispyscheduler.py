@@ -70,7 +70,7 @@ from typing import (
 
 try:
     from dispy import Driver
-except ImportError as exc:   # this file was copied alone, or beside one of another release
+except ImportError as exc:   # this file was copied alone, or with one of another release
     text = str(exc)
     if exc.name == 'dispy':
         text = ('dispyscheduler.py needs the files dispy.py and dispynode.py of the same release '
@@ -118,41 +118,41 @@ from dispynode import seconds_option, set_up_log, shorten, size_of, size_option,
 from dispynode import tell_obsolete, tls_files, unfit_row, unpack_error, with_size, write_private
 from dispynode import write_stacks_on_signal
 
-__all__ = ['main']   # the others are dispy's own
+__all__ = ['main']   # the other names are for dispy's own modules
 
 # --------------------------------------------------------------------------------------------------
 # Constants and errors
 # --------------------------------------------------------------------------------------------------
 
-# CPUs that programs are told of: all that they submit comes here at once
+# The number of CPUs that programs are offered: so they send all their jobs here at once
 UNLIMITED_CPUS = 1 << 20
-# Bytes of waiting jobs' arguments that are kept in memory besides the disk
+# Bytes of waiting jobs' arguments that are kept in memory as well as on the disk
 IN_MEMORY = 8 << 20
-BYTES_OVERHEAD = 48           # bytes of memory that a bytes object takes besides its contents
-FILE_BYTES = 64 * 1024             # bytes from which arguments and results are files of their own
-RETURN_TIME = 60.0            # s that jobs on nodes wait for these to come back after a new start
-REMOVED_MOST = 1000           # acknowledged results that may wait to be removed from the disk
-# Seconds after which what waits is cancelled for a program whose connection has ended
+BYTES_OVERHEAD = 48   # bytes of memory that a bytes object needs in addition to its contents
+FILE_BYTES = 64 * 1024   # size in bytes from which arguments and results are in files of their own
+RETURN_TIME = 60.0            # s that jobs wait for their nodes to come back after a restart
+REMOVED_MOST = 1000           # acknowledged results that may wait for their removal from the disk
+# Seconds after which the waiting jobs of a program whose connection has ended are cancelled
 GONE_TIME = 60.0
-GONE_LOOKS = 1.0              # s between looks whether the process of such a program has ended
+GONE_LOOKS = 1.0              # s between checks whether the process of such a program has ended
 RETRY_TIME = 1.0              # s between attempts to write to a disk that was full
 PAGE = 500                    # rows of an answer to a monitor at most
-# Bytes that are free, below which SQLite's log is emptied before each transaction
+# Free bytes of the disk below which SQLite's log is emptied before each transaction
 LOW_DISK = 64 << 20
 PAGE_SIZE = 4096              # bytes of a page of SQLite's
-REMOVED_AT_ONCE = 20          # results that are removed in one transaction while the disk is full
-# Bytes of the disk that are kept for the removal of what is over when it is full
+REMOVED_AT_ONCE = 20          # results that one transaction removes while the disk is full
+# Bytes of the disk that are reserved for the removal of obsolete data when it is full
 RESERVE = 2 << 20
 QUEUED_MOST = 16 << 30        # bytes of arguments of jobs that a program may have here
-USERS_MOST = 1000             # users with a secret each: a handshake tries all of them
+USERS_MOST = 1000             # users with secrets: a handshake tries all of these
 USER_NAME = re.compile('[A-Za-z0-9_-][A-Za-z0-9._-]{0,63}')
-# Hours after which half of the past use of a user counts: an hour to a week
+# Range of the half-life of the past use of a user, in hours: an hour to a week
 HALF_LIVES = (1.0, 168.0)
 LOCK_MOST = 4096              # characters of the path of a node's lock file
-QUESTIONS_MOST = 64           # of a computation whose files are on their way
+QUESTIONS_MOST = 64           # questions about a computation whose files have not arrived yet
 COMPS_MOST = 256              # computations of one connection
 SPECS_MOST = 10000            # nodes that a program may name
-# Characters of the reason why a node is not used, where many nodes are told of
+# Characters of the reason why a node is not used, if many nodes are listed
 REASON_MOST = 2000
 
 logger = logging.getLogger('dispyscheduler')
@@ -162,7 +162,7 @@ logger = logging.getLogger('dispyscheduler')
 # What is kept on the disk
 # --------------------------------------------------------------------------------------------------
 
-STATE_MARK = 'dispy-scheduler'   # the file that says that a directory is a scheduler's
+STATE_MARK = 'dispy-scheduler'   # the file that marks a directory as a scheduler's
 
 
 class StoredValue(mmap.mmap):
@@ -173,7 +173,7 @@ class StoredValue(mmap.mmap):
 
     def __del__(self) -> None:
         if self.path:
-            with contextlib.suppress(OSError):   # it has gone
+            with contextlib.suppress(OSError):   # it does not exist any more
                 os.unlink(self.path)
 
 
@@ -210,7 +210,7 @@ def _place_of(pieces: Sequence[Any]) -> Optional[StoredValue]:
 class OnDisk:
     """A destination for a value that comes in parts: a file that is written as the parts come, and
     that is flushed to the disk when the value is complete."""
-    SYNC = 64 << 20    # bytes after which is waited for the disk, so that nobody waits long
+    SYNC = 64 << 20    # bytes after which data is flushed, so that no flush takes long
 
     def __init__(self, path: str) -> None:
         """Create the file. Raises OSError."""
@@ -240,7 +240,7 @@ class OnDisk:
     def drop(self) -> None:
         """Discard the value, as InMemory does."""
         self._file.close()
-        with contextlib.suppress(OSError):   # it has gone
+        with contextlib.suppress(OSError):   # it does not exist any more
             os.unlink(self._path)
 
 
@@ -298,7 +298,8 @@ class DiskReserve:
     def give_up(self) -> None:
         """Delete the file if others have filled the disk."""
         if self.free() < self.size:
-            with contextlib.suppress(OSError):   # it has gone, or somebody has it open
+            # It does not exist any more, or a process has it open
+            with contextlib.suppress(OSError):
                 os.unlink(self._path)
             self._is_there = os.path.exists(self._path)
 
@@ -310,7 +311,7 @@ class LargeFiles:
     numbers - of the jobs that have files there
     has_gone - whether there are files that are not needed after the next transaction
     """
-    NEW = 'new-'   # begins the names of values whose parts are still to come
+    NEW = 'new-'   # the prefix of values that are incomplete
 
     def __init__(self, directory: str) -> None:
         """Create the directory. Raises OSError."""
@@ -347,7 +348,7 @@ class LargeFiles:
             number, _, end = name.partition('.')
             came = number.startswith(self.NEW) and end == 'part'   # when the last run ended
             if not came:
-                # None of ours
+                # It is not one of these files
                 if not number.isdigit():
                     continue
                 if end not in ('p', 'r', 'p.part', 'r.part'):
@@ -452,8 +453,8 @@ class HistoryDatabase(Database):
     ACCOUNT: int
     HISTORY: int
     HISTORY_OVER: int
-    _newest: Iterator[int]         # gives places
-    _accounts: Dict[str, int]      # computation -> its place
+    _newest: Iterator[int]         # yields their numbers
+    _accounts: Dict[str, int]      # computation -> its number
 
     def account(self, computation: 'ClientComputation') -> int:
         """Return the number of a computation in the history, to which it is added if it is new."""
@@ -505,7 +506,7 @@ class SecondsDatabase(HistoryDatabase):
     """The part of the state that contains second attempts of running jobs."""
     SECOND: int
     SECOND_OVER: int
-    _places: Dict[str, int]        # text of the key of a node -> its place
+    _places: Dict[str, int]        # text of the key of a node -> its number
 
     def seconds_sent(self, seconds: Sequence[ScheduledJob], key: Any) -> None:
         """Note second attempts that are sent to a node as soon as this is on the disk."""
@@ -548,8 +549,8 @@ class State(SecondsDatabase):
     VERSION = 1
     SYNC = 'FULL'
     WAITING, SENT, ENDED, DROPPED = range(4)
-    # Rows of jobs name others by their places, and hardly grow when they are sent: pages need not
-    # be split then
+    # Rows of jobs refer to other rows by number, and hardly grow when jobs are sent, so that pages
+    # need not be split
     TABLES = """
         CREATE TABLE own (name TEXT PRIMARY KEY, value BLOB);
         CREATE TABLE comps (place INTEGER PRIMARY KEY, comp TEXT UNIQUE, client BLOB, spec BLOB);
@@ -560,9 +561,9 @@ class State(SecondsDatabase):
             place INTEGER PRIMARY KEY, key TEXT UNIQUE, host TEXT, port INTEGER, name TEXT,
             instance BLOB)
         """
-    # Those that the first release did not have: what was given up, the memories of nodes, their
-    # lock files, second attempts of jobs that run, nodes that an operator has drained, jobs that
-    # have ended, by computations, and what users have used
+    # Tables that the first release did not have: given-up jobs, the memories of nodes, their lock
+    # files, second attempts of running jobs, nodes that an operator has drained, jobs that have
+    # ended, by computations, and what users have used
     LATER_TABLES = (
         'past (comp TEXT PRIMARY KEY, at REAL, serials BLOB, text TEXT)',
         'memories (place INTEGER PRIMARY KEY, memory TEXT)',
@@ -622,7 +623,7 @@ class State(SecondsDatabase):
         run("INSERT OR IGNORE INTO own VALUES ('starts', 0)")
         run("UPDATE own SET value = value + 1 WHERE name = 'starts'")
         # Nodes may still hold results of jobs that are not here any more: their numbers are not
-        # given twice.
+        # assigned again.
         numbers = run(
             "SELECT value << 30, (SELECT coalesce(max(number), 0) FROM jobs) FROM own "
             "WHERE name = 'starts'").fetchone()
@@ -639,7 +640,7 @@ class State(SecondsDatabase):
         given = [0, *comps, *self._places.values(), *self._accounts.values()]
         self._newest = itertools.count(1 + max(given))
         self.files.find(self._knows)
-        self._short = 0   # bytes of the disk that are missing
+        self._short = 0   # missing bytes on the disk
 
     def key_of(self, comp: str) -> bytes:
         """Return the key with which this scheduler takes results of a computation from nodes. The
@@ -675,7 +676,7 @@ class State(SecondsDatabase):
         self.note(self.NODE, place, key, peer.host, peer.port, peer.name, peer.instance)
         self.note(self.MEMORY, place, peer.memory)
         lock = peer.facts.get('lock')
-        # A node without a lock file
+        # This node has no lock file
         if type(lock) is not tuple:
             return
         if list(map(type, lock)) != [str, str]:
@@ -750,7 +751,7 @@ class State(SecondsDatabase):
 
     def payload(self, number: int) -> Any:
         """Return the arguments of a job that has not ended. Raises OSError."""
-        # Submitted in this very turn, in the order of their numbers
+        # Jobs that were submitted in this turn, in the order of their numbers
         new = self._notes[self.INSERT]
         at = bisect.bisect_left(new, (number,))
         if at < len(new):
@@ -812,7 +813,7 @@ class State(SecondsDatabase):
         """Note results that a program has received, or does not want."""
         self._notes[self.REMOVE] += [(number,) for number in numbers]
         gone = frozenset(numbers)
-        # What was not written because there is no room need not be written any more
+        # Rows that were not written for lack of room need not be written any more
         if self.broken:
             self._forget_notes(gone)
         self.files.remove(gone)
@@ -873,12 +874,12 @@ class State(SecondsDatabase):
         files = self.files.bytes_pending()
         if not wanted and not files:
             return True
-        # What is in the log only would make the file grow later
+        # Pages that are only in the log would make the file grow later
         free = self._reserve.free()
         if free < LOW_DISK + 4 * (wanted + files):
             with contextlib.suppress(self._error):
                 self._empty_log()
-        # Of what was removed
+        # Pages that were removed can be used again
         row = self._db.execute('PRAGMA freelist_count').fetchone()
         inside = PAGE_SIZE * row[0]
         margin = self._reserve.size
@@ -895,7 +896,7 @@ class State(SecondsDatabase):
         over = self._notes[self.OVER]
         gone = self._notes[self.REMOVE]
         try:
-            # Few at a time, and the room that they take in the log is used again for the next
+            # Only a few at a time, so that the next ones use the same room in the log again
             while over or gone:
                 self._notes[self.OVER] = over[:REMOVED_AT_ONCE]
                 self._notes[self.REMOVE] = gone[:REMOVED_AT_ONCE]
@@ -904,7 +905,7 @@ class State(SecondsDatabase):
                 gone = gone[REMOVED_AT_ONCE:]
                 self._empty_log()
         except self._error as exc:
-            logger.debug('%s', exc)   # it is tried again
+            logger.debug('%s', exc)   # this is tried again
         finally:
             self._notes[self.OVER] = over
             self._notes[self.REMOVE] = gone
@@ -996,7 +997,7 @@ def _bytes_in(notes: Sequence[tuple], column: int) -> int:
     return sum(sizes)
 
 
-_SUCCESS = pickle.dumps(0, 5)   # as `dumps` packs the exit status of a program that has not failed
+_SUCCESS = pickle.dumps(0, 5)   # the packed exit status of a program that has succeeded
 
 
 def _exit_status(row: tuple) -> int:
@@ -1011,7 +1012,7 @@ def _exit_status(row: tuple) -> int:
     return 0
 
 
-# Of jobs that have failed
+# The outcomes of jobs that have failed
 _STATE_OF = {Outcome.ABANDONED: JobState.ABANDONED, Outcome.RETURNED: JobState.FINISHED}
 
 
@@ -1038,14 +1039,14 @@ def _key_of(text: str) -> Any:
 # Computations of programs
 # --------------------------------------------------------------------------------------------------
 
-# How a job has ended that has no result; others were cancelled.
+# The outcome of a job without a result, by its state; others were cancelled
 _OUTCOMES = {JobState.ABANDONED: Outcome.ABANDONED, JobState.TERMINATED: Outcome.DIED}
 
 
 class ClientJob(ScheduledJob):
     """A job of a program."""
-    # Its number, which all its attempts share; the serial that the program knows it by; the bytes
-    # of its arguments that the quota counts
+    # Its number, which all its attempts share; the serial by which the program knows it; the size
+    # in bytes of its arguments that the quota counts
     __slots__ = ('number', 'client_serial', 'size')
 
     def __init__(self, comp: str, payload: Any, options: Optional[dict], serial: int,
@@ -1069,12 +1070,13 @@ def ended_row(serial: int, outcome: Outcome, text: str) -> tuple:
     return serial, int(outcome), 0.0, 0.0, text.encode('utf-8', 'replace'), b'', b''
 
 
-MODULES_OF = '.modules'   # ends the name of the directory that has the files of a program's modules
-# The same of the values that its jobs need, each a file called by its digest
+MODULES_OF = '.modules'   # the suffix of the directory for the files of a program's modules
+# The suffix of the directory for values that its jobs need; each is a file with its digest as its
+# name
 VALUES_OF = '.values'
 
 
-# The same of the files that second attempts of its jobs send, by their serials
+# The suffix of the directory for files that second attempts of its jobs send, by their serials
 SECONDS_OF = '.seconds'
 
 
@@ -1098,13 +1100,13 @@ class Absence:
             raise PeerError('a process is not described as it should be')
         self._recovers = recovers
         self._process = process
-        # When it is gone, when its process is looked for next
+        # When it counts as gone, and when its process is checked next
         self._until = self.look_at = math.inf
         self.gone = False
-        self.for_good = False    # nobody can come back: its process has ended
-        # Jobs on nodes that are cancelled if they have not begun
+        self.for_good = False    # its process has ended and cannot come back
+        # Jobs on nodes that are to be cancelled if they have not begun
         self.dropping: Set[Any] = set()
-        # Serials of jobs that were cancelled so, to their numbers
+        # Serials of jobs that were cancelled for this reason -> their numbers
         self.dropped: Dict[int, int] = {}
 
     def begin(self, now: float, patience: float) -> None:
@@ -1116,7 +1118,7 @@ class Absence:
             return
         self._until = now + patience
         self.look_at = self._until
-        if has_ended(self._process) is not None:   # that can be seen from here
+        if has_ended(self._process) is not None:   # its process is on this machine
             self.look_at = now
 
     def end(self) -> None:
@@ -1141,7 +1143,7 @@ class EarlyJob:
     __slots__ = ('row', 'values')
 
     def __init__(self, row: tuple) -> None:
-        self.row = row    # of Jobs
+        self.row = row    # a row of Jobs
         self.values = row[2]['values']
 
 
@@ -1155,8 +1157,8 @@ class ClientValues:
         self._computation = computation
         self._desk = ValueRequests(most)
         self._directory = computation.directory + VALUES_OF
-        self.retry_at = math.inf    # when room is looked for again
-        self.told = False           # that there is none
+        self.retry_at = math.inf    # when to check for room again
+        self.told = False           # whether it was reported that there is none
 
     def path(self, digest: bytes) -> str:
         """Return the path of a value."""
@@ -1170,7 +1172,7 @@ class ClientValues:
                 size = os.path.getsize(path)
                 digest = bytes.fromhex(name)
                 self._desk.come(self._computation.comp, size, digest)
-            else:   # it came when that ended
+            else:   # it came when the transfer ended
                 os.unlink(path)
 
     def took(self, work: 'ClientJob') -> None:
@@ -1219,7 +1221,7 @@ class ClientValues:
         error = ''
         for action in actions:
             if isinstance(action, DropValue):
-                with contextlib.suppress(OSError):   # it has gone
+                with contextlib.suppress(OSError):   # it does not exist any more
                     os.unlink(self.path(action.digest))
                 continue
             digits = action.digest.hex()
@@ -1229,7 +1231,7 @@ class ClientValues:
             except (OSError, ValueError) as exc:
                 error = str(exc)
             else:
-                if not missing:   # it is there from before
+                if not missing:   # an earlier process has received it
                     self._desk.came(action.comp)
         return [self._let_go(early) for _, early in served], missing, error
 
@@ -1259,7 +1261,7 @@ class ClientValues:
         return [early.row[0] for early in failed]
 
 
-# Rows of files, rows of modules, and what is called when all of them are here
+# Rows of files, rows of modules, and the function that is called when all of them are here
 WantedFiles = Tuple[list, list, Callable[..., None]]
 
 
@@ -1282,8 +1284,8 @@ class ForwardedFiles(HeldFiles):
         self._computation = computation
         self._scheduler = scheduler
         self._serial = serial
-        self._result: Optional[tuple] = None    # the row of Results that waits
-        self._under_way: Set[str] = set()       # names of files on the way to the program
+        self._result: Optional[tuple] = None    # the row of Results that waits for the files
+        self._under_way: Set[str] = set()       # names of files that are being sent to the program
         self._rows: Dict[str, tuple] = {}       # name -> row of FilePiece
 
     def take(self, message: FilePiece) -> Optional[FileStored]:
@@ -1313,7 +1315,7 @@ class ForwardedFiles(HeldFiles):
         transfer = (computation.comp, int(Purpose.FROM_JOB), work.client_serial)
         for name in self.names:
             path = os.path.join(self.directory, *name.split('/'))
-            if name not in self._rows:   # it came before this process was started
+            if name not in self._rows:   # it came before this process started
                 size, digest = file_digest(path)
                 mode = stat.S_IMODE(os.stat(path).st_mode)
                 self._rows[name] = (name, size, digest, mode)
@@ -1415,17 +1417,17 @@ class ClientComputation(NodeUser):
                  key: bytes = b'',
                  max_values: int = QUEUED_MOST) -> None:
         self._scheduler = scheduler
-        # Otherwise nodes are named, and nothing is broadcast
+        # Otherwise nodes are listed, and nothing is broadcast
         self.searches = not scheduler.options.nodes
         self.multicast = scheduler.options.multicast
-        self.key = key    # the scheduler's own, to nodes
+        self.key = key    # the scheduler's own key for nodes
         shared = spec['shared']
         self.comp = comp
         self.name = spec['name']
         self.client = client.hex()
         self.instance = client
         self.link = 0
-        self.digest = result_key(spec)   # of what shows that results are its
+        self.digest = result_key(spec)   # proves that results are its own
         self.directory = directory
         self.reentrant = shared['reentrant']
         self.speculate = self.reentrant and spec.get('speculate', False)
@@ -1435,7 +1437,7 @@ class ClientComputation(NodeUser):
         recovers = bool(shared['recovers'])
         self.absence = Absence(recovers, shared['process'])
         self._waits_told: Set[str] = set()   # why jobs wait
-        # Whether another process may come for the results, see `dispy.Trail`
+        # Whether another process may collect the results, see `dispy.ComputationNotes`
         self.collected = bool(shared['recovers'] or shared.get('collected'))
         self.specs = specs_of(shared['nodes'])
         self.take_spec(spec)
@@ -1453,35 +1455,35 @@ class ClientComputation(NodeUser):
         os.makedirs(modules, mode=0o700, exist_ok=True)
         os.makedirs(values, mode=0o700, exist_ok=True)
         self.values = ClientValues(self, max_values)
-        # Rows of files and of modules to be had, and who waits for them.
+        # Rows of missing files and modules, and the functions that wait for them
         self.wanted: Deque[WantedFiles] = collections.deque()
-        self.compared: Optional[list] = None      # rows of files that were compared beside the loop
+        self.compared: Optional[list] = None      # rows of files that were compared in a thread
         self.ready = False
-        self.questions: List[Tuple[Link, Call]] = []   # that came before its files were there
-        self.works: Dict[int, ClientJob] = {}    # by the program's serials
-        # The same of jobs that have ended and are not acknowledged, to their numbers
+        self.questions: List[Tuple[Link, Call]] = []   # requests that came before its files
+        self.works: Dict[int, ClientJob] = {}    # jobs by the program's serials
+        # Serials of jobs that have ended and are not acknowledged -> their numbers
         self.ended: Dict[int, int] = {}
         self.outbox: List[tuple] = []
         self.unread: List[int] = []    # numbers of results that could not be read from the disk
         self.calls: Dict[int, Callable[[tuple, Any], None]] = {}
-        # By which link and when it was asked last what is here
+        # On which link and when the last Reclaim came
         self.told_at = (0, 0.0)
-        # Serial of a job that sends a file -> the link that it goes along, and its name.
+        # Serial of a job that sends a file -> the link on which it is sent on, and its name
         self.files: Dict[int, Tuple[int, str]] = {}
-        self.is_collected = False                 # by another process than its program
-        self.given_up_at = math.inf               # when, if its program does not come back
-        # When it lets its nodes go, if its program is not back and it has no jobs
+        self.is_collected = False   # whether another process than its program has taken it over
+        self.given_up_at = math.inf   # when it is given up, if its program does not come back
+        # When it releases its nodes, if its program is not back and it has no jobs
         self.rests_at = math.inf
-        self.rests = False                        # it has none: only results are kept, as files
-        # For monitors: what it is called, since when it is here, whose it is
+        self.rests = False                        # it has none: only its results are kept
+        # For monitors: its name, since when it is here, and its owner
         self.number = 0
         self.since = 0.0
         self.program = ''
         self.user = ProgramUser()
-        self.done = 0                             # jobs that have ended as they should
+        self.done = 0                             # jobs that have succeeded
         self.failed = 0
         self.cancelled = 0
-        self.cpu_seconds = 0.0                    # that CPUs were taken by jobs that have ended
+        self.cpu_seconds = 0.0                    # for which jobs that have ended occupied CPUs
         # Node -> jobs ended there, seconds that they ran
         self.ended_at: Dict[Any, List[float]] = {}
 
@@ -1701,7 +1703,7 @@ class ClientComputation(NodeUser):
         if message.offset == 0:
             self.files[key] = (self.link, message.row[0])
         if key not in self.files:
-            return   # it was answered already: what is left of it is passed over
+            return   # it was answered already: the rest is ignored
         began_by, _ = self.files[key]
         if self.link in scheduler.links and began_by == self.link:
             self.send(message._replace(key=work.client_serial, data=out_of_band(message.data)))
@@ -1883,18 +1885,18 @@ class Options(NamedTuple):
     max_file_size: int = sys.maxsize
     multicast: bool = False
     max_queued: int = QUEUED_MOST
-    # Programs have a secret of their own, and so has the operator
+    # Whether programs have a secret of their own, and whether the operator has one
     separate: bool = False
     operator_secret: bytes = b''
-    # Names of users and their secrets, in the place of the one of programs
+    # Names of users and their secrets, which replace the secret of programs
     users: Tuple[Tuple[str, bytes], ...] = ()
-    # Networks and host names with nodes that may be dialled; none: private networks
+    # Networks and host names of nodes that may be dialled; if empty, private networks
     allowed: Tuple[str, ...] = ()
     gone: float = GONE_TIME
-    history: float = 0.0               # days that jobs which have ended are kept for accounts
-    cleanup_nodes: bool = False        # nodes remove files, whatever programs say
+    history: float = 0.0               # days for which ended jobs are kept for accounting
+    cleanup_nodes: bool = False        # nodes remove files, whatever programs request
     rules: UserRules = UserRules()     # limits and shares of users
-    # Reads the rules anew: raises StartError, OSError, ValueError
+    # Reads the rules again; raises StartError, OSError, ValueError
     read_rules: Optional[Callable[[], UserRules]] = None
 
 
@@ -1909,7 +1911,7 @@ class Reload(NamedTuple):
 RELEASED = 'released at the scheduler'
 
 
-# Who gives an order at the prompt of a scheduler or on its page, for the log
+# The name, for the log, of those who give orders at the prompt of a scheduler or on its page
 HERE = 'the operator'
 
 
@@ -1964,7 +1966,7 @@ class JobHistory:
     """The jobs that have ended within some days, for accounting: they are on the disk, whether
     monitors ask or not. The loop's thread uses this class."""
     DAY = 86400.0
-    # Jobs that are added before old ones are removed, of which at most twice as many go then
+    # Number of added jobs after which old ones are removed, at most twice as many at a time
     APART = 1000
 
     def __init__(self, scheduler: 'Scheduler', days: float) -> None:
@@ -2111,7 +2113,7 @@ class UserUse:
 
 class TurnTimes:
     """How long the turns of the scheduler take. The loop's thread uses this class."""
-    SPAN = 30.0     # s; the longest turn is that of this span and of the one before
+    SPAN = 30.0     # s; the longest turn is that of this span and of the previous one
 
     def __init__(self) -> None:
         self.turns = 0
@@ -2141,7 +2143,7 @@ class JobsForMonitors:
     """The jobs of all programs, one by one, as monitors show them. Jobs that have ended are noted
     while a monitor asks: their names, arguments and output are in memory then. The loop's thread
     uses this class."""
-    PATIENCE = 60.0   # s without a question after which nobody watches
+    PATIENCE = 60.0   # s without a request after which no monitor is considered to watch
 
     def __init__(self, overview: 'ProgramOverview', scheduler: 'Scheduler') -> None:
         self._overview = overview
@@ -2311,14 +2313,15 @@ class ProgramOverview(Overview):
         super().__init__(scheduler)
         self._scheduler = scheduler
         self._drains = scheduler.drains
-        self._only = ''      # the user who asks and may not see what is of others
+        self._only = ''      # the user who asks and may not see data of others
         self._asker = HERE   # who gives orders, for the log
         self._numbers = itertools.count(1)
-        # Node -> jobs ended there and seconds that they ran, of computations that are over
+        # Node -> jobs that have ended there and seconds that they ran, for computations that have
+        # ended
         self._ended_at: Dict[Any, List[float]] = {}
         self._failed_jobs = FailedJobs()
         self.jobs_shown = JobsForMonitors(self, scheduler)
-        # Nodes that nobody may use -> computations that were told so
+        # Nodes that no computation may use -> computations that were told so
         self._released: Dict[Any, Set[str]] = {}
 
     def answer(self, name: str = '', *args: Any) -> Tuple[float, Any]:
@@ -2755,7 +2758,7 @@ class Quota:
         self._most = most
         # Instance of a program -> bytes of arguments
         self._queued: Dict[bytes, int] = collections.Counter()
-        # Links that are offered no CPUs -> instance
+        # Links that get no offer of CPUs -> instance
         self._waiting: Dict[int, bytes] = {}
 
     def add(self, computation: ClientComputation, work: ClientJob, size: int) -> None:
@@ -2826,11 +2829,11 @@ class NodeSharing(NodePolicy):
 
     def __init__(self, scheduler: 'Scheduler') -> None:
         self._scheduler = scheduler
-        # Computations that want their nodes alone, in the order of coming
+        # Computations that want their nodes exclusively, in the order of their arrival
         self._wanting: List[str] = []
         self._is_due = False             # whom nodes serve may have changed
         self.named: Set[str] = set()     # nodes that the operator has named
-        self.port = 0                    # at which programs reach the scheduler
+        self.port = 0                    # the port at which programs reach the scheduler
 
     def introduction(self) -> str:
         """Return who this is, for those who run the node and for others who want to use it."""
@@ -2977,10 +2980,11 @@ class Commit:
 
     def __init__(self, scheduler: 'Scheduler', send: Callable[[Link, Any], None]) -> None:
         self._scheduler = scheduler
-        self.send = send       # a message at once, whatever becomes of the transaction
+        self.send = send       # sends a message at once, whatever becomes of the transaction
         # Messages that wait for the transaction of this turn
         self.later: List[Tuple[Link, Any]] = []
-        self.stuck_until: Optional[float] = None     # the disk does not take transactions
+        # When to try again, while the disk accepts no transactions
+        self.stuck_until: Optional[float] = None
 
     def write_down(self) -> bool:
         """Write what has happened, then send the messages about it. Return whether the transaction
@@ -2996,7 +3000,8 @@ class Commit:
     def stick(self) -> None:
         """Note that the transaction failed: it is tried again after a while."""
         scheduler = self._scheduler
-        # Results of nodes wait there; programs are read: what they end makes room
+        # Results wait on their nodes; programs are read, because computations that they end make
+        # room
         if self.stuck_until is None:
             for link in self._links_of_nodes():
                 link.paused = True
@@ -3034,7 +3039,7 @@ class ProgramLinks(Part):
     def __init__(self, scheduler: 'Scheduler') -> None:
         super().__init__(scheduler)
         self.sessions: Dict[int, _Session] = {}      # by the numbers of their links
-        # Message -> the part that takes it, and its method
+        # Message -> the part that handles it, and its method
         self._handlers: Dict[type, Handler] = {}
         self.add_handlers(self)
 
@@ -3079,7 +3084,7 @@ class ProgramLinks(Part):
         scheduler = self._scheduler
         for session in self.sessions.values():
             link = session.link
-            queued = link.queued - link.unmade   # what is to go in parts lies on the disk
+            queued = link.queued - link.unmade   # messages in parts are on the disk
             is_slow = queued > BACKPRESSURE_BYTES
             if not link.is_attached:
                 continue
@@ -3106,7 +3111,7 @@ class ProgramLinks(Part):
                 method(part, channel, message)
             except (LinkBroken, PeerError, OSError):
                 raise
-            except Exception as exc:  # what no honest program says ends its link and nothing else
+            except Exception as exc:  # an invalid message ends its link and nothing else
                 logger.exception('%s of %s', name, self.name_of(channel))
                 raise PeerError('%s cannot be understood: %s' % (name, exc)) from exc
 
@@ -3180,8 +3185,8 @@ class ProgramLinks(Part):
         facts: Dict[str, Any] = {'dispy': __version__, 'role': 'scheduler'}
         facts['python'] = tuple(sys.version_info[:3])
         facts['memory'] = scheduler.instance.hex()
-        facts['resources'] = {}   # jobs may ask for some, which are counted here
-        facts['pythons'] = {}     # computations may ask for one, which is found out here
+        facts['resources'] = {}   # jobs may request resources, which are counted here
+        facts['pythons'] = {}     # computations may request an interpreter, which is checked here
         facts['speculates'] = True
         self._send(link, NodeHello('dispyscheduler', UNLIMITED_CPUS, facts))
 
@@ -3200,7 +3205,7 @@ class ProgramLinks(Part):
 class ProgramComputations(Part):
     """Computations of programs: they begin, lose their programs, get them back, and end. The loop's
     thread uses this class."""
-    # What a program tells of a computation for the scheduler
+    # The keys of a specification that are for the scheduler
     SHARED = frozenset(('nodes', 'reentrant', 'exclusive', 'cloudpickle', 'recovers', 'process',
                         'collected'))
 
@@ -3210,7 +3215,8 @@ class ProgramComputations(Part):
         self._selection = scheduler.selection
         self._sharing = scheduler.sharing
         self._quota = scheduler.quota
-        self.unopened: Dict[str, ClientComputation] = {}        # those whose files are on their way
+        # Computations whose files have not arrived yet
+        self.unopened: Dict[str, ClientComputation] = {}
 
     def get(self, comp: str) -> Optional[ClientComputation]:
         """Return the computation with this name if it has begun and has not ended; else None."""
@@ -3324,7 +3330,7 @@ class ProgramComputations(Part):
             return False
         told_at = (link.number, scheduler.now)
         if computation.told_at == told_at:
-            return True   # it asks again and again in one breath; the answer may be long
+            return True   # it asks repeatedly at one time; the answer may be long
         computation.told_at = told_at
         self._send_again(computation, link)
         message = Ready(computation.comp, computation.known())
@@ -3335,7 +3341,7 @@ class ProgramComputations(Part):
             logger.info('%s: %s is back; %d jobs have not ended, %d results wait for it',
                         computation.name, computation.program, jobs, results)
             scheduler.program_jobs.resend(computation)
-        # Perhaps because its program could not be asked
+        # The reason may be that its program could not be asked
         for peer in scheduler.nodes.of(computation.comp):
             if peer.uses[computation.comp].state is AssignmentState.REFUSED:
                 scheduler.setup.set_up(peer, computation.comp)
@@ -3345,7 +3351,7 @@ class ProgramComputations(Part):
         if computation.instance != link.instance:
             self._quota.moved(computation, link.instance)
             computation.instance = link.instance
-        # Otherwise what has come since the answer to Reclaim would be lost
+        # Otherwise results since the answer to Reclaim would be lost
         if computation.link != link.number:
             computation.outbox = []
         computation.link = link.number
@@ -3360,7 +3366,7 @@ class ProgramComputations(Part):
             self._selection.use(computation.comp, computation.specs)
         absence = computation.absence
         absence.end()
-        for work in absence.dropping:   # not answered yet: they wait again
+        for work in absence.dropping:   # jobs that are not cancelled yet wait again
             self._schedule.requests.keep(work)
         absence.dropping.clear()
 
@@ -3429,7 +3435,7 @@ class ProgramComputations(Part):
             computation.is_collected = True
             self._cancel_dropped(computation)
             self._scheduler.program_jobs.give_up_files(computation)
-        self._state.commit()   # from where they are sent now
+        self._state.commit()   # they are sent from the disk now
         message = KnownAttempts(computation.comp, computation.known())
         self._send(link, message)
         self._scheduler.program_jobs.resend(computation)
@@ -3652,7 +3658,7 @@ class ProgramFiles(Part):
         while computation.wanted:
             files, modules, then = computation.wanted[0]
             unknown = Digests.unknown(computation.directory, files)
-            # Large files are there: others do not wait while they are digested
+            # Large files are present: others must not wait while these are digested
             if unknown and computation.compared is not files:
                 computation.compared = files
                 self._scheduler.openers.run(self._compare, computation, unknown)
@@ -3831,10 +3837,10 @@ class ProgramJobs(Part):
         self._quota = scheduler.quota
         self._files = scheduler.program_files
         self._exchange = scheduler.jobs
-        # Results that wait for room in the links of programs
+        # Results that wait for room on the links of programs
         self.backlog = SpoolSender(scheduler.links)
         self._kept = 0                               # bytes of waiting jobs' arguments in memory
-        self.unread_until = math.inf                 # when results are read that could not be
+        self.unread_until = math.inf   # when to read the results that could not be read
 
     def on_jobs(self, link: Link, message: Jobs) -> None:
         """Take the jobs that a program submits."""
@@ -4072,7 +4078,7 @@ class ProgramJobs(Part):
     }
 
 
-Answer = Callable[..., None]   # of a question: called with a value, or with None and an error
+Answer = Callable[..., None]   # answers a request: called with a value, or with None and an error
 
 
 class ProgramCalls(Part):
@@ -4229,7 +4235,7 @@ class ProgramCalls(Part):
             raise ValueError('%.40r cannot be asked of a scheduler' % name)
         answer(self._queries.command(computation.comp, name, *args))
 
-    # What programs ask; other names are commands
+    # Requests of programs; other names are commands
     _CALLS = {
         'nodes': _nodes,
         'jobs': _jobs,
@@ -4444,7 +4450,7 @@ class Restoration(Part):
         if work.values:
             computation.values.took(work)
         size = 0
-        with contextlib.suppress(OSError):   # told when they are needed
+        with contextlib.suppress(OSError):   # reported when they are needed
             size = self._state.size_of_payload(work.number)
         self._scheduler.quota.add(computation, work, size)
         return work
@@ -4458,7 +4464,7 @@ class Restoration(Part):
         if peer is None:
             peer = NodeConnection(host, port, scheduler.access.redial)
         if peer.link is None:
-            # Otherwise nobody would see that its process has ended, or is another.
+            # Otherwise nobody would notice that its process has ended, or is another one.
             peer.instance = instance
             peer.memory = self._memories.get(key, '')
             peer.facts['lock'] = self._locks.get(key)
@@ -4586,7 +4592,7 @@ class Scheduler(Driver):
                 self.remove_reader(door.socket)
             door.server_close()
         self._program_acceptors = []
-        self.broken = 'the scheduler has ended'   # said to whoever asks it
+        self.broken = 'the scheduler has ended'   # the error for callers
         self._hang_up()
         self.state.close()
         super().close()
@@ -4664,7 +4670,8 @@ class Scheduler(Driver):
         if isinstance(event, Authenticated) and event.session.peer_role == Role.CLIENT:
             self.programs.program_came(event)
         elif isinstance(event, Stop):
-            # Without Bye: nodes go on and keep results, programs wait, until it is started again
+            # The links end without Bye: nodes go on and keep results, programs wait, until the
+            # scheduler is started again
             self.stop()
         elif isinstance(event, Reload):
             self.user_use.reload()
@@ -4693,7 +4700,7 @@ _AT_ONCE = frozenset((Bye, FilePiece, FileStored, Need, CpusChanged, Output, Pul
 # Command line of an operator: questions to a scheduler that runs, and orders
 # --------------------------------------------------------------------------------------------------
 
-DRAINED_EVERY = 0.5     # s between two looks whether a node that is drained is idle
+DRAINED_EVERY = 0.5     # s between two checks whether a drained node is idle
 
 TASKS = {
     'status': 'Show the programs that use the scheduler: whose they are, since when, how many jobs '
@@ -4958,7 +4965,7 @@ def _print_rows(task: str, rows: List[Dict[str, Any]], as_json: bool) -> None:
         _print_table(task, rows)
         return
     for row in rows:
-        row.pop('key', None)   # it means nothing to others
+        row.pop('key', None)   # it is meaningless to others
     print(json.dumps(rows, indent=1))
 
 
@@ -4980,7 +4987,7 @@ class HistorySums:
         for name in self._by:
             ours[name] = self._value(name, job)
         key = tuple(ours.values())
-        if 'computation' in ours:   # others may have the same name
+        if 'computation' in ours:   # computations of others may have the same name
             key = (*key, job['comp'])
         row = self._sums.get(key)
         if row is None:
@@ -5045,7 +5052,7 @@ def _print_jobs(rows: List[Dict[str, Any]], as_json: bool) -> None:
     _print_rows('jobs', rows, as_json)
 
 
-# Task that shows all there is -> the rows that it shows
+# Task that shows everything -> the rows that it shows
 _ROWS_OF = {
     'status': Operator.programs,
     'users': Operator.users,
@@ -5126,7 +5133,7 @@ class OperatorPrompt:
         try:
             args = _task_parser(task).parse_args(words)
             _carry_out(self._operator, task, args)
-        except SystemExit:   # of argparse, which has said why
+        except SystemExit:   # of argparse, which has printed the reason
             return
         except (RuntimeError, concurrent.futures.TimeoutError) as exc:
             raise ValueError(str(exc) or 'the scheduler does not answer') from exc
@@ -5137,11 +5144,11 @@ def operate(task: str, argv: Sequence[str]) -> int:
     scheduler cannot be asked or refuses the order."""
     args = _task_parser(task).parse_args(argv)
     try:
-        import dispy_httpd   # it has the link by which a scheduler is asked
+        import dispy_httpd   # it has the link to a scheduler
         host, port = host_and_port(args.scheduler_host, SCHEDULER_PORT)
         files = tls_files(args.certfile, args.keyfile, None)
         secret = find_secret(None, args.secret_file)
-        logging.getLogger('dispy').setLevel(logging.ERROR)   # what is wrong is said below
+        logging.getLogger('dispy').setLevel(logging.ERROR)   # errors are printed below
         access = ConnectionSettings(secret, *files, PULSE, REDIAL_MOST)
         link = dispy_httpd.SchedulerLink(host, port, access)
         try:
@@ -5172,13 +5179,13 @@ def default_state_dir(port: int) -> str:
     return os.path.join(base, 'dispy', 'scheduler-%d' % port)
 
 
-# Options of dispy 4 without a meaning, as OBSOLETE_NODE
+# Options of dispy 4 that have no effect, as OBSOLETE_NODE
 OBSOLETE_SCHEDULER = {
     '--msg-timeout': (True, 'connections are kept'),
     '--dest-path-prefix': (True, 'files of programs are in the directory of --state-dir'),
     '--cooperative': (False, 'each program limits its own CPUs of a node'),
 }
-# What a node does not have as well
+# Options that a node does not have
 OPTIONS: List[Tuple[Tuple[str, ...], Dict[str, Any]]] = [
     (('-p', '--port', '--scheduler-port'), {
         'type': int,
@@ -5407,7 +5414,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
             monitor.shutdown()
 
 
-# Field of Options -> option of the command line that it is taken from as it is
+# Field of Options -> option of the command line whose value it has
 OPTION_OF = {
     'port': 'port',
     'node_port': 'node_port',
@@ -5763,7 +5770,7 @@ def _monitor(scheduler: Scheduler, port: int, args: argparse.Namespace) -> Any:
     def tell(text: str) -> None:
         path = os.path.join(root, 'monitor')
         write_private(path, text.encode() + b'\n')
-        if not is_log_private(args.log_file):   # others would have the token
+        if not is_log_private(args.log_file):   # others could read the token
             text = 'the link of the monitor is in %s, since others may read this log' % path
         logger.info('%s', text)
     try:
@@ -5781,7 +5788,7 @@ def _monitor(scheduler: Scheduler, port: int, args: argparse.Namespace) -> Any:
 def _clean(root: str) -> None:
     """Delete what an earlier run has left, if no scheduler uses it."""
     if os.path.isdir(root):
-        State(root).close()   # or it says who uses it
+        State(root).close()   # otherwise it says who uses the directory
         for name in os.listdir(root):
             path = os.path.join(root, name)
             if name.startswith('c-') or name == 'large':
@@ -5791,6 +5798,6 @@ def _clean(root: str) -> None:
 
 
 if __name__ == '__main__':
-    # Once more under its own name, so that classes have one identity.
+    # Run once more under its own name, so that classes have one identity.
     sys.path.insert(0, os.path.dirname(os.path.abspath(sys.argv[0])))
     sys.exit(importlib.import_module('dispyscheduler').main())
