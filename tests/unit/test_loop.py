@@ -3,11 +3,13 @@ The clock is set by the tests, and nothing is connected: a link reads and writes
 there."""
 
 import os
+import pickle
 
 import pytest
 
 from dispynode import (
-    PULSES_LOST, PULSES_SILENT, WRITE_MOST, Ack, FrameDecoder, FrameEncoder, Link, Loop, Pulse,
+    HASHED_LATE, PULSES_LOST, PULSES_SILENT, WRITE_MOST, Ack, FrameDecoder, FrameEncoder, Jobs,
+    Link, Loop, Pulse,
     Role, Session)
 
 pytestmark = pytest.mark.skipif(os.name == 'nt', reason='Windows cannot wait for pipes')
@@ -246,6 +248,32 @@ def test_one_that_takes_all_does_not_keep_the_others_waiting(loop):
     while much.queued:
         loop.turn(0)
     assert much.bytes_out == 3 * WRITE_MOST
+
+
+def test_a_large_payload_is_hashed_while_it_is_sent(loop):
+    """What is not yet sent is not yet hashed: it may still change, and is authentic."""
+    link = attached(loop, writes=True)
+    link.sock.room = 1 << 20
+    payload = bytearray(b'a' * (3 * HASHED_LATE))
+    loop.send(link, Jobs('c', [(1, pickle.PickleBuffer(payload), None)]))
+    loop.send(link, Ack('c', [2]))
+    loop.turn(0)
+    assert 0 < link.bytes_out < link.queued
+    payload[-1] = ord('b')
+    link.sock.room = None
+    while link.queued:
+        loop.turn(0)
+    large, small = messages_in(link.sock.sent)
+    assert bytes(large.rows[0][1]) == bytes(payload) and small == Ack('c', [2])
+
+
+def test_a_link_is_closed_that_has_sent_half_of_a_large_payload(loop):
+    link = attached(loop, writes=True)
+    link.sock.room = 1 << 20
+    loop.send(link, Jobs('c', [(1, pickle.PickleBuffer(bytes(2 * HASHED_LATE)), None)]))
+    loop.turn(0)
+    loop.disconnect(link, 'over')
+    assert link.sock.closed and not link.wants_write
 
 
 # -- faults ----------------------------------------------------------------------------------------
