@@ -6238,7 +6238,9 @@ class IncomingFile:
             return False
         digest = self._hash.digest()
         if digest != self._digest:
-            raise ValueError('the digest is wrong')
+            text = ('its content is not what was announced: it was changed after the cluster was '
+                    'made. Make a new cluster')
+            raise ValueError(text)
         if self._sync:
             os.fsync(self._file)
         handle = self._file
