@@ -3396,7 +3396,8 @@ class Books:
     def may_return(self, node: NodeLoad) -> bool:
         """Whether a node that has not come back in its time is waited for a little longer. Many
         that were lost together, as when this process stood still, are admitted one after the
-        other: while they come, the last of them have more time."""
+        other: while they come, or this process has no time to see whether they do, the last of
+        them have more time."""
         away: Any = node.away
         last = away.until + RETURN_EACH * len(self.nodes)
         if self.now >= last or self.now - self.returned_at >= RETURN_APART:
@@ -4648,6 +4649,11 @@ class Schedule:
             event = NodeDoubted(node.key, away.name, Evidence.OVERDUE, away.text)
             self._node_doubted(event)
             self._books.do(NodeGone(node.key))
+
+    def is_behind(self, now: float) -> None:
+        """Events come faster than they are handled: nodes that are away may have connected again.
+        """
+        self._books.returned_at = now
 
     def lost_at(self, key: Any) -> float:
         """As of the node; never if it is not known."""
@@ -15311,6 +15317,8 @@ class Driver(Loop):
         schedule = self.schedule
         if schedule.away:
             self.lost_nodes.mark()
+            if self.now - self.busy_since >= RETURN_APART:
+                schedule.is_behind(self.now)
         actions = schedule.flush(self.now)
         if self.decisions.is_on:
             self.decisions.add(None, actions)

@@ -210,6 +210,8 @@ SETUP_TIME = 600.0            # s that loading code and setup() may take
 ORPHAN_TIME = 3.0
 PAST_TIME = 30 * 86400.0      # s for which it is remembered that something was given up
 ZOMBIE_TIME = 86400.0         # s that results wait on the disk for their client
+CAUGHT_UP = 0.01              # s for which a loop waits when there is nothing to do
+OVERSLEPT = 1.0               # s by which it wakes too late when its process has stood still
 # Seconds that a link must have lived for not being one of several that end at once
 FLAP_TIME = 10.0
 # Links in a row that ended at once, after which the next attempts come later and later
@@ -7770,6 +7772,9 @@ class Loop:
         self._later_broken: Deque[Tuple[Channel, str]] = collections.deque()
         self._signalled = False
         self.woke_at = 0.0         # when this turn had something to do
+        # Since when turn has followed turn, or this process has stood still: what has come
+        # meanwhile may not have been looked at
+        self.busy_since = clock()
         self._waits = True         # or is about to: who posts has to wake it
         self._wakes_on_signals = False
         self.has_ended = False
@@ -7978,9 +7983,15 @@ class Loop:
         """One round: wait, read, take events, decide, write."""
         # Set before `_select_timeout` looks at what was posted: who posts after that sees it
         self._waits = True
-        ready = self._selector.select(self._select_timeout(timeout))
+        before = self.clock()
+        longest = self._select_timeout(timeout)
+        ready = self._selector.select(longest)
         self._waits = False
         self.woke_at = self.clock()
+        waited = self.woke_at - before
+        if waited > CAUGHT_UP:
+            if longest is None or waited < longest + OVERSLEPT:
+                self.busy_since = self.woke_at
         for key, mask in ready:
             self.now = self.clock()
             if callable(key.data):

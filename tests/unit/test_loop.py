@@ -4,13 +4,13 @@ there."""
 
 import os
 import pickle
+import time
 
 import pytest
 
 from dispynode import (
     HASHED_LATE, PULSES_LOST, PULSES_SILENT, WRITE_MOST, Ack, FrameDecoder, FrameEncoder, Jobs,
-    Link, Loop, Pulse,
-    Role, Session)
+    Link, Loop, Pulse, Role, Session)
 
 pytestmark = pytest.mark.skipif(os.name == 'nt', reason='Windows cannot wait for pipes')
 KEY = b'k' * 32
@@ -274,6 +274,43 @@ def test_a_link_is_closed_that_has_sent_half_of_a_large_payload(loop):
     loop.turn(0)
     loop.disconnect(link, 'over')
     assert link.sock.closed and not link.wants_write
+
+
+# -- a loop that has no time -----------------------------------------------------------------------
+
+class Sleeper(Told):
+    """A loop with a real clock. `jump`: seconds for which its process stands still while it waits
+    next."""
+    jump = 0.0
+
+    def __init__(self):
+        super().__init__()
+        self.clock = lambda: time.monotonic() + self.at
+
+    def next_timer(self):
+        self.at += self.jump
+        return super().next_timer()
+
+
+def test_a_loop_knows_since_when_it_has_had_no_time():
+    loop = Sleeper()
+    try:
+        loop.turn(0.05)
+        idle = loop.busy_since
+        assert idle == loop.woke_at
+        for _ in range(3):
+            loop.at += 5.0    # the turn before has taken so long
+            loop.post('something')
+            loop.turn()
+            assert loop.busy_since == idle < loop.woke_at - 4.0
+        loop.jump = 30.0
+        loop.turn(0.05)
+        assert loop.busy_since == idle
+        loop.jump = 0.0
+        loop.turn(0.05)
+        assert loop.busy_since == loop.woke_at
+    finally:
+        loop.close()
 
 
 # -- faults ----------------------------------------------------------------------------------------
