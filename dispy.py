@@ -993,8 +993,8 @@ def fill_in(job: DispyJob, row: tuple, is_program: bool, failures: Optional['Fai
         _fill_in_error(job, payload)
     else:
         job.outcome = outcome
-        decoded = bytes(payload).decode('utf-8', 'replace')
-        job.result, job.exception = None, decoded
+        text = bytes(payload).decode('utf-8', 'replace')
+        job.result, job.exception = None, text
     if start:
         job.start_time = start
     job.end_time = end or time.time()
@@ -1500,8 +1500,8 @@ def with_hint_for_module(text: str, node: str) -> str:
         name = told.group(1)
         python = told.group(2)
         hint = hint_for_module(name, node, python) or told.group()
-        short_text = text[:told.start()]
-        return short_text + hint + text[told.end():]
+        before = text[:told.start()]
+        return before + hint + text[told.end():]
     missing = list(_NO_MODULE.finditer(text))
     if not missing:
         return text
@@ -1660,8 +1660,8 @@ def html_table(head: Sequence[str], rows: Sequence[Sequence[Any]], others: int =
         more = '<tr><td colspan="%d">and %d more</td></tr>' % (len(head), others)
     else:
         more = ''
-    chosen_rows = [row(cells, 'td') for cells in rows]
-    body = ''.join(chosen_rows)
+    lines = [row(cells, 'td') for cells in rows]
+    body = ''.join(lines)
     return '<table>%s%s%s</table>' % (row(head, 'th'), body, more)
 
 
@@ -1733,8 +1733,8 @@ def nodes_text(nodes: Sequence['DispyNode']) -> str:
     for node in nodes:
         if node.state == 'ready':
             ready.append(node)
-    total_cpus = sum(node.cpus for node in ready)
-    return '%s, %s' % (many(len(ready), 'node'), many(total_cpus, 'CPU'))
+    cpus = sum(node.cpus for node in ready)
+    return '%s, %s' % (many(len(ready), 'node'), many(cpus, 'CPU'))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -5422,8 +5422,8 @@ def _uses(node: Any, local: FrozenSet[str] = frozenset()) -> Set[str]:
                 if part.attr in _FILE_NAMES:
                     found.add('__file__')
             if name and name.partition('.')[0] not in local:
-                name_parts = name.split('.')
-                found.update(itertools.accumulate(name_parts, '{}.{}'.format))
+                path = name.split('.')
+                found.update(itertools.accumulate(path, '{}.{}'.format))
             elif not name:
                 waiting.append((part.value, local))
             continue
@@ -5541,8 +5541,8 @@ class _FileUse:
         used = _uses(value)
         while isinstance(target, ast.Subscript):   # a value in a container changes the container
             target = target.value
-        all_names = list(_names_in(target))
-        names = all_names or list(filter(None, [_dotted(target)]))
+        bound = list(_names_in(target))
+        names = bound or list(filter(None, [_dotted(target)]))
         for name in names:
             if scope:
                 key = '%s.%s' % (scope, name)
@@ -5741,8 +5741,8 @@ class ModuleSource:
             level = len(name) - len(stripped)
             absolute = self._absolute(level, stripped)
             if absolute:
-                imported_module = ImportedModule(absolute, (), call in direct)
-                self.imports.append(imported_module)
+                found = ImportedModule(absolute, (), call in direct)
+                self.imports.append(found)
 
     def _read_names(self, tree: ast.Module) -> None:
         walrus = self.has(':=')
@@ -5854,8 +5854,8 @@ def archive_of(path: str) -> Tuple[str, str]:
         archive = shorter
     if archive == path or not os.path.isfile(archive):
         return '', ''
-    short_path = path[len(archive) + 1:]
-    return archive, short_path.replace(os.sep, '/')
+    below = path[len(archive) + 1:]
+    return archive, below.replace(os.sep, '/')
 
 
 class Installations:
@@ -5951,8 +5951,8 @@ def _archive_metadata(archive: str, prefix: str) -> Iterator[Tuple[str, str, str
                 if not member.endswith(below):
                     continue
                 if expected == file:
-                    decoded = members.read(member).decode('utf-8', 'replace')
-                    yield name, file, decoded
+                    text = members.read(member).decode('utf-8', 'replace')
+                    yield name, file, text
     except (OSError, zipfile.BadZipFile) as exc:
         logger.debug('%s cannot be read as an archive: %s', archive, exc)
 
@@ -6117,8 +6117,8 @@ class ModuleFinder:
         """Return the kind of a namespace package: a part of it that is the user's own travels."""
         files = []
         for path in locations:
-            absolute_path = os.path.abspath(path)
-            files.append(os.path.join(absolute_path, '__init__.py'))
+            directory = os.path.abspath(path)
+            files.append(os.path.join(directory, '__init__.py'))
         kinds = set()
         for file in files:
             kinds.add(self._kind_of_file(name, file))
@@ -6137,12 +6137,12 @@ class ModuleFinder:
     def _kind_of_file(self, name: str, path: str) -> ModuleKind:
         """Return the kind of a module by its path; if the path does not determine it, by the
         metadata beside its top-level module."""
-        real_path = os.path.realpath(path)
-        real = os.path.normcase(real_path)
+        resolved = os.path.realpath(path)
+        real = os.path.normcase(resolved)
         if _is_below(real, _site_roots()):
             return ModuleKind.INSTALLED
-        real_parts = real.split(os.sep)
-        if SITE_DIRECTORIES & set(real_parts):
+        directories = real.split(os.sep)
+        if SITE_DIRECTORIES & set(directories):
             return ModuleKind.INSTALLED
         if _is_below(real, _standard_roots()):
             return ModuleKind.STANDARD
@@ -6150,8 +6150,8 @@ class ModuleFinder:
         holder = path
         for _ in range(levels):
             holder = os.path.dirname(holder)
-        short_path = path[len(holder):]
-        below = short_path.replace(os.sep, '/').lstrip('/')
+        rest = path[len(holder):]
+        below = rest.replace(os.sep, '/').lstrip('/')
         if holder.endswith('.egg'):
             if os.path.isdir(os.path.join(holder, 'EGG-INFO')):
                 return ModuleKind.INSTALLED
@@ -6174,8 +6174,8 @@ class ModuleFinder:
             return False
         if spec.origin == path:
             return True
-        real_path = os.path.realpath(spec.origin)
-        return real_path == os.path.realpath(path)
+        found = os.path.realpath(spec.origin)
+        return found == os.path.realpath(path)
 
     def _search(self, name: str) -> Any:
         """Return the spec of a module from the finders. `importlib.util.find_spec` would import the
@@ -6300,8 +6300,8 @@ def _read_at_once(path: str, loader: Any) -> Tuple[bytes, Optional[FileStamp], i
             content = file.read()
             after = os.fstat(file.fileno())
             stamp = FileStamp(after.st_mtime_ns, after.st_size, after.st_ino)
-            file_stamp = FileStamp(before.st_mtime_ns, len(content), before.st_ino)
-            if stamp == file_stamp:
+            now = FileStamp(before.st_mtime_ns, len(content), before.st_ino)
+            if stamp == now:
                 return content, stamp, stat.S_IMODE(after.st_mode)
             file.seek(0)
     return content, None, stat.S_IMODE(after.st_mode)
@@ -6497,8 +6497,8 @@ class DataFiles:
 
     @staticmethod
     def _warn(package: str, left: List[Tuple[str, int]], count: int) -> None:
-        total_size = sum(size for _, size in left)
-        size = total_size / 2**20
+        left_out = sum(size for _, size in left)
+        size = left_out / 2**20
         logger.warning(
             'package %s has more data files than the %d MB that travel with a package; not sent '
             'are %d of %d files (%.1f MB), the first of them %s: list those that jobs need in '
@@ -6688,8 +6688,8 @@ class OwnModules:
         packages that contain them, in the order in which they are reached. `shipped` are modules
         that are sent in another way, with everything below them."""
         walk = _ModuleWalk(self._finder, self._file_of, shipped)
-        sorted_names = sorted(set(names))
-        walk.run(iter(sorted_names))
+        in_order = sorted(set(names))
+        walk.run(iter(in_order))
         return walk.found
 
     def files(self, closure: Sequence[ModuleFile]) -> Dict[str, FileOfModule]:
@@ -6983,8 +6983,8 @@ class StateCapture:
         given = binding is None or binding.kind is NameKind.CONSTANT
         form = plain_form(value, sys.maxsize if given else STATE_LIMIT)
         if form is not None:
-            state_row = StateRow(module, owner, name, form, -1, not given)
-            found.append((state_row, value))
+            row = StateRow(module, owner, name, form, -1, not given)
+            found.append((row, value))
         elif given and (not owner or binding is not None):
             if not self._is_made_by_module(module, value):
                 raise _CannotTravel(name,
@@ -7240,8 +7240,8 @@ class ModuleBundles:
     def _content(closure: List[ModuleFile], capture: StateCapture, kinds: List[Tuple[str, str]],
                  state: bytes) -> bytes:
         names = {file.name for file in closure}
-        chosen_modules = {row.module for row in capture.rows}
-        travelling = names | chosen_modules
+        with_state = {row.module for row in capture.rows}
+        travelling = names | with_state
         compiled = [file.name for file in closure if file.is_extension]
         packages = {
             name: version
@@ -7815,8 +7815,8 @@ def _job_depends(
     for name, path in paths.items():
         check_name(name)
         with open_regular(path) as file:
-            st_mode = os.stat(path).st_mode
-            files.append((name, stat.S_IMODE(st_mode) & 0o755 | 0o600, file.read()))
+            mode = os.stat(path).st_mode
+            files.append((name, stat.S_IMODE(mode) & 0o755 | 0o600, file.read()))
     return files, objects
 
 
@@ -7932,8 +7932,8 @@ def _file_rows(paths: Dict[str, str], program: str = '') -> List[Tuple[str, int,
     for name, path in paths.items():
         check_name(name)
         size, digest = file_digest(path)
-        st_mode = os.stat(path).st_mode
-        row = (name, size, digest, stat.S_IMODE(st_mode) | (0o500 if name == program else 0))
+        mode = os.stat(path).st_mode
+        row = (name, size, digest, stat.S_IMODE(mode) | (0o500 if name == program else 0))
         rows.append(row)
     return rows
 
@@ -8058,8 +8058,8 @@ def _is_named(obj: Any, module: str, name: str) -> bool:
     method makes a new object."""
     if isinstance(obj, types.MethodType):
         try:
-            name_parts = name.split('.')
-            return bool(functools.reduce(getattr, name_parts, sys.modules[module]) == obj)
+            path = name.split('.')
+            return bool(functools.reduce(getattr, path, sys.modules[module]) == obj)
         except (AttributeError, KeyError):
             return False
     return is_named(obj, module, name)
@@ -8267,8 +8267,8 @@ class SourcePicker:
             raise NoSource(
                 '%s: %s in the file of module %s is not what runs: was the file changed?' %
                 (what, name, module))
-        decorator_list = found[-1].decorator_list
-        linenos = [node.lineno for node in (found[-1], *decorator_list)]
+        decorators = found[-1].decorator_list
+        linenos = [node.lineno for node in (found[-1], *decorators)]
         first = min(linenos)
         taken[name] = range(first, found[-1].end_lineno + 1)  # type: ignore[operator]
         useds = {used for code in codes for used in _names_used(code)}
@@ -8454,8 +8454,8 @@ def _may_have_become(code: types.CodeType, running: types.CodeType) -> bool:
         return False
     if code.co_firstlineno != running.co_firstlineno:
         return False
-    co_names = set(code.co_names)
-    if not co_names <= set(running.co_names):
+    names = set(code.co_names)
+    if not names <= set(running.co_names):
         return False
     constants = set()
     for const in code.co_consts:
@@ -9550,8 +9550,8 @@ def state_directory() -> str:
     elif os.environ.get('XDG_STATE_HOME'):
         base = os.environ['XDG_STATE_HOME']
     elif sys.platform == 'darwin':
-        expanded_path = os.path.expanduser('~')
-        base = os.path.join(expanded_path, 'Library', 'Application Support')
+        home = os.path.expanduser('~')
+        base = os.path.join(home, 'Library', 'Application Support')
     else:
         base = os.path.join(os.path.expanduser('~'), '.local', 'state')
     return os.path.join(base, 'dispy')
@@ -9637,8 +9637,8 @@ class ComputationNotes:
             head = describe()
         else:
             head = {}
-        dumped = json.dumps(dict(head, script=script))
-        return dumped.encode()
+        line = json.dumps(dict(head, script=script))
+        return line.encode()
 
     def end(self, untold: Set[str]) -> None:
         """Note that the cluster is closed. If some nodes could not be told so, the file remains, so
@@ -9814,8 +9814,8 @@ class RecoverableFiles:
             if is_old or not places:
                 _close_trail(file, path, True)
                 return None
-            sorted_places = sorted(set(places))
-            return cls(file, path, head, sorted_places, _OVER in rows)
+            in_order = sorted(set(places))
+            return cls(file, path, head, in_order, _OVER in rows)
         except BaseException:
             file.close()
             raise
@@ -11285,8 +11285,8 @@ class ResultCollection(Collector):
                 gone = self.there.get(key, set()) & set(serials)
                 self.there.get(key, set()).difference_update(gone)
                 for serial in gone:
-                    attempt_history = AttemptHistory(unbegun=frozenset(gone))
-                    account = Account(past=attempt_history)
+                    not_begun = AttemptHistory(unbegun=frozenset(gone))
+                    account = Account(past=not_begun)
                     self._went(comp, serial, account, peer)
             self._changed.notify_all()
 
@@ -12109,9 +12109,9 @@ class NodeSearch:
         if asker is None:
             # Answers come to an own port; at the nodes' port, this program hears nodes that start
             # later.
-            discovery_sockets = DiscoverySockets(self._driver, self.reach, (port, ), (0, port),
-                                                 self._hear, multicast)
-            asker = self._ears[port, multicast] = DiscoveryProbe(discovery_sockets)
+            sockets = DiscoverySockets(self._driver, self.reach, (port, ), (0, port), self._hear,
+                                       multicast)
+            asker = self._ears[port, multicast] = DiscoveryProbe(sockets)
         asker.due = self._driver.now
         asker.wait = ASK_FIRST
 
@@ -12700,12 +12700,12 @@ class NodeSelection:
                 'no dispynode answers, so that one is started on this machine for this program '
                 '(nodes=%r does that without a search)',
                 LOCAL)
-        node_connection = NodeConnection('127.0.0.1', 0, self._driver.access.redial, True, True)
-        peer = self._nodes.by_key.setdefault(LOCAL, node_connection)
+        new = NodeConnection('127.0.0.1', 0, self._driver.access.redial, True, True)
+        peer = self._nodes.by_key.setdefault(LOCAL, new)
         most = self._clusters[comp].cpus_in_all()
         if comp not in peer.uses and most is not None:   # even if the machine has fewer CPUs
-            node_spec = NodeSpec('127.0.0.1', 0)
-            peer.uses[comp] = NodeAssignment(node_spec)
+            spec = NodeSpec('127.0.0.1', 0)
+            peer.uses[comp] = NodeAssignment(spec)
             peer.uses[comp].allocation = Allocation(most, b'', [], {})
             self._driver.setup.set_up(peer, comp)
         self.take(peer, comp, NodeSpec('127.0.0.1', 0))
@@ -12991,8 +12991,8 @@ class ComputationSetup:
         results that it has on its disk, by computation."""
         known = {}
         for comp, serials in kept.items():
-            attempt_history = AttemptHistory(whole=False)
-            known[comp] = Account(frozenset(serials), attempt_history)
+            unknown = AttemptHistory(whole=False)
+            known[comp] = Account(frozenset(serials), unknown)
         doubted = NodeDoubted(peer.key, str(peer), Evidence.OTHER_INSTANCE, 'it was restarted',
                               peer.kind, known=known)
         self._driver.lost_nodes.doubt(doubted)
@@ -13365,8 +13365,8 @@ class FileTransfers:
         for link, (comp, purpose, key, name), text in self.backlog.send(self._driver.send):
             if purpose == Purpose.VALUES:
                 error = 'it cannot be read: %s' % text
-                file_stored = FileStored(comp, purpose, key, name, error)
-                self._driver.send(link, file_stored)
+                answer = FileStored(comp, purpose, key, name, error)
+                self._driver.send(link, answer)
             elif purpose == Purpose.PLACED and link.number in self._nodes.by_link:
                 peer = self._nodes.by_link[link.number]
                 message = 'it cannot be read: %s' % text
@@ -13562,8 +13562,8 @@ class HeldBack:
             waits = False
             if held is not None and held.forwards and row[1] not in PROVISIONAL:
                 if row[1] in RETURNED:
-                    second_wins = SecondWins(peer.key, comp, row[0])
-                    self._driver.decide(second_wins)
+                    event = SecondWins(peer.key, comp, row[0])
+                    self._driver.decide(event)
                 waits = held.keep_until_there(row)
             if not waits:
                 admitted.append(row)
@@ -14136,8 +14136,8 @@ class SchedulerCalls:
     def on_news(self, peer: NodeConnection, message: NodeChanged) -> None:
         cluster = self._clusters.get(message.comp)
         if cluster is not None:
-            node_info = NodeInfo(*message.node)
-            cluster.node_told(message.status, node_info)
+            node = NodeInfo(*message.node)
+            cluster.node_told(message.status, node)
 
     def on_said(self, peer: NodeConnection, message: Notice) -> None:
         cluster = self._clusters.get(message.comp)
@@ -14403,10 +14403,10 @@ class FailedJobs:
             text: str, key: int) -> None:
         """Note a job that has failed. A `time_ended` of 0 means now."""
         self._count += 1
-        short_text = text[-FAILURE_TEXT:]
-        failed_job = FailedJob(self._count, time_ended or time.time(), cluster, job,
-                               shown_arguments(payload), status, node, short_text, key)
-        self._rows.append(failed_job)
+        end = text[-FAILURE_TEXT:]
+        row = FailedJob(self._count, time_ended or time.time(), cluster, job,
+                        shown_arguments(payload), status, node, end, key)
+        self._rows.append(row)
 
     def all(self) -> List[FailedJob]:
         """Return all of them, the oldest first."""
@@ -14773,11 +14773,11 @@ class Overview:
         run = runs.get(comp, ())
         running = set(run)
         running.update(seconds)
-        job_at_nodes: List[JobAtNode] = []
+        found: List[JobAtNode] = []
         for serial, work in itertools.islice(sent.items(), most):
-            job_at_node = JobAtNode(serial, work, serial in running, seconds.get(serial))
-            job_at_nodes.append(job_at_node)
-        return job_at_nodes
+            row = JobAtNode(serial, work, serial in running, seconds.get(serial))
+            found.append(row)
+        return found
 
     def _seconds_run(self, key: Any, comp: str) -> Dict[int, float]:
         """Return serial -> seconds, of jobs on a node that are known to have begun."""
@@ -15679,8 +15679,8 @@ def _start_embedded(peer: NodeConnection) -> Tuple['subprocess.Popen[bytes]', in
     secret = os.urandom(32).hex().encode()
     code = 'import sys; sys.path.insert(0, %r); import dispynode; sys.exit(dispynode.main())'
     prefix = peer.directory = tempfile.mkdtemp(prefix='dispy-')
-    absolute_path = os.path.abspath(dispynode.__file__)
-    directory = os.path.dirname(absolute_path)
+    module = os.path.abspath(dispynode.__file__)
+    directory = os.path.dirname(module)
     command = [
         python, '-c', code % directory, '--embedded', '-i', '127.0.0.1', '-p', '0',
         '--dest-path-prefix', prefix
@@ -16691,9 +16691,8 @@ class StatusReport:
             key = '%s:%s' % (row.ip_addr, row.name)
             seen.add(key)
             _, done, seconds = counts.get(key, (row, 0, 0.0))
-            node_description = describe_node(row, row.state, row.reason, row.cpus, row.busy, done,
-                                             seconds)
-            nodes.append(node_description)
+            node = describe_node(row, row.state, row.reason, row.cpus, row.busy, done, seconds)
+            nodes.append(node)
         for key, (peer, done, seconds) in counts.items():
             if key not in seen:
                 description = describe_node(peer, 'closed', '', peer.offered, 0, done, seconds)
@@ -16866,8 +16865,8 @@ class ComputationUser(NodeUser):
         try:
             source = self.cargo.source()
         except Exception as exc:  # of those objects
-            exception_description = describe_exception(exc, 1)
-            source = b'', 'its source could not be collected: ' + exception_description
+            reason = describe_exception(exc, 1)
+            source = b'', 'its source could not be collected: ' + reason
         self.driver.call_soon(self.driver.setup.source_found, self, peer, link, source)
 
     def support_for(self, peer: NodeConnection) -> Dict[str, bytes]:
@@ -17863,9 +17862,9 @@ class JobCluster(OldCluster):
         The job waits while the node cannot be used. Raises ValueError for a node that this cluster
         does not know, naming those that it knows. Any thread."""
         submitter = self._core.submitter
-        next_number = next(submitter.numbers)
+        number = next(submitter.numbers)
         key = self._key_of_node(node)
-        return submitter.submit(next_number, args, kwargs, key)
+        return submitter.submit(number, args, kwargs, key)
 
     def submit_job_id_node(self, id: Any, node: Any, /, *args: Any, **kwargs: Any) -> DispyJob:
         """Do as `submit_node`, with this `id` of the job. Any thread."""
@@ -17967,8 +17966,8 @@ class JobCluster(OldCluster):
     def jobs(self) -> JobList:
         """Return the jobs that have not ended, in the order of submission: a list, which a notebook
         shows as a table. Any thread."""
-        jobs_owed = self._core.book.jobs_owed()
-        jobs = [job for job in jobs_owed if job.status not in ENDED]
+        owed = self._core.book.jobs_owed()
+        jobs = [job for job in owed if job.status not in ENDED]
         sorted_jobs = sorted(jobs, key=lambda job: (job.submit_time, job_number(job.serial)))
         return JobList(sorted_jobs)
 
@@ -18392,11 +18391,11 @@ class SchedulerCommands(NodeCommands):
         if rows:
             return rows
         reason = 'has no node for this cluster yet'
-        changed_rows: List[NodeInfo] = []
+        shown: List[NodeInfo] = []
         for row in self._ask_here('nodes'):
-            changed_row = row._replace(state='connected', reason=reason, cpus=0)
-            changed_rows.append(changed_row)
-        return changed_rows
+            scheduler = row._replace(state='connected', reason=reason, cpus=0)
+            shown.append(scheduler)
+        return shown
 
     def rows_at_end(self) -> List[NodeInfo]:
         """Return the nodes, even if the cluster counts as closed."""
@@ -18578,9 +18577,9 @@ class SharedJobCluster(JobCluster):
             raise TypeError("scheduler_host=%.80r: it must be 'host' or 'host:port'" % (where,))
         host, port = host_and_port(
             where, in_range('scheduler_port', scheduler_port, SCHEDULER_PORT, 1, 65535, True))
-        node_spec = NodeSpec(host, port, scheduler=True)
+        spec = NodeSpec(host, port, scheduler=True)
         flag = flag_of('exclusive', exclusive)
-        self._shared = SharedOptions(node_spec, flag, any_node(nodes))
+        self._shared = SharedOptions(spec, flag, any_node(nodes))
         super().__init__(computation, nodes, *args, **options)
 
     def _make_core(self, computation: Any, options: ClusterOptions) -> ProgramCluster:
@@ -19292,9 +19291,9 @@ class DispyExecutor(concurrent.futures.Executor):
             future.set_exception(_pickling_error(exc))
             return future
         try:
-            next_number = next(submitter.numbers)
+            number = next(submitter.numbers)
             options = submitter.with_defaults(self._options)
-            submitter.enter(next_number, args, kwargs, options, payload, future)
+            submitter.enter(number, args, kwargs, options, payload, future)
         except RuntimeError as exc:
             if cluster is not self._pool.cluster:   # the cluster was replaced in the meantime
                 return self.submit(fn, *args, **kwargs)
@@ -20027,8 +20026,8 @@ def _stay_behind(cores: List[ProgramCluster]) -> None:
     for core in cores:
         nodes.update(core.left_behind())
     trails = [core.trail for core in cores if core.trail is not None]
-    jobs_left = _jobs_left(nodes, owed)
-    logger.warning('the program ends by an error, and %s; %s', jobs_left, _how_to_collect(trails))
+    what_stays = _jobs_left(nodes, owed)
+    logger.warning('the program ends by an error, and %s; %s', what_stays, _how_to_collect(trails))
 
 
 def _cancel_at_scheduler(core: ProgramCluster, until: float) -> None:
@@ -20179,8 +20178,8 @@ class Template:
         end = 0
         for match in REPLACEMENT.finditer(text):
             if match.start() > end:
-                short_text = text[end:match.start()]
-                self._pieces.append(short_text)
+                between = text[end:match.start()]
+                self._pieces.append(between)
             self._pieces.append(Replacement.parse(match))
             end = match.end()
         if end < len(text):
@@ -20330,8 +20329,8 @@ class Command:
     def words(self, values: Sequence[str], number: int) -> List[str]:
         """Return the words that a node runs, as CommandLines takes them."""
         if self.is_line:
-            expand = self._templates[0].expand(values, number)
-            return ['sh', '-c', expand]
+            line = self._templates[0].expand(values, number)
+            return ['sh', '-c', line]
         words = self._words(values, number)
         if self.program.by_python:
             words.insert(0, RUN_BY_PYTHON)
@@ -20703,8 +20702,8 @@ class Resume:
         if number not in self._known:
             return False
         is_well, known = self._known[number]
-        one_line = JobLog.one_line(command)
-        if known != one_line:
+        now = JobLog.one_line(command)
+        if known != now:
             if not self.changed:
                 self.changed = ('job %d is now `%s`, and was `%s` when %s was written. Jobs are '
                                 'known by their numbers alone: --resume needs the same command '
@@ -20733,8 +20732,8 @@ def as_file_name(value: str) -> str:
         name = '\\' + name   # no argument yields this otherwise
     data = os.fsencode(name)
     if len(data) > NAME_LONGEST:
-        digest_text = hashlib.sha256(data).hexdigest()
-        digest = digest_text[:16]
+        digits = hashlib.sha256(data).hexdigest()
+        digest = digits[:16]
         begin = os.fsdecode(data[:NAME_LONGEST - 20])
         name = '%s~%s' % (begin, digest)
     return name
@@ -20766,10 +20765,10 @@ class ResultFiles:
         name = self._free_name(ended)
         directory = os.path.join(self._root, name)
         os.makedirs(directory, exist_ok=True)
-        stdout_path = os.path.join(directory, 'stdout')
-        write_file(stdout_path, ended.stdout)
-        stderr_path = os.path.join(directory, 'stderr')
-        write_file(stderr_path, ended.stderr)
+        path_of_stdout = os.path.join(directory, 'stdout')
+        write_file(path_of_stdout, ended.stdout)
+        path_of_stderr = os.path.join(directory, 'stderr')
+        write_file(path_of_stderr, ended.stderr)
         path = os.path.join(directory, 'seq')
         write_file(path, b'%d' % ended.number)
         reason = ended.reason or 'ok'
@@ -20930,8 +20929,8 @@ def slots_option(text: str) -> int:
 def delimiter_option(text: str) -> bytes:
     """Parse what ends a record, with escapes such as \\n, \\0 and \\x1f."""
     try:
-        decoded = os.fsencode(text).decode('unicode_escape')
-        data = decoded.encode('latin-1')
+        unescaped = os.fsencode(text).decode('unicode_escape')
+        data = unescaped.encode('latin-1')
     except UnicodeError:
         data = os.fsencode(text)   # there are no escapes, but characters beyond Latin-1
     if not data:
@@ -21645,8 +21644,8 @@ class Feeder:
         if self._window.enter(0):
             self.jobs[number] = PendingJob(values, '')
             self.order.append(number)
-            not_submitted = NotSubmitted(number, values, str(exc))
-            self._events.put(not_submitted)
+            event = NotSubmitted(number, values, str(exc))
+            self._events.put(event)
 
     def _submit(self, number: int, values: Values) -> None:
         try:
@@ -21672,8 +21671,8 @@ class Feeder:
         try:
             job = self._cluster.submit_job_id(number, *words, **options)
         except (OSError, ValueError) as exc:
-            not_submitted = NotSubmitted(number, values, str(exc))
-            self._events.put(not_submitted)
+            event = NotSubmitted(number, values, str(exc))
+            self._events.put(event)
         else:
             job.call_when_ended(self._events.put)   # the callbacks would take longer
 
@@ -22059,8 +22058,8 @@ def surroundings() -> Iterator[str]:
     yield 'DISPY_SECRET is %s' % ('set' if 'DISPY_SECRET' in os.environ else 'not set')
     path = dispynode.secret_path()
     if os.path.exists(path):
-        st_mode = os.stat(path).st_mode
-        yield 'the secret file %s has mode %o' % (path, stat.S_IMODE(st_mode))
+        mode = os.stat(path).st_mode
+        yield 'the secret file %s has mode %o' % (path, stat.S_IMODE(mode))
     else:
         yield 'there is no secret file %s' % path
 
@@ -22178,8 +22177,8 @@ def _read_stacks(path: str) -> List[str]:
 
 def logs() -> Iterator[str]:
     """Return the last lines of the logs of daemons on this machine."""
-    expanded_path = os.path.expanduser('~/.dispy/*/log')
-    found = set(glob.glob(expanded_path))
+    pattern = os.path.expanduser('~/.dispy/*/log')
+    found = set(glob.glob(pattern))
     for process in daemons():
         words = process.info['cmdline']
         for word, value in zip(words, words[1:]):
@@ -22189,8 +22188,8 @@ def logs() -> Iterator[str]:
         yield '-- %s' % path
         with contextlib.suppress(OSError):
             with open(path, 'rb') as file:
-                file_size = os.path.getsize(path)
-                file.seek(max(0, file_size - LOG_BYTES))
+                size = os.path.getsize(path)
+                file.seek(max(0, size - LOG_BYTES))
                 lines = file.read().decode(errors='replace').splitlines()
             yield from lines[-LOG_LINES:]
 
@@ -22569,8 +22568,8 @@ class KubernetesEngine(Engine):
             kind = item['kind'].lower()
             name = item['metadata']['name']
             self._run([*self.cancels, '%s/%s' % (kind, name)])
-            dumped = json.dumps(item)
-            self._run(self.submits, dumped)
+            manifest = json.dumps(item)
+            self._run(self.submits, manifest)
 
     def remove_files(self) -> None:
         """Remove what `put_files` has created. Raises DispyError."""
@@ -22975,8 +22974,8 @@ class Deployment:
     """
 
     def __init__(self) -> None:
-        expanded_path = os.path.expanduser('~')
-        self._directory = os.path.join(expanded_path, '.dispy', platform.node() or 'node')
+        home = os.path.expanduser('~')
+        self._directory = os.path.join(home, '.dispy', platform.node() or 'node')
         self._script, self._noted, self._log = (os.path.join(self._directory, name)
                                                 for name in ('dispynode.py', 'note', 'log'))
         self._note: dict = {}
@@ -23081,8 +23080,8 @@ class Deployment:
                 stderr=output,
                 start_new_session=True)
         self._note['pid'] = process.pid
-        dumped = json.dumps(self._note)
-        write_private(self._noted, dumped.encode())
+        note = json.dumps(self._note)
+        write_private(self._noted, note.encode())
         until = time.monotonic() + DEPLOY_TIME
         found = None
         while found is None:
@@ -23094,8 +23093,8 @@ class Deployment:
             if process.returncode is not None or time.monotonic() > until:
                 process.kill()
                 code = process.wait()
-                decoded = _since(self._log, said).decode(errors='replace')
-                raise StartError(decoded.strip().rpartition('\n')[2] or 'it ' + exit_text(code))
+                printed = _since(self._log, said).decode(errors='replace')
+                raise StartError(printed.strip().rpartition('\n')[2] or 'it ' + exit_text(code))
         port = int(found.group(1))
         self._note.update(port=port,
                           root=os.path.abspath(args.dest_path_prefix or default_directory(port)))
@@ -23373,8 +23372,8 @@ def _deploy(task: str, argv: List[str]) -> int:
         return _place(task, ours, options)
     parser = _deploy_parser(task)
     args = parser.parse_intermixed_args(ours)
-    absolute_path = os.path.abspath(dispynode.__file__)
-    with open(absolute_path, 'rb') as source:
+    path = os.path.abspath(dispynode.__file__)
+    with open(path, 'rb') as source:
         packed = base64.b64encode(zlib.compress(source.read()))
     try:
         ssh = shlex.split(args.ssh)
@@ -23393,8 +23392,8 @@ def _deploy(task: str, argv: List[str]) -> int:
     program = (REMOTE % (packed, program_of_host(), request)).encode()
     failed = 0
     width = max(map(len, hosts))
-    thread_pool_executor = concurrent.futures.ThreadPoolExecutor(min(32, len(hosts)))
-    with thread_pool_executor as pool:
+    executor = concurrent.futures.ThreadPoolExecutor(min(32, len(hosts)))
+    with executor as pool:
         for host, (done, text) in zip(
                 hosts, pool.map(_on_host, commands, itertools.repeat(program),
                                 itertools.repeat(_patience(task, args)))):
@@ -23481,8 +23480,8 @@ def _look_at_nodes(args: argparse.Namespace) -> int:
         raise ValueError('--list-nodes asks the nodes themselves; '
                          '`python -m dispyscheduler nodes` asks a scheduler')
     logger.setLevel(logging.ERROR)   # the table shows it
-    node_scan = NodeScan(_nodes_of(args), **_access_of(args))
-    with node_scan as survey:
+    scan = NodeScan(_nodes_of(args), **_access_of(args))
+    with scan as survey:
         return _list_nodes(survey.look())
 
 

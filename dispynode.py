@@ -896,9 +896,9 @@ def shorten(text: str, most: int = TEXT_MOST) -> str:
     if len(text) <= most:
         return text
     half = most // 2
-    short_text = text[-half:]
+    tail = text[-half:]
     return '%s\n[dispy: %d characters left out here]\n%s' % (text[:half], len(text) - 2 * half,
-                                                             short_text)
+                                                             tail)
 
 
 def over_limit(what: str, size: int) -> str:
@@ -1016,8 +1016,8 @@ class InParts:
             start = 0
             while start < len(buffer):
                 piece = buffer[start:start + FILE_PIECE - filled]
-                pickle_buffer = pickle.PickleBuffer(piece)
-                some.append(pickle_buffer)
+                out_of_band = pickle.PickleBuffer(piece)
+                some.append(out_of_band)
                 start = start + len(piece)
                 filled = filled + len(piece)
                 if filled < FILE_PIECE:
@@ -1232,11 +1232,11 @@ def open_envelope(data: Buffer,
     """Unpickle plain builtin values. Raises PeerError for anything else, and for a pickle that
     would cost more than `bounds` allow."""
     try:
-        plain_reader = PlainReader(data, bounds or BOUNDS)
-        plain_reader.check()
-        bytes_io = io.BytesIO(data)
-        plain = _Plain(bytes_io, buffers=buffers)
-        return plain.load()
+        operations = PlainReader(data, bounds or BOUNDS)
+        operations.check()
+        file = io.BytesIO(data)
+        unpickler = _Plain(file, buffers=buffers)
+        return unpickler.load()
     except PeerError:
         raise
     except Exception as exc:  # the unpickler may raise any exception on damaged input
@@ -1248,8 +1248,8 @@ def open_plain(data: Buffer) -> Any:
     """Unpickle plain builtin values as `open_envelope` does, but without bounds. It is for
     processes that have the rights of the user who sent the pickle. Raises PeerError."""
     try:
-        bytes_io = io.BytesIO(data)
-        return _Plain(bytes_io).load()
+        file = io.BytesIO(data)
+        return _Plain(file).load()
     except Exception as exc:  # as above
         text = 'what should be plain values does not open: %s' % (exc,)
         raise PeerError(text) from exc
@@ -1805,8 +1805,8 @@ def _split(payload: memoryview) -> Tuple[memoryview, List[memoryview]]:
         raise PeerError('a payload is shorter than its index says')
     layout = '>%dQ' % count
     lengths = struct.unpack_from(layout, payload, _INDEX.size)
-    total_lengths = sum(lengths)
-    if at + body + total_lengths != len(payload):
+    beside = sum(lengths)
+    if at + body + beside != len(payload):
         raise PeerError('the parts of a payload do not add up')
     envelope = payload[at:at + body]
     at = at + body
@@ -1865,8 +1865,8 @@ class DurationEstimate:
         """The estimate; None before the first job has ended."""
         if self._seconds is None and self._last:
             known = sorted(itertools.islice(reversed(self._last), self.LAST))
-            total_known = sum(known)
-            self._mean = max(total_known / len(known), 1e-6)
+            sum_of_known = sum(known)
+            self._mean = max(sum_of_known / len(known), 1e-6)
             self._seconds = max(self._mean, known[int(0.9 * len(known))])
         return self._seconds
 
@@ -1914,8 +1914,8 @@ class DurationEstimate:
         """Return the largest number of consecutive jobs, among the last ones, that did not fill
         this many seconds."""
         # This is the case for short jobs, whose cost matters
-        total_last = sum(self._last)
-        if total_last < seconds:
+        all_seconds = sum(self._last)
+        if all_seconds < seconds:
             return len(self._last)
         last = list(self._last)
         most = begin = 0
@@ -2105,12 +2105,12 @@ class ValueRequests:
             if self.total + size <= self._most:
                 break
             self.total -= self._here.pop(key)
-            drop_value = DropValue(*key)
-            actions.append(drop_value)
+            removal = DropValue(*key)
+            actions.append(removal)
         if self.total + size <= self._most or not any(key not in own for key in self._needs):
             self._coming[comp] = (size, digest)
-            fetch_value = FetchValue(comp, size, digest)
-            actions.append(fetch_value)
+            request = FetchValue(comp, size, digest)
+            actions.append(request)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -2160,8 +2160,8 @@ def dumps(value: Any, pickler: Optional[Callable[..., Any]] = None,
     to be packed as usual. Raises what pickling raises.
     """
     if type(value) in ATOMS:
-        dumped = pickle.dumps(value, 5)
-        return Sealed(dumped, True, _NO_MODULES, True)
+        pickled = pickle.dumps(value, 5)
+        return Sealed(pickled, True, _NO_MODULES, True)
     pieces, buffers = _Pieces(), []  # type: Tuple[_Pieces, List[memoryview]]
 
     def beside(buffer: pickle.PickleBuffer) -> bool:
@@ -2281,8 +2281,8 @@ known_values: Any = None
 
 def with_needs(payload: Payload, numbers: Iterable[int]) -> Payload:
     """Return a payload that says which bundles of modules must be present before it is opened."""
-    sorted_numbers = sorted(numbers)
-    body = pickle.dumps(tuple(sorted_numbers), 5)
+    in_order = sorted(numbers)
+    body = pickle.dumps(tuple(in_order), 5)
     pieces = pieces_of(payload)
     return (_NEEDS.pack(2, len(body)) + body + bytes(pieces[0]), *pieces[1:])
 
@@ -2340,8 +2340,8 @@ class _Source:
 
     def readline(self) -> bytes:
         """Do as the method of a file. Only pickles of old protocols contain lines."""
-        bytes_io = io.BytesIO(self._view[self._at:min(self._at + NAME_MOST, self._end)])
-        line = bytes_io.readline()
+        start = io.BytesIO(self._view[self._at:min(self._at + NAME_MOST, self._end)])
+        line = start.readline()
         self._went(len(line))
         return line
 
@@ -2770,8 +2770,8 @@ def make_code(version: tuple, args: tuple, file: str, name: str, line: int) -> A
     out since 3.1.3."""
     if version != sys.version_info[:2]:
         return ForeignCode(version, name, line)
-    code_type = types.CodeType(*args)
-    return code_type.replace(co_filename=file)
+    code = types.CodeType(*args)
+    return code.replace(co_filename=file)
 
 
 def _by_name_here(version: tuple, module: str, name: str, kind: str) -> Any:
@@ -3526,8 +3526,8 @@ def is_named(obj: Any, module: str, name: str) -> bool:
     if module not in sys.modules:
         return False
     try:
-        name_parts = name.split('.')
-        return functools.reduce(getattr, name_parts, sys.modules[module]) is obj
+        path = name.split('.')
+        return functools.reduce(getattr, path, sys.modules[module]) is obj
     except Exception:  # AttributeError, or what a __getattr__ of the user's raises
         return False
 
@@ -3649,10 +3649,10 @@ def _submodules_used(code: types.CodeType, packages: Set[str]) -> Set[str]:
     """Return the loaded submodules that a function can reach as attributes of packages that it
     imports itself. cloudpickle finds those of packages in global variables."""
     used = set(code.co_names)
-    all_modules = list(sys.modules)
+    loaded = list(sys.modules)
     return {
         name
-        for name in all_modules if isinstance(name, str) and '.' in name
+        for name in loaded if isinstance(name, str) and '.' in name
         and name.partition('.')[0] in packages and set(name.split('.')[1:]) <= used
     }
 
@@ -3808,8 +3808,8 @@ class ModuleState:
         if not changed:
             return
         targets = self._targets()
-        state_unpickler = _StateUnpickler(self._pickled, targets)
-        contents, values = state_unpickler.load()
+        unpickler = _StateUnpickler(self._pickled, targets)
+        contents, values = unpickler.load()
         for number in {row.number for row in changed if row.number >= 0}:
             fill_in_place(targets[number], contents[number])
         for row in changed:
@@ -3938,8 +3938,8 @@ class ModuleLoader:
     def here(self) -> Tuple[tuple, List[int]]:
         """Return the arguments for a loader in a child process of a job, and the bundles that it is
         to load."""
-        sorted_loadeds = sorted(self._loaded)
-        return (self._private, self._path, self.directory), sorted_loadeds
+        bundles = sorted(self._loaded)
+        return (self._private, self._path, self.directory), bundles
 
     def need(self, numbers: Iterable[int]) -> None:
         """Import the modules of these bundles, once. Raises what the import raises, or
@@ -3973,10 +3973,10 @@ class ModuleLoader:
             importlib.import_module(name)
         rows = []
         for row in bundle['rows']:
-            state_row = StateRow(*row)
-            rows.append(state_row)
-        module_state = ModuleState(bundle['platform'], rows, bundle['kinds'], bundle['state'])
-        module_state.apply()
+            variable = StateRow(*row)
+            rows.append(variable)
+        state = ModuleState(bundle['platform'], rows, bundle['kinds'], bundle['state'])
+        state.apply()
         self._loaded.add(number)
         self.notes += compare_packages(bundle['packages'])
 
@@ -4032,8 +4032,8 @@ class ModuleLoader:
         frame = self._importing_frame()
         if frame is None:
             return False
-        f_global = frame.f_globals.get('__name__')
-        if f_global in MAIN_NAMES:
+        importer = frame.f_globals.get('__name__')
+        if importer in MAIN_NAMES:
             return True
         return frame.f_code.co_filename.startswith((self.root, self.directory))
 
@@ -4043,8 +4043,8 @@ class ModuleLoader:
         frame = self._importing_frame()
         if frame is None:
             return False
-        f_global = frame.f_globals.get('__name__')
-        return f_global not in self._first
+        importer = frame.f_globals.get('__name__')
+        return importer not in self._first
 
     @staticmethod
     def _importing_frame() -> Any:
@@ -4079,8 +4079,8 @@ def explain_import(exc: BaseException, name: str) -> str:
     trace = exc.__traceback__
     while trace is not None:
         if trace.tb_frame.f_code.co_name == '<module>':
-            f_global = trace.tb_frame.f_globals.get('__name__')
-            chain.append(str(f_global))
+            importer = trace.tb_frame.f_globals.get('__name__')
+            chain.append(str(importer))
         trace = trace.tb_next
     if not isinstance(exc, ImportError):
         if len(chain) == 1:
@@ -4210,8 +4210,8 @@ def package_version(name: str) -> str:
     except importlib.metadata.PackageNotFoundError:   # the distribution has another name
         version = None
     except Exception as exc:   # damaged metadata, or a finder of the user's
-        exception_description = describe_exception(exc)
-        logger.debug('the version of %s cannot be read: %s', name, exception_description)
+        reason = describe_exception(exc)
+        logger.debug('the version of %s cannot be read: %s', name, reason)
         version = None
     if not isinstance(version, str):
         module = sys.modules.get(name)
@@ -4231,8 +4231,8 @@ def compare_packages(packages: Dict[str, str]) -> List[str]:
             here = ''
         if not here:
             continue
-        here_parts = here.split('.')
-        if here_parts[:2] != there.split('.')[:2]:
+        major_and_minor = here.split('.')
+        if major_and_minor[:2] != there.split('.')[:2]:
             note = 'it has %s %s; the program has %s' % (name, here, there)
             notes.append(note)
     return notes
@@ -4246,8 +4246,8 @@ def pack_error(text: str, exc: Optional[BaseException]) -> Payload:
     body: bytes = b''
     if exc is not None:
         try:
-            dumped = dumps(exc)
-            pieces = pieces_of(dumped.payload)
+            pickled = dumps(exc)
+            pieces = pieces_of(pickled.payload)
             body = b''.join(pieces)
             loads(body)
         except Exception:  # the user's exception may raise anything; the text is sufficient
@@ -4271,8 +4271,8 @@ def unpack_error(payload: Buffer) -> Tuple[str, Buffer]:
     """Return the text and the pickled exception that `pack_error` has combined, without opening the
     exception."""
     length, = struct.unpack_from('>I', payload)
-    decoded = bytes(payload[4:4 + length]).decode('utf-8', 'replace')
-    return decoded, payload[4 + length:]
+    text = bytes(payload[4:4 + length]).decode('utf-8', 'replace')
+    return text, payload[4 + length:]
 
 
 def describe_exception(exc: BaseException, skip: int = 0) -> str:
@@ -4284,8 +4284,8 @@ def describe_exception(exc: BaseException, skip: int = 0) -> str:
         else:
             trace = None
     try:
-        trace_lines = traceback.format_exception(type(exc), exc, trace)
-        text = ''.join(trace_lines)
+        lines = traceback.format_exception(type(exc), exc, trace)
+        text = ''.join(lines)
     except Exception:  # the exception cannot be formatted
         text = ''.join(
             traceback.format_tb(trace)) + '%s (it cannot be shown)\n' % type(exc).__name__
@@ -4380,8 +4380,8 @@ def interpreter_of(path: str) -> List[str]:
         return []
     if not first.startswith(b'#!'):
         return [sys.executable] * path.lower().endswith(('.py', '.pyw'))
-    decoded = first[2:].decode('utf-8', 'replace')
-    words = decoded.split()
+    command = first[2:].decode('utf-8', 'replace')
+    words = command.split()
     if words and words[0].endswith('/env'):
         del words[0]
         while words and words[0].startswith('-'):
@@ -4443,8 +4443,8 @@ class Program:
         elif directory is None and hasattr(os, 'posix_spawnp'):
             status = self._spawn(words)
         else:
-            popen = subprocess.Popen(words, stdin=subprocess.DEVNULL, cwd=directory)
-            status = popen.wait()
+            process = subprocess.Popen(words, stdin=subprocess.DEVNULL, cwd=directory)
+            status = process.wait()
         if self.interrupted and status < 0:
             raise KeyboardInterrupt   # a program that ends by itself has returned
         return status
@@ -4967,8 +4967,8 @@ def make_secret(path: str) -> None:
         try:
             keep_private(temporary)
             with os.fdopen(handle, 'w') as file:
-                random_bytes = os.urandom(32)
-                digits = random_bytes.hex()
+                secret = os.urandom(32)
+                digits = secret.hex()
                 file.write(digits + '\n')
             os.link(temporary, path)
         except FileExistsError:
@@ -5086,8 +5086,8 @@ def certificate_digest(certfile: str) -> bytes:
         text = file.read()
     start = text.index(ssl.PEM_HEADER)
     end = text.index(ssl.PEM_FOOTER) + len(ssl.PEM_FOOTER)
-    pem_cert_to_der_cert = ssl.PEM_cert_to_DER_cert(text[start:end])
-    return hashlib.sha256(pem_cert_to_der_cert).digest()
+    certificate = ssl.PEM_cert_to_DER_cert(text[start:end])
+    return hashlib.sha256(certificate).digest()
 
 
 # -- handshake -------------------------------------------------------------------------------------
@@ -5322,8 +5322,8 @@ def handshake_accept(sock: Any,
             allowed) or flags != tls or peer_instance == instance:
         text = 'the peer is a %s that wants a %s' % (_role_name(peer_role), _role_name(wanted))
         raise HandshakeError(text)
-    random_bytes = os.urandom(32)
-    challenge = _CHALLENGE.pack(MAGIC, version, role, tls, MAX_FRAME, instance, random_bytes)
+    nonce = os.urandom(32)
+    challenge = _CHALLENGE.pack(MAGIC, version, role, tls, MAX_FRAME, instance, nonce)
     untagged = hello[-1] & _NO_PAYLOAD_TAGS
     if not tls:
         untagged = 0
@@ -5952,8 +5952,8 @@ class SegmentIntake:
         if len(self._mapped) < SEGMENTS_MOST:
             # No descriptor is left, or the system has no mappings
             with contextlib.suppress(OSError):
-                access = mmap.ACCESS_COPY
-                segment = MappedSegment(handle, size, access=access, **_NO_HANDLE)
+                private = mmap.ACCESS_COPY
+                segment = MappedSegment(handle, size, access=private, **_NO_HANDLE)
                 self._mapped.add(segment)
                 return memoryview(segment)
         view = mapped(size)
@@ -6044,9 +6044,9 @@ class RecordBuffer(ReceiveBuffer):
     def records(self, count: int) -> List[Record]:
         """Note that `count` bytes were received. Returns the records that are complete now. Raises
         PeerError."""
-        buffer_updated = self.buffer_updated(count)
+        units = self.buffer_updated(count)
         records: List[Record] = []
-        for head, body in buffer_updated:
+        for head, body in units:
             records.append(self.record_of(head, body))
         return records
 
@@ -6116,8 +6116,8 @@ def check_apart(names: Iterable[str]) -> None:
 def check_name(name: str) -> Tuple[str, ...]:
     """Return the parts of a file name from outside. Raises ValueError for a name that leaves the
     directory or has a special meaning."""
-    name_parts = name.split('/')
-    parts = tuple(name_parts)
+    words = name.split('/')
+    parts = tuple(words)
     if len(parts) > 32:
         raise ValueError('file name %.60r has more than 32 parts' % name)
     for part in parts:
@@ -6130,8 +6130,8 @@ def check_name(name: str) -> Tuple[str, ...]:
             raise ValueError('file name %.60r is refused: part %.60r means something else on '
                              'Windows, or cannot be there' % (name, part))
         try:
-            encoded = part.encode('utf-8')
-            if len(encoded) > 255:
+            as_bytes = part.encode('utf-8')
+            if len(as_bytes) > 255:
                 raise ValueError('file name %.60r has a part of more than 255 bytes' % name)
         except UnicodeEncodeError as exc:
             raise ValueError('file name %.60r is not UTF-8' % name) from exc
@@ -6285,13 +6285,13 @@ class IncomingFile:
         digester = hashlib.sha256()
         self._seen = 0
         self._hash = digester
-        random_bytes = os.urandom(6)
-        digits = random_bytes.hex()
+        suffix = os.urandom(6)
+        digits = suffix.hex()
         self._temporary = '.%s.part' % digits
         parent = _parent_of(root, self._parts)
         with parent as (prefix, handle):
-            o_binary = getattr(os, 'O_BINARY', 0)
-            flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | o_binary
+            binary = getattr(os, 'O_BINARY', 0)
+            flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | binary
             if scratch is not None:
                 is_near = self._is_near(scratch, handle)
                 if not is_near:
@@ -6307,9 +6307,9 @@ class IncomingFile:
         """Return whether a file can be renamed from there, which requires the same file system."""
         if handle is None:
             return False
-        st_dev = os.stat(scratch).st_dev
+        device = os.stat(scratch).st_dev
         status = os.fstat(handle)
-        return st_dev == status.st_dev
+        return device == status.st_dev
 
     def piece(self, offset: int, data: Buffer) -> bool:
         """Write the next piece. Returns true when the file is complete and at its destination."""
@@ -6723,8 +6723,8 @@ def memory_of(pid: int) -> int:
             content_part = contents.split()[1]
             own = int(content_part) * mmap.PAGESIZE
         with open('/proc/%d/task/%d/children' % (pid, pid)) as file:
-            content_parts = file.read().split()
-            return own + sum(map(memory_of, map(int, content_parts)))
+            children = file.read().split()
+            return own + sum(map(memory_of, map(int, children)))
     except OSError:   # it has ended, or there is no /proc
         if sys.platform == 'linux':
             return 0
@@ -6776,8 +6776,8 @@ def runner_start(handle: int) -> None:
     socket, -1 if the socket comes through stdin. Signal settings that were inherited are reset: a
     program may block or ignore signals."""
     user = os.environ.pop(RUNNER_USER, None)
-    absolute_path = os.path.abspath(__file__)
-    sys.argv[:] = [absolute_path]
+    program = os.path.abspath(__file__)
+    sys.argv[:] = [program]
     if _sigmask is not None:
         _sigmask(signal.SIG_SETMASK, ())
     if hasattr(signal, 'SIGCHLD'):
@@ -8430,8 +8430,8 @@ class HandshakeLimiter:
     def admit(self, address: str, now: float) -> bool:
         """Return whether a connection from this address may begin its handshake; `done` must be
         called for each one that is admitted."""
-        total_open = sum(self._open.values())
-        if total_open >= self.AT_ONCE:
+        handshakes = sum(self._open.values())
+        if handshakes >= self.AT_ONCE:
             return False
         if self._open[address] >= self.FROM_ONE:
             return False
@@ -8653,8 +8653,8 @@ class Acceptor(socketserver.ThreadingMixIn, socketserver.TCPServer):
                                        self._binding, deadline)
             proved = True
             self._kept.add(id(request))
-            authenticated = Authenticated(sock, session, address)
-            self._deliver(authenticated)
+            arrival = Authenticated(sock, session, address)
+            self._deliver(arrival)
         except HandshakeError as exc:
             if isinstance(exc, Silence):
                 proved = None
@@ -8977,8 +8977,8 @@ class ConnectionAttempt:
             # RuntimeError: no process can be started while the interpreter exits
             self._post(failure_to_connect(self._peer, exc))
         else:
-            connected = Connected(self._peer, *found)
-            self._post(connected)
+            event = Connected(self._peer, *found)
+            self._post(event)
 
     def _note(self, sock: Any) -> None:
         with self._lock:
@@ -9145,9 +9145,9 @@ class Discovery:
             else:
                 family = 6
             address = packed.ljust(16, b'\0')
-        next_count = next(self._counts)
+        count = next(self._counts)
         body = _DATAGRAM.pack(MAGIC, kind, self._role, self._port, family, address, self._instance,
-                              next_count, nonce, echo, bytes(32))[:-32]
+                              count, nonce, echo, bytes(32))[:-32]
         digest = hmac.digest(
             os.urandom(32) if kind is DatagramType.NOT_MINE else self._key, body, 'sha256')
         return body + digest
@@ -9451,8 +9451,8 @@ class DiscoverySockets:
                     if broadcast:
                         broadcasts.add(broadcast)
                 hosts |= broadcasts or {'255.255.255.255'}
-            sorted_hosts = sorted(hosts)
-            targets = [(host, port) for host in sorted_hosts]
+            in_order = sorted(hosts)
+            targets = [(host, port) for host in in_order]
         for target in targets:
             with contextlib.suppress(OSError):   # the interface is down, or does not support it
                 ear.socket.sendto(data, target)
@@ -10100,8 +10100,8 @@ class _Computation:
         initializer = spec.get('initializer')
         self.initializer = bool(initializer) or start_method == SPAWN
         self.digest = result_key(spec)
-        max_jobs = spec.get('max_jobs')
-        self.most = max_jobs or 0
+        jobs = spec.get('max_jobs')
+        self.most = jobs or 0
         self.limit = spec['cpus']              # how many CPUs it may use at once; 0: all
         self.orphan_at = 0.0                   # when its results expire, if its link has ended
         # Questions to the client -> worker that waits for the answer
@@ -10271,8 +10271,8 @@ class Timers:
             self._heap = [timer for timer in self._heap if timer.is_wanted(*timer.args)]
             heapq.heapify(self._heap)
             self._most = 2 * len(self._heap) + 64
-        next_number = next(self._numbers)
-        timer = Timer(when, next_number, comp, call, args, is_wanted)
+        number = next(self._numbers)
+        timer = Timer(when, number, comp, call, args, is_wanted)
         heapq.heappush(self._heap, timer)
         self.next_at = self._heap[0].when
 
@@ -10778,8 +10778,8 @@ class UndeliveredResults:
         distinct_serials = frozenset(serials)
         text = 'node %s gave up its result after %g s (--zombie-interval)' % (tables.name,
                                                                               self._zombie)
-        attempt_history = AttemptHistory(given_up=distinct_serials, text=text)
-        self._past.add(name, attempt_history)
+        expired = AttemptHistory(given_up=distinct_serials, text=text)
+        self._past.add(name, expired)
         self.forget(name)
 
 
@@ -12082,8 +12082,8 @@ class Computations:
             tables.reply(comp, file)
         elif comp is not None and (error or event.complete):
             if comp.fetches:
-                fetched = Fetched(comp.comp, [], error)
-                self._requests.on_fetched(fetched, now)
+                answer = Fetched(comp.comp, [], error)
+                self._requests.on_fetched(answer, now)
             if comp.stage is Stage.RECEIVING and error:
                 self.refuse(comp, event.code, error)
             elif comp.stage is Stage.RECEIVING:
@@ -12187,8 +12187,8 @@ class Computations:
         comp = self._tables.comps.get(event.comp)
         if comp is None:
             return
-        forced_end = ForcedEnd('fault', event.text, Outcome.DIED, event.text)
-        self.end(comp, forced_end, now)
+        end = ForcedEnd('fault', event.text, Outcome.DIED, event.text)
+        self.end(comp, end, now)
 
     def on_worker_initialized(self, event: WorkerInitialized, now: float) -> None:
         """Note that the initializer has returned in a worker, or has failed there, as it would in
@@ -12206,8 +12206,8 @@ class Computations:
         if comp.stage is Stage.CLOSING:
             return
         if error:
-            forced_end = ForcedEnd('initializer', error, Outcome.DIED, error)
-            self.end(comp, forced_end, now)
+            end = ForcedEnd('initializer', error, Outcome.DIED, error)
+            self.end(comp, end, now)
         else:
             scheduler.initialized(worker)
 
@@ -12252,8 +12252,8 @@ class Computations:
                     ran = head
                 else:
                     ran = 0
-                worker_gone = WorkerGone(worker.key, 'the runner process ended: %s' % text, ran)
-                self.on_worker_gone(worker_gone, now)
+                end = WorkerGone(worker.key, 'the runner process ended: %s' % text, ran)
+                self.on_worker_gone(end, now)
             if event.unloadable:
                 code = 'code'
             else:
@@ -12415,8 +12415,8 @@ class Inquiries:
         if self._lease.state is Lease.FREE:
             lines.append('held by no client, %d served' % self._lease.served)
         else:
-            held = self._lease.held_by(now)
-            lines.append('held by %s' % held)
+            holder = self._lease.held_by(now)
+            lines.append('held by %s' % holder)
         for comp in tables.comps.values():
             workers = comp.workers.values()
             running = sum(1 for worker in workers if worker.queue)
@@ -12446,9 +12446,9 @@ class JobLookouts:
             worker = self._worker_with(comp, serial)
         if worker is None:
             error = ('LookupError', 'the job does not run at this node')
-            returned = Return(message.comp, message.number, error, None)
-            send = Send(link, returned)
-            self._tables.do(send)
+            answer = Return(message.comp, message.number, error, None)
+            action = Send(link, answer)
+            self._tables.do(action)
             return
         key = (worker.key, serial)
         who = (link, message.comp, message.number)
@@ -12456,8 +12456,8 @@ class JobLookouts:
         asked.append(who)
         if len(self._asked) > self.WAITING:   # a runner may not have answered some
             self._asked.popitem(last=False)
-        look = Look(worker.key, serial, stacks)
-        self._tables.do(look)
+        request = Look(worker.key, serial, stacks)
+        self._tables.do(request)
 
     @staticmethod
     def _what(message: Call) -> Tuple[int, bool]:
@@ -12483,9 +12483,9 @@ class JobLookouts:
         value = (event.stacks, event.stdout, event.stderr)
         for link, comp, number in self._asked.pop(key, ()):
             if link in self._tables.links:
-                returned = Return(comp, number, (), value)
-                send = Send(link, returned)
-                self._tables.do(send)
+                answer = Return(comp, number, (), value)
+                action = Send(link, answer)
+                self._tables.do(action)
 
 
 class NodeService:
@@ -13099,8 +13099,8 @@ class EventText(reprlib.Repr):
             if isinstance(value, int):
                 return self._attempt(value)
         if name in self.SERIALS:
-            sorted_values = sorted(value)
-            return self._list(sorted_values, self._attempt)
+            in_order = sorted(value)
+            return self._list(in_order, self._attempt)
         if kind in self.ROWS:
             if name == 'rows':
                 return self._list(value, lambda row: self._row(kind, row, level))
@@ -13647,8 +13647,8 @@ class _CallTurn:
     ends with the process."""
 
     def __init__(self, directory: str) -> None:
-        temporary_file = tempfile.TemporaryFile(dir=directory)
-        with temporary_file as file:
+        unnamed = tempfile.TemporaryFile(dir=directory)
+        with unnamed as file:
             descriptor = file.fileno()
             handle = os.dup(descriptor)
             self._handle = _out_of_reach(handle)
@@ -13687,8 +13687,8 @@ class NumericThreads:
     def __init__(self) -> None:
         self.cpus = 1   # the number for one worker on each CPU
         names = {name for variables, _ in self.LIBRARIES.values() for name in variables}
-        chosen_names = [name for name in names.union(self.VARIABLES) if name in os.environ]
-        self._of_user = frozenset(chosen_names)
+        given = [name for name in names.union(self.VARIABLES) if name in os.environ]
+        self._of_user = frozenset(given)
         for name in self.VARIABLES:
             os.environ.setdefault(name, '1')
 
@@ -14086,8 +14086,8 @@ def main_for_children(directory: str) -> None:
         data = original(name)
         data.pop('init_main_from_path', None)
         data['init_main_from_name'] = main.module()
-        absolute_path = os.path.abspath(__file__)
-        folder = os.path.dirname(absolute_path)
+        here = os.path.abspath(__file__)
+        folder = os.path.dirname(here)
         data['sys_path'] = [*data['sys_path'], directory, folder]
         return data
     spawn.get_preparation_data = get_preparation_data
@@ -14117,13 +14117,13 @@ class MainFile:
             if not name.startswith('__'):
                 # The child does not get what cannot be pickled
                 with contextlib.suppress(Exception):
-                    dumped = dumps(value, Pickler)
-                    found[name] = in_one_piece(dumped.payload)
+                    pickled = dumps(value, Pickler)
+                    found[name] = in_one_piece(pickled.payload)
         content = pickle.dumps((modules.here() if modules is not None else (), found))
         module, pid, before = self._last
         if (pid, before) != (os.getpid(), content):
-            next_number = next(self._numbers)
-            module = 'dispy_main_%d_%d' % (os.getpid(), next_number)
+            number = next(self._numbers)
+            module = 'dispy_main_%d_%d' % (os.getpid(), number)
             path = os.path.join(self._directory, module)
             with open(path + '.pickle', 'wb') as file:
                 file.write(content)
@@ -14139,8 +14139,8 @@ def load_main(variables: Dict[str, Any], path: str) -> None:
         loader, found = pickle.load(file)   # written by the job's own worker
     SharedMemoryTracker().install()
     if loader:
-        module_loader = ModuleLoader(*loader[0])
-        module_loader.need(loader[1])   # the search path came from the job
+        modules_of_job = ModuleLoader(*loader[0])
+        modules_of_job.need(loader[1])   # the search path came from the job
     main = sys.modules.get('__mp_main__')
     if main is not None:
         if vars(main) is variables:
@@ -14897,8 +14897,8 @@ def children_here() -> List[int]:
     """Return the PIDs of the children of this process from /proc; none if there is no /proc."""
     try:
         with open('/proc/self/task/%d/children' % os.getpid()) as file:
-            content_parts = file.read().split()
-            return [int(pid) for pid in content_parts]
+            pids = file.read().split()
+            return [int(pid) for pid in pids]
     except OSError:
         return []
 
@@ -15139,8 +15139,8 @@ class ComputationCode:
         try:
             self._cleanup(*self._setup_args)
         except BaseException as exc:  # the user's cleanup may raise anything; the daemon logs it
-            exception_description = describe_exception(exc, 1)
-            return 'cleanup failed: ' + exception_description
+            reason = describe_exception(exc, 1)
+            return 'cleanup failed: ' + reason
         return ''
 
 
@@ -15323,8 +15323,8 @@ class StackFile:
         import faulthandler
         flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND
         with contextlib.suppress(OSError, RuntimeError):
-            opened = os.open(self._path, flags, 0o600)
-            handle = _out_of_reach(opened)
+            descriptor = os.open(self._path, flags, 0o600)
+            handle = _out_of_reach(descriptor)
             faulthandler.register(STACKS_SIGNAL, handle, all_threads=True)
 
     def read(self) -> str:
@@ -15385,8 +15385,8 @@ def look_at_job(child: _Child, private: str, wants_stacks: bool) -> Tuple[bytes,
     to stdout and stderr."""
     stacks = ''
     if wants_stacks:
-        stack_file = StackFile(private, child.process.pid)
-        stacks = stack_file.read()
+        file = StackFile(private, child.process.pid)
+        stacks = file.read()
     ends = []
     for output in (child.out, child.err):
         status = os.fstat(output.handle)
@@ -15394,8 +15394,8 @@ def look_at_job(child: _Child, private: str, wants_stacks: bool) -> Tuple[bytes,
         data = output.since(at)
         ends.append(data[:OUTPUT_SEEN])
     stdout, stderr = ends
-    encoded = stacks.encode('utf-8', 'replace')
-    return encoded[:STACKS_MOST], stdout, stderr
+    shown = stacks.encode('utf-8', 'replace')
+    return shown[:STACKS_MOST], stdout, stderr
 
 
 class WorkerProcesses:
@@ -15738,8 +15738,8 @@ class WorkerProcesses:
 
 def stderr_tail(printed: bytes) -> str:
     """Return the end of what was printed, to be appended to a text for people."""
-    decoded = printed.decode('utf-8', 'replace')
-    tail = decoded[-2000:]
+    text = printed.decode('utf-8', 'replace')
+    tail = text[-2000:]
     if tail:
         return '\nstderr:\n' + tail
     return ''
@@ -15787,8 +15787,8 @@ def shared_kind(value: Any) -> str:
 def _shared_itself(value: Any) -> str:
     for module, names in _SHARED_KINDS:
         kinds = [getattr(sys.modules.get(module), name, None) for name in names]
-        chosen_kinds = [kind for kind in kinds if isinstance(kind, type)]
-        if isinstance(value, tuple(chosen_kinds)):
+        classes = [kind for kind in kinds if isinstance(kind, type)]
+        if isinstance(value, tuple(classes)):
             return 'a %s of multiprocessing' % type(value).__name__
     wrapper = getattr(value, '_wrapper', None)
     if type(wrapper).__module__ == 'multiprocessing.heap':
@@ -16576,8 +16576,8 @@ def exit_text(code: Optional[int]) -> str:
     if code is None or code >= 0:
         return 'ended with exit code %s' % code
     try:
-        signals = signal.Signals(-code)
-        name = signals.name
+        ended_by = signal.Signals(-code)
+        name = ended_by.name
     except ValueError:
         name = 'unknown'
     return 'was killed by signal %d (%s%s)' % (
@@ -16866,9 +16866,9 @@ class Memory:
 
     def __init__(self, directory: str, lasting: bool = True) -> None:
         """`lasting`: the memory is to outlive the machine. Raises OSError."""
-        memory_path = os.path.join(directory, 'memory')
+        path = os.path.join(directory, 'memory')
         self._directory = directory
-        self._path = memory_path
+        self._path = path
         self._lasting = lasting
         self._known: Dict[str, AttemptHistory] = {}
         self.ident = ''
@@ -16914,8 +16914,8 @@ class Memory:
                 past = AttemptHistory(whole=False)
             else:
                 past = AttemptHistory(lost=begun)
-            and_also = self._known.get(comp, AttemptHistory()).and_also(past)
-            self.write(comp, and_also)
+            merged = self._known.get(comp, AttemptHistory()).and_also(past)
+            self.write(comp, merged)
         return self._known
 
     @staticmethod
@@ -17611,8 +17611,8 @@ class ComputationFiles:
         except (OSError, ValueError, StartError) as exc:
             error = 'files cannot be stored: %s' % exc
             reason = reason_of(exc)
-            directory_ready = DirectoryReady(comp, [], error, reason)
-            self._host.post(directory_ready)
+            answer = DirectoryReady(comp, [], error, reason)
+            self._host.post(answer)
         else:
             event = DirectoryReady(comp, missing)
             self._host.post(event)
@@ -17652,8 +17652,8 @@ class ComputationFiles:
                 missing = self._want_modules(self._known[comp], action.rows)
         except (OSError, ValueError) as exc:
             error = 'files cannot be stored: %s' % exc
-            fetched = Fetched(comp, [], error)
-            self._host.post(fetched)
+            answer = Fetched(comp, [], error)
+            self._host.post(answer)
         else:
             event = Fetched(comp, missing)
             self._host.post(event)
@@ -17900,8 +17900,8 @@ class RunnerProcess:
         for entry in sys.path:
             if isinstance(entry, str):
                 places.append(entry)
-        absolute_path = os.path.abspath(__file__)
-        home = os.path.dirname(absolute_path)
+        here = os.path.abspath(__file__)
+        home = os.path.dirname(here)
         if home not in places:
             places.append(home)
         where = '[:]'
@@ -19590,8 +19590,8 @@ class DirectoryRemains:
         node's memory."""
         root = os.path.dirname(self._path)
         try:
-            memory_path = os.path.join(root, 'memory')
-            with open(memory_path) as file:
+            path = os.path.join(root, 'memory')
+            with open(path) as file:
                 whole = memory != '' and file.read().startswith(memory + ' ')
             past = Memory.read(root, comp)
             private = os.path.join(root, 'p-' + comp)
@@ -19600,9 +19600,8 @@ class DirectoryRemains:
             begun = Slots.read(private)
         except OSError:
             return AttemptHistory(whole=False)
-        attempt_history = AttemptHistory(whole=whole and begun is not None,
-                                         lost=begun or frozenset())
-        return past.and_also(attempt_history)
+        lost = AttemptHistory(whole=whole and begun is not None, lost=begun or frozenset())
+        return past.and_also(lost)
 
     def kept(self, comp: str) -> List[int]:
         """Return the serials of the attempts whose results the node has kept."""
@@ -19654,8 +19653,8 @@ def count_cpus(wanted: Optional[int]) -> int:
 def size_option(text: str) -> int:
     """Parse a number of bytes, which may have the suffix k, m, g or t for powers of 1024."""
     if text[-1:].lower() in tuple('kmgt'):
-        short_text = text[:-1]
-        number, factor = (short_text, 1 << 10 * ('kmgt'.index(text[-1].lower()) + 1))
+        digits = text[:-1]
+        number, factor = (digits, 1 << 10 * ('kmgt'.index(text[-1].lower()) + 1))
     else:
         number, factor = (text, 1)
     if not number.isdigit() or int(number) < 1:
@@ -19931,8 +19930,8 @@ class Each(argparse.Action):
         # `-i "$(hostname -I)"` gives all addresses in one argument
         words = []
         for text in given:
-            text_parts = text.split()
-            for word in text_parts or [text]:
+            split = text.split()
+            for word in split or [text]:
                 words.append(word)
         setattr(namespace, self.dest, words if before is self.default else before + words)
 

@@ -360,8 +360,8 @@ class LargeFiles:
 
     def new_place(self) -> OnDisk:
         """Create a file for a value that comes in parts. Raises OSError."""
-        next_new_value = next(self._new_values)
-        name = '%s%d.part' % (self.NEW, next_new_value)
+        number = next(self._new_values)
+        name = '%s%d.part' % (self.NEW, number)
         return OnDisk(os.path.join(self.directory, name))
 
     def add(self, number: int, end: str, pieces: Sequence[Any]) -> None:
@@ -1344,8 +1344,8 @@ class ForwardedFiles(HeldFiles):
         known = self._scheduler.schedule.comps[comp]
         node = known.running.get(self._serial)
         if self._result is not None and not self.names and node is not None:
-            node_results = NodeResults(node.key, comp, [self._result])
-            self._scheduler.decide(node_results)
+            results = NodeResults(node.key, comp, [self._result])
+            self._scheduler.decide(results)
 
     def keep_until_there(self, row: tuple) -> bool:
         """Return whether the row of Results of the attempt has to wait."""
@@ -1388,8 +1388,8 @@ class ClientSeconds(SecondsOfUser):
         self._scheduler.state.sent([work], peer.key)
         node = (peer.ip_addr, peer.port, peer.name)
         serials = [work.client_serial]
-        jobs_assigned = JobsAssigned(computation.comp, node, serials)
-        computation.send(jobs_assigned)
+        report = JobsAssigned(computation.comp, node, serials)
+        computation.send(report)
         if work.state is not JobState.SENT:
             computation.jobs_started(peer, [(work, ran)])
 
@@ -1550,8 +1550,8 @@ class ClientComputation(NodeUser):
     def node_unreachable(self, peer: NodeConnection, text: str) -> None:
         """Tell the program why a node cannot be used."""
         message = 'node %s cannot be used: %s' % (peer, text)
-        notice = Notice(self.comp, message)
-        self.send(notice)
+        warning = Notice(self.comp, message)
+        self.send(warning)
 
     def node_changed(self, status: int, peer: NodeConnection) -> None:
         """Tell the program that a node is used or is not used any more."""
@@ -3410,8 +3410,8 @@ class ProgramComputations(Part):
         computation = self.get(comp)
         if computation is None:
             past = self._state.past(comp)
-            known_attempts = KnownAttempts(comp, [], past.row())
-            self._send(link, known_attempts)
+            answer = KnownAttempts(comp, [], past.row())
+            self._send(link, answer)
         elif not (self._is_of_user(computation, link) and
                   may_reclaim(computation.digest, message.key)):
             logger.warning('%s has asked for results of a computation of another user, or does not '
@@ -4428,8 +4428,8 @@ class Restoration(Part):
                 until = scheduler.now + RETURN_TIME
                 had = NodeHad(key, comp, [], name, until)
                 scheduler.decide(had)
-            second_had = SecondHad(key, comp, work, serial)
-            scheduler.decide(second_had)
+            event = SecondHad(key, comp, work, serial)
+            scheduler.decide(event)
         known = scheduler.schedule.comps[comp]
         directory = computation.directory + SECONDS_OF
         words: List[str] = []
@@ -5174,8 +5174,8 @@ def default_state_dir(port: int) -> str:
     else:
         base = os.environ.get('XDG_STATE_HOME')
     if not base:
-        expanded_path = os.path.expanduser('~')
-        base = os.path.join(expanded_path, '.local', 'state')
+        home = os.path.expanduser('~')
+        base = os.path.join(home, '.local', 'state')
     return os.path.join(base, 'dispy', 'scheduler-%d' % port)
 
 
