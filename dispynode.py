@@ -143,6 +143,7 @@ import unicodedata
 import warnings
 import weakref
 import zlib
+import __future__
 import _thread
 from typing import (
     AbstractSet, Any, Callable, Container, Deque, Dict, FrozenSet, Iterable, Iterator, List,
@@ -2659,6 +2660,8 @@ _IDENTICAL = (type, types.FunctionType, types.BuiltinFunctionType, types.ModuleT
               property, classmethod, staticmethod, _CachedType, contextvars.ContextVar,
               type(threading.Lock()), type(threading.RLock()))
 _LOCKS = {type(threading.Lock()): threading.Lock, type(threading.RLock()): threading.RLock}
+if hasattr(_thread, '_ThreadHandle'):   # what a Thread waits by, since 3.13; not started when made
+    _LOCKS[_thread._ThreadHandle] = _thread._ThreadHandle
 
 
 def empty_cell() -> Any:
@@ -3026,6 +3029,60 @@ def _reduce_typed(variable: Any) -> tuple:
     return make_typed, (type(variable), (variable.__name__, *constraints), options)
 
 
+def _reduce_partialmethod(method: Any) -> tuple:
+    """By its constructor, which cannot be called without arguments since Python 3.14."""
+    again: Any = functools.partial(functools.partialmethod, method.func, *method.args,
+                                   **method.keywords)
+    return again, ()
+
+
+def _reduce_forward_reference(reference: Any) -> tuple:
+    """Without the global variables that it would look into, which are those of its module."""
+    owner = getattr(reference, '__owner__', None)
+    module = reference.__forward_module__ or getattr(owner, '__module__', None)
+    is_class = reference.__forward_is_class__
+    again = functools.partial(typing.ForwardRef, reference.__forward_arg__, module=module,
+                              is_class=is_class)
+    return again, ()
+
+
+def annotations_of(obj: Any) -> Dict[str, Any]:
+    """The annotations that a function or class has of its own. Since Python 3.14 they are evaluated
+    when they are asked for: where that fails, as for names that only a type checker imports, all of
+    them are text, as with `from __future__ import annotations`."""
+    try:
+        return dict(obj.__annotations__)
+    except Exception:  # whatever the user's expressions raise
+        annotationlib = importlib.import_module('annotationlib')
+        text = annotationlib.Format.STRING
+        return annotationlib.get_annotations(obj, format=text)  # type: ignore[no-any-return]
+
+
+def _with_annotations(function: types.FunctionType) -> types.FunctionType:
+    """A function whose annotations can be read as an attribute: this one or a copy."""
+    with contextlib.suppress(Exception):  # as above
+        dict(function.__annotations__)
+        return function
+    copied = types.FunctionType(function.__code__, function.__globals__, function.__name__,
+                                function.__defaults__, function.__closure__)
+    for name in ('__kwdefaults__', '__qualname__', '__module__', '__doc__'):
+        setattr(copied, name, getattr(function, name))
+    vars(copied).update(vars(function))
+    copied.__annotations__ = annotations_of(function)
+    return copied
+
+
+def _keep_annotations(cls: type, attributes: Dict[str, Any]) -> None:
+    """Put the annotations of a class among the attributes that travel, where the class has a
+    function that computes them: cloudpickle leaves that out, since it refers to the class."""
+    own = vars(cls)
+    if own.get('__annotate_func__') is None and '__annotations_cache__' not in own:
+        return
+    for name in ('__annotate_func__', '__annotations_cache__'):
+        attributes.pop(name, None)
+    attributes['__annotations__'] = annotations_of(cls)
+
+
 def _reduce_library(library: Any) -> tuple:
     return type(library), (library._name,)
 
@@ -3056,7 +3113,10 @@ _REDUCERS: Dict[type, Callable[[Any], tuple]] = {
     re.Match: _reduce_match,
     contextvars.Context: lambda context: (make_context, (list(context.items()), )),
     queue.SimpleQueue: _reduce_queue,
+    functools.partialmethod: _reduce_partialmethod,
 }
+if sys.version_info >= (3, 14):   # before, it held a name only
+    _REDUCERS[typing.ForwardRef] = _reduce_forward_reference
 
 
 def _dead_reference() -> Any:
@@ -3198,6 +3258,7 @@ class ValueReducer:
         make, args, (attributes,
                      _), _, _, set_state = cloudpickle_part('_dynamic_class_reduce')(cls)
         attributes.pop('__slotnames__', None)   # what copyreg has found out
+        _keep_annotations(cls, attributes)
         if not self.exact:
             self._allow_locks(attributes.values())
         args = _class_arguments(cls, args, attributes)
@@ -3237,7 +3298,8 @@ class ValueReducer:
         if _is_dispatcher(function):
             made = _reduce_dispatcher(function)
             return self._of_main(function, made)
-        attributes, slots = super()._dynamic_function_reduce(function)[2]  # type: ignore[misc]
+        readable = _with_annotations(function)
+        attributes, slots = super()._dynamic_function_reduce(readable)[2]  # type: ignore[misc]
         variables = slots.pop('__globals__')
         slot = slots.pop('__closure__')
         closure = slot or ()
@@ -3665,16 +3727,57 @@ class StateRow(NamedTuple):
     computed: bool    # the module's source computes it: on another platform it stays as it is there
 
 
-class _StateUnpickler(pickle.Unpickler):
-    """Opens the state of modules. Objects that keep their identity stand in it as numbers."""
+class _Absent:
+    """Stands for a class or function of a library that is not here, and for what was made of it."""
 
-    def __init__(self, data: bytes, targets: List[Any]) -> None:
+    def __new__(cls, *args: Any, **options: Any) -> Any:
+        """Whatever the missing one would take."""
+        return super().__new__(cls)
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        pass
+
+    def __setstate__(self, state: Any) -> None:
+        """Nothing is kept of it."""
+
+
+class _StateUnpickler(pickle.Unpickler):
+    """Opens the state of modules. Objects that keep their identity stand in it as numbers. `absent`
+    are the names that are not here, if the program has another Python."""
+
+    def __init__(self, data: bytes, targets: List[Any], same_python: bool) -> None:
         super().__init__(io.BytesIO(data))
         self._targets = targets
+        self._same_python = same_python
+        self.absent: List[str] = []
+
+    def find_class(self, module: str, name: str) -> Any:
+        """What a module has under a name."""
+        try:
+            return super().find_class(module, name)
+        except (ImportError, AttributeError):
+            if self._same_python:
+                raise
+            self.absent.append('%s.%s' % (module, name))
+            # Pickle does not find it by its name, and so cannot write what holds it
+            return type(name, (_Absent,), {'__module__': module})
 
     def persistent_load(self, number: Any) -> Any:
         """The object on this node that has this number."""
         return self._targets[number]
+
+
+def _pickler_of_whole(targets: List[Any]) -> Any:
+    """A pickler that can write what was opened as a whole. It does not look into the targets."""
+    numbers = {id(target): number for number, target in enumerate(targets)}
+
+    class WholePickler(pickle.Pickler):
+        """Writes what is opened as the contents of a target, or as a value."""
+
+        def persistent_id(self, obj: Any) -> Optional[int]:
+            """Called by the pickler for every object."""
+            return numbers.get(id(obj))
+    return WholePickler
 
 
 def plain_form(value: Any, limit: int = sys.maxsize) -> Optional[bytes]:
@@ -3737,11 +3840,12 @@ def fill_in_place(target: Any, contents: Any) -> None:
 
 
 class ModuleState:
-    """Puts in place what a program has set in its modules."""
+    """Puts in place what a program has set in its modules. `build` is the tag of its Python."""
 
     def __init__(self, platform_: str, rows: List[StateRow], kinds: List[Tuple[str, str]],
-                 pickled: bytes) -> None:
+                 pickled: bytes, build: str) -> None:
         same = platform_ == sys.platform
+        self._same_python = build == build_tag()
         self._rows = [row for row in rows if same or not row.computed]
         self._kinds = kinds        # number -> module and name of the object's class
         self._pickled = pickled
@@ -3752,8 +3856,13 @@ class ModuleState:
         if not changed:
             return
         targets = self._targets()
-        state_unpickler = _StateUnpickler(self._pickled, targets)
+        state_unpickler = _StateUnpickler(self._pickled, targets, self._same_python)
         contents, values = state_unpickler.load()
+        if state_unpickler.absent:
+            whole = _pickler_of_whole(targets)
+            changed = [row for row in changed if self._can_be_set(
+                row, contents[row.number] if row.number >= 0 else values[row[:3]], whole,
+                state_unpickler.absent)]
         for number in {row.number for row in changed if row.number >= 0}:
             fill_in_place(targets[number], contents[number])
         for row in changed:
@@ -3764,6 +3873,19 @@ class ModuleState:
             if self._value(row) is not value:
                 named = find_named(row.module, row.owner)
                 setattr(named, row.name, value)
+
+    @staticmethod
+    def _can_be_set(row: StateRow, value: Any, whole: Any, absent: List[str]) -> bool:
+        """Whether this Python has all that a value is made of. If not, what the module has computed
+        here stays; ImportError, if it has not."""
+        if _digest_of_pickle(whole, value, sys.maxsize) is not None:
+            return True
+        if row.computed:
+            return False
+        text = ('variable %s of module %s needs %s, which %s does not have'
+                % (row.name, row.module, ' or '.join(sorted(set(absent))),
+                   python_of(sys.version_info)))
+        raise ImportError(text)
 
     @staticmethod
     def _value(row: StateRow) -> Any:
@@ -3916,7 +4038,8 @@ class ModuleLoader:
         for row in bundle['rows']:
             state_row = StateRow(*row)
             rows.append(state_row)
-        module_state = ModuleState(bundle['platform'], rows, bundle['kinds'], bundle['state'])
+        module_state = ModuleState(bundle['platform'], rows, bundle['kinds'], bundle['state'],
+                                   bundle['build'])
         module_state.apply()
         self._loaded.add(number)
         self.notes += compare_packages(bundle['packages'])
@@ -4260,7 +4383,7 @@ def load_source(version: tuple, modules: list, classes: list, wanted: tuple) -> 
         module.__file__, module.__package__ = file, name.rpartition('.')[0]
     try:
         for row in modules:
-            _run_source(*row)
+            _run_source(version, *row)
     except Exception as exc:  # the user's statements, written for another version
         python = python_of(version)
         text = 'the source, written for %s, cannot be loaded by %s here: %s: %s' % (
@@ -4271,7 +4394,7 @@ def load_source(version: tuple, modules: list, classes: list, wanted: tuple) -> 
     for name, class_name, rows in classes:
         try:
             for row in rows:
-                _run_source(*row)
+                _run_source(version, *row)
         except Exception as exc:  # as above; told to the job that has such an argument
             _left_out[name, class_name] = '%s: %s' % (type(exc).__name__, exc)
     *functions, objects = wanted
@@ -4280,7 +4403,8 @@ def load_source(version: tuple, modules: list, classes: list, wanted: tuple) -> 
              for name, where in objects.items()})
 
 
-def _run_source(name: str, file: str, text: str, values: Dict[str, Any], links: list) -> None:
+def _run_source(version: tuple, name: str, file: str, text: str, values: Dict[str, Any],
+                links: list) -> None:
     space = vars(sys.modules[name])
     space.update(values)
     for bound, module, attribute in links:
@@ -4295,7 +4419,14 @@ def _run_source(name: str, file: str, text: str, values: Dict[str, Any], links: 
     for line, old in itertools.zip_longest(text.splitlines(True), known, fillvalue='\n'):
         lines.append(line if line.strip() else old)
     linecache.cache[file] = (len(text), None, lines, file)
-    exec(compile(text, file, 'exec', dont_inherit=True), space)
+    try:
+        exec(compile(text, file, 'exec', dont_inherit=True), space)
+    except NameError:
+        if sys.version_info >= (3, 14) or tuple(version) < (3, 14):
+            raise
+        # Where it was written, annotations need no name to be defined: here they remain text
+        flags = __future__.annotations.compiler_flag
+        exec(compile(text, file, 'exec', flags, dont_inherit=True), space)
 
 
 # In place of the name of a logger: a program has left files behind
