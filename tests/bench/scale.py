@@ -12,6 +12,7 @@ where nodes are other machines.
 """
 
 import argparse
+import collections
 import contextlib
 import heapq
 import json
@@ -168,10 +169,16 @@ def run_program(port, jobs):
     while not cluster.wait(1.0):
         say()
     states = {}
+    reasons = {}
     for handle in handles:
         name = dispy.JobState(handle.status).name
         states[name] = states.get(name, 0) + 1
-    say(began=began, submitted=submitted, first=min(ended), last=max(ended), states=states)
+        if handle.exception:
+            # Names of nodes and numbers of jobs differ
+            reason = re.sub(r'\d+', 'N', str(handle.exception).splitlines()[-1])
+            reasons[reason] = reasons.get(reason, 0) + 1
+    say(began=began, submitted=submitted, first=min(ended), last=max(ended), states=states,
+        reasons=reasons)
     cluster.close()
 
 
@@ -326,12 +333,15 @@ class Measurement:
         self.row('jobs a second, with the new start', '%.0f' % (args.jobs / (end - start)))
         self.row('CPU of the scheduler for a job', '%.0f us' % (1e6 * self.cpu_seconds / args.jobs))
         self.row('most memory of the scheduler', '%.0f MB' % self.most_memory)
-        states = {}
+        states = collections.Counter()
+        reasons = collections.Counter()
         for words in said:
-            for name, count in words['states'].items():
-                states[name] = states.get(name, 0) + count
+            states.update(words['states'])
+            reasons.update(words['reasons'])
         self.row('what became of the jobs', ', '.join('%d %s' % (count, name)
                                                       for name, count in sorted(states.items())))
+        for reason, count in reasons.most_common():
+            self.row('jobs with the exception "%s"' % reason, count)
 
     def restart(self):
         """Kill the scheduler and start it again."""
