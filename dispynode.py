@@ -5165,9 +5165,10 @@ def certificate_digest(certfile: str) -> bytes:
 # every minor version of the wire from 1 to its own, and the two sides use the highest that both
 # have, which is Session.version.
 #   - What a minor version has is fixed when it is released: its messages, their numbers, fields and
-#     meanings. tests/releases has it as it was recorded from each release.
-# - A new message, field, kind of value or order of messages takes a new minor version, and is sent
-#     only where Session.version has it.
+#     meanings. tests/releases has them, as `python tests/recorded_peer.py RELEASE` has written them
+#     before the first release that has this minor version.
+#   - A new message, field, kind of value or order of messages takes a new minor version, and is
+#     sent only where Session.version has it.
 #   - A dictionary that travels (spec of a computation, options of a job, facts of a node) may get
 #     new keys at any time, as a release takes no notice of those that it does not know: so only for
 #     what may be left undone.
