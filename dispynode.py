@@ -5016,6 +5016,14 @@ def _check_secret_on_windows(path: str) -> None:
         raise SecretError(text)
 
 
+def _name_first(temporary: str, path: str) -> None:
+    """Give a file its name. Raises FileExistsError if there is a file of this name."""
+    if IS_WINDOWS:   # where a file system may have no hard links, and a new name takes no other's
+        os.rename(temporary, path)
+    else:
+        os.link(temporary, path)
+
+
 def make_secret(path: str) -> None:
     """Make the file whole or not at all; of two processes that make it at once one wins, and both
     use that."""
@@ -5030,11 +5038,12 @@ def make_secret(path: str) -> None:
                 random_bytes = os.urandom(32)
                 digits = random_bytes.hex()
                 file.write(digits + '\n')
-            os.link(temporary, path)
+            _name_first(temporary, path)
         except FileExistsError:
             logger.debug('another process made %s first', path)
         finally:
-            os.unlink(temporary)
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(temporary)
     except OSError as exc:
         text = ('no secret was given and %s cannot be made: %s; set DISPY_SECRET or give '
                 'a file' % (path, exc.strerror))
@@ -6885,8 +6894,9 @@ def set_tcp_options(sock: socket.socket) -> None:
     can be set."""
     set_option(sock, socket.IPPROTO_TCP, 'TCP_NODELAY', 1)
     set_option(sock, socket.SOL_SOCKET, 'SO_KEEPALIVE', 1)
-    for name, value in (('TCP_KEEPIDLE', 15), ('TCP_KEEPINTVL', 5), ('TCP_KEEPCNT', 3),
-                        ('TCP_USER_TIMEOUT', 30000)):
+    # TCP_KEEPALIVE is what macOS calls TCP_KEEPIDLE
+    for name, value in (('TCP_KEEPIDLE', 15), ('TCP_KEEPALIVE', 15), ('TCP_KEEPINTVL', 5),
+                        ('TCP_KEEPCNT', 3), ('TCP_USER_TIMEOUT', 30000)):
         set_option(sock, socket.IPPROTO_TCP, name, value)
 
 
