@@ -2355,7 +2355,7 @@ def loads(payload: Buffer, once: bool = False) -> Any:
     if source is not None:
         return _unseal_large(source, memoryview(payload), size - len(payload))
     if payload[0] != 1:
-        return pickle.loads(payload)
+        return _open(payload, [])
     view = memoryview(payload)
     ends = _ends_of(view)
     # A bytearray each: what numpy makes of a read-only view could not be written to by the job. A
@@ -2366,7 +2366,17 @@ def loads(payload: Buffer, once: bool = False) -> Any:
         if not segment or begin % ALIGNED:
             buffer = bytearray(buffer)
         buffers.append(buffer)
-    return pickle.loads(view[ends[0]:ends[1]], buffers=buffers)
+    return _open(view[ends[0]:ends[1]], buffers)
+
+
+def _open(pickled: Any, buffers: List[Any]) -> Any:
+    """Open a pickle. One of another Python a second time, if it fails: leniently."""
+    try:
+        return pickle.loads(pickled, buffers=buffers)
+    except Exception:
+        if not found_by_name:
+            raise
+        return ForeignUnpickler(io.BytesIO(pickled), buffers=buffers).load()
 
 
 def _ends_of(view: memoryview) -> List[int]:
@@ -2684,6 +2694,137 @@ def variables_of_module(name: str) -> Dict[str, Any]:
     return vars(importlib.import_module(name))
 
 
+class _Absent:
+    """Stands for a class or function of a library that is not here, and for what was made of it."""
+
+    def __new__(cls, *args: Any, **options: Any) -> Any:
+        """Whatever the missing one would take."""
+        return super().__new__(cls)
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        pass
+
+    def __setstate__(self, state: Any) -> None:
+        """Nothing is kept of it."""
+
+
+# Functions and classes that came by value from another minor version of Python, and are here by
+# their names
+found_by_name: 'weakref.WeakSet[Any]' = weakref.WeakSet()
+_PythonUnpickler: Any = getattr(pickle, '_Unpickler')   # pickle's own, written in Python
+
+
+class ForeignUnpickler(_PythonUnpickler):  # type: ignore[misc]
+    """Opens what came from another minor version of Python. What a function or class is here by
+    its name is not changed by what it came with: that is read over, and need not be possible here.
+    A dataclass, say, comes with objects of private classes of its Python's `dataclasses`. Where
+    something that cannot be opened is used elsewhere as well, it is raised why."""
+    dispatch = dict(_PythonUnpickler.dispatch)
+
+    def __init__(self, file: Any, buffers: Any) -> None:
+        super().__init__(file, buffers=buffers)
+        self._states: List[List[Exception]] = []   # for each state that is being read: what failed
+        self._failed: Dict[int, Tuple[Any, Exception]] = {}   # id -> object, why it is not whole
+        self._of_states: Dict[int, Any] = {}       # id -> an object that was made for a state
+
+    def find_class(self, module: str, name: str) -> Any:
+        """What a module has under a name; a class that stands for it, if there is none."""
+        try:
+            found = super().find_class(module, name)
+        except (ImportError, AttributeError) as exc:
+            if not self._states:
+                raise
+            return self._note(type(name, (_Absent,), {}), exc)
+        self._begin(found)
+        return found
+
+    def _begin(self, found: Any) -> None:
+        if found in (fill_class, fill_function):   # its arguments follow: an object and its state
+            self._states.append([])
+
+    def _note(self, obj: Any, exc: Exception) -> Any:
+        self._failed[id(obj)] = (obj, exc)
+        self._states[-1].append(exc)
+        return obj
+
+    def reduce(self) -> None:
+        """Call something, which may be what sets a state."""
+        *_, function, args = self.stack
+        if function in (fill_class, fill_function):
+            failures = self._states.pop()
+            if failures and args[0] not in found_by_name:
+                if not self._states:
+                    raise failures[0]
+                self._note(args[0], failures[0])
+            if failures or args[0] in found_by_name:
+                self.stack[-2:] = [None]
+                return
+        try:
+            self.stack[-2:] = [function(*args)]
+        except Exception as exc:
+            if not self._states:
+                raise
+            self.stack[-2:] = [self._note(_Absent(), exc)]
+
+    def again(self, load: Callable[[Any], None]) -> None:
+        """Take an object that was there before."""
+        load(self)
+        found = self.stack[-1]
+        if type(found) is types.FunctionType:
+            self._begin(found)
+        if not self._states:
+            self._check(found)
+
+    def _check(self, found: Any) -> None:
+        """Raise why something that was made for a state is not whole."""
+        waiting = [found] if id(found) in self._of_states or id(found) in self._failed else []
+        seen: Set[int] = set()
+        while waiting and self._failed:
+            obj = waiting.pop()
+            if id(obj) in self._failed:
+                raise self._failed[id(obj)][1]
+            if id(obj) not in seen:
+                seen.add(id(obj))
+                waiting += _held_by(obj)
+
+    def remember(self, load: Callable[[Any], None]) -> None:
+        """Keep the last object for later."""
+        load(self)
+        if self._states:
+            self._of_states[id(self.stack[-1])] = self.stack[-1]
+
+    def attempt(self, load: Callable[[Any], None]) -> None:
+        """Make an object, or put something into the last one."""
+        try:
+            load(self)
+        except Exception as exc:
+            if not self._states:
+                raise
+            makes = load in (self.dispatch_before[code] for code in _MAKING)
+            self.stack += [_Absent()] if makes else []
+            self._note(self.stack[-1], exc)
+
+    dispatch_before = dict(dispatch)
+
+
+_MAKING = (pickle.NEWOBJ[0], pickle.NEWOBJ_EX[0])   # they have taken what they need by then
+
+
+def _done_by(method: Callable[..., None], code: bytes) -> None:
+    load = ForeignUnpickler.dispatch[code[0]]
+    ForeignUnpickler.dispatch[code[0]] = lambda unpickler: method(unpickler, load)
+
+
+ForeignUnpickler.dispatch[pickle.REDUCE[0]] = ForeignUnpickler.reduce
+for _code in (pickle.GET, pickle.BINGET, pickle.LONG_BINGET):
+    _done_by(ForeignUnpickler.again, _code)
+for _code in (pickle.PUT, pickle.BINPUT, pickle.LONG_BINPUT, pickle.MEMOIZE):
+    _done_by(ForeignUnpickler.remember, _code)
+for _code in (pickle.NEWOBJ, pickle.NEWOBJ_EX, pickle.BUILD, pickle.APPEND, pickle.APPENDS,
+              pickle.SETITEM, pickle.SETITEMS, pickle.ADDITEMS):
+    _done_by(ForeignUnpickler.attempt, _code)
+
+
 class ForeignCode:
     """Stands for a code object of another minor version of Python, which nothing here could run."""
 
@@ -2735,7 +2876,9 @@ def make_code(version: tuple, args: tuple, file: str, name: str, line: int) -> A
 def _by_name_here(version: tuple, module: str, name: str, kind: str) -> Any:
     """What came by value for another version of Python, from the source that was sent beside it."""
     try:
-        return find_named(module, name)
+        found = find_named(module, name)
+        found_by_name.add(found)
+        return found
     except (ImportError, AttributeError):
         why = _left_out.get((
             module, name
@@ -3725,20 +3868,6 @@ class StateRow(NamedTuple):
     # Of the object in the state's pickle that is changed in place; -1: the value is set
     number: int
     computed: bool    # the module's source computes it: on another platform it stays as it is there
-
-
-class _Absent:
-    """Stands for a class or function of a library that is not here, and for what was made of it."""
-
-    def __new__(cls, *args: Any, **options: Any) -> Any:
-        """Whatever the missing one would take."""
-        return super().__new__(cls)
-
-    def __init__(self, *args: Any, **options: Any) -> None:
-        pass
-
-    def __setstate__(self, state: Any) -> None:
-        """Nothing is kept of it."""
 
 
 class _StateUnpickler(pickle.Unpickler):

@@ -1,6 +1,7 @@
 """Functions on nodes with another minor version of Python: as source, or refused with what stands
 in the way."""
 
+import dataclasses
 import functools
 import importlib
 import logging
@@ -12,6 +13,7 @@ import sys
 import textwrap
 import time
 import types
+import typing
 from collections import OrderedDict
 
 import cloudpickle
@@ -53,6 +55,14 @@ class Point(Base):
 
 
 ORIGIN = Point(0)
+
+
+@dataclasses.dataclass
+class Sized:
+    """Its Python makes methods and private objects for it, which differ from version to version."""
+    size: int
+    parts: list = dataclasses.field(default_factory=list)
+    kept: typing.ClassVar[dict] = {}
 
 
 class Unused(Base):
@@ -98,6 +108,11 @@ def fail(n):
 
 def make_point(point):
     return Point(point.value + 1), point.shown()
+
+
+def grow(sized, more=None):
+    assert type(sized) is Sized and sized == Sized(sized.size, sized.parts)
+    return dataclasses.replace(sized, size=sized.size + 1, parts=[sized]), more
 
 
 def show(thing):
@@ -199,6 +214,28 @@ def test_a_class_of_the_file_as_argument_and_as_result(other):
     assert job.status == DispyJob.Finished, job.exception
     point, text = job.result
     assert type(point) is Point and point.value == 5 and text == 'Point(4)'
+
+
+def test_a_dataclass_as_argument_and_as_result(other):
+    sized = Sized(4, ['part'])
+    job = run(other[0], grow, sized, [sized])
+    assert job.status == DispyJob.Finished, job.exception
+    grown, again = job.result
+    assert (grown, again) == (Sized(5, [sized]), [sized]) and type(again[0]) is Sized
+
+
+def test_what_only_a_class_refers_to_is_needed_where_it_is_used(other):
+    """What stands in a class and cannot be opened there is no obstacle, unless it is an argument
+    itself."""
+    job = run(other[0], grow, Sized(4), Sized.kept)
+    assert job.status == DispyJob.Finished and job.result[1] == {}, job.exception
+    Sized.kept['nameless'] = nameless
+    try:
+        assert run(other[0], grow, Sized(4)).status == DispyJob.Finished
+        job = run(other[0], grow, Sized(4), Sized.kept)
+        assert job.status == DispyJob.Terminated and 'Python ' + other[1] in job.exception
+    finally:
+        Sized.kept.clear()
 
 
 def test_a_class_that_the_computation_does_not_name_as_argument(other):
