@@ -2504,6 +2504,8 @@ class _FormPickler(pickle.Pickler):
 
     def reducer_override(self, obj: Any) -> Any:
         """Called by the pickler for everything that is not a builtin value."""
+        if obj is id:   # it stands for all others, and would stand for itself without end
+            return NotImplemented
         if isinstance(obj, _IDENTICAL) or type(obj) in _REDUCERS:
             return id, (id(obj),)
         return NotImplemented

@@ -23,7 +23,8 @@ import dispy
 from conftest import eventually
 from dispy import DispyJob, SourcePicker, pack_source
 from dispynode import (
-    ForeignCode, ModuleState, StateRow, build_tag, load_source, loads, make_code, value_pickler)
+    ForeignCode, ModuleState, StateRow, Versions, build_tag, load_source, loads, make_code,
+    value_pickler)
 from nodes import NodeProcess
 from programs import HERE, other_pythons
 
@@ -614,6 +615,14 @@ def test_source_whose_annotations_were_to_be_evaluated_later(modules):
         assert grow.__annotations__ == {'n': 'Tree', 'return': 'Never'}
         with pytest.raises(RuntimeError, match="cannot be loaded .*'Tree' is not defined"):
             load_source((3, 13), rows, [], wanted)
+
+
+def test_a_value_that_holds_functions_and_classes_is_told_when_it_changes():
+    versions, value = Versions(), {'kinds': [int, abs]}
+    version = versions.of('value', value)
+    assert versions.of('value', value) == versions.of('value', {'kinds': [int, abs]}) == version
+    value['kinds'].append(len)
+    assert versions.of('value', value) != version
 
 
 def test_a_method_of_functools_travels():
