@@ -5021,7 +5021,9 @@ NAME_PARTS = 4             # of a dotted name that is followed from module to mo
 UNLOADED_TIME = 1.0        # s for which it is believed where a module is that is not loaded
 STABLE_READS = 3           # attempts to read a file that is written at the same time
 NOT_OWN = frozenset((      # top-level modules that are never the user's own, wherever they lie
-    'dispy', 'dispynode', 'dispyscheduler', 'dispy_httpd', 'cloudpickle', 'psutil'))
+    'dispy', 'dispynode', 'dispyscheduler', 'dispy_httpd', 'cloudpickle', 'psutil',
+    # Of each Python: what it imports when it starts. Debian has it in /etc
+    'sitecustomize', 'usercustomize'))
 _MAIN_NAMES = frozenset(('__main__', '__mp_main__'))
 SITE_DIRECTORIES = frozenset(('site-packages', 'dist-packages'))
 
