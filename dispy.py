@@ -23275,8 +23275,7 @@ deployment(source, *%a)
 
 
 def program_of_host() -> str:
-    """Return the source of the program that runs on a host: it uses dispynode, and no other module
-    of dispy."""
+    """The source of what runs on a host: it uses dispynode, and nothing else that is ours."""
     parts: Tuple[Any, ...] = (Deployment, _since, deployment)
     return '\n\n'.join([HOST_IMPORTS, *map(inspect.getsource, parts)])
 

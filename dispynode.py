@@ -4349,8 +4349,8 @@ class ModuleLoader:
         frame = self._importing_frame()
         if frame is None:
             return False
-        importer = frame.f_globals.get('__name__')
-        return importer not in self._first
+        f_global = frame.f_globals.get('__name__')
+        return f_global not in self._first
 
     @staticmethod
     def _importing_frame() -> Any:
