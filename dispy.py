@@ -3073,17 +3073,20 @@ class NodeLoad:
     def learn(self, comp: ComputationLoad, ended: List[tuple], now: float) -> None:
         """Jobs have ended here: how long they took, and how long what they were sent with and told
         by. Rows of Results, of jobs that were taken off."""
-        comp.estimate.add([row[3] - row[2] for row in ended if row[3] > row[2]])
+        durations = []
+        for row in ended:
+            if row[3] > row[2]:
+                durations.append(row[3] - row[2])
+        comp.estimate.add(durations)
         if comp.seconds is not None:
-            durations = []
+            returned = []
             for _, outcome, began, over, *_ in ended:
                 if outcome in RETURNED and over > began:
-                    durations.append(over - began)
-            comp.seconds.median.add(durations)
-        rounds = self.rounds
-        if rounds > 1:
-            if self.is_shared(comp):
-                rounds = 1
+                    returned.append(over - began)
+            comp.seconds.median.add(returned)
+        rounds = 1
+        if ROUNDS_FAR * self.trip >= QUEUED_TIME and not self.is_shared(comp):
+            rounds = self.rounds
         name = comp.comp
         self.ahead[name].ended(len(ended), len(self.in_flight[name]), self.limits[name], rounds)
         if self.probe is not None:
@@ -3145,9 +3148,10 @@ class NodeLoad:
 
     def fits(self, comp: str, work: ScheduledJob) -> bool:
         """Whether a job of a computation would find idle CPUs here, and what else it needs."""
-        if cpus_of(work) > self.room(comp):
-            return False
-        return not work.options or self.may_get(work)
+        room = self.room(comp)
+        if not work.options:
+            return room > 0
+        return cpus_of(work) <= room and self.may_get(work)
 
     def may_get(self, work: ScheduledJob) -> bool:
         """Whether a job finds here what it needs beside CPUs."""
@@ -3232,30 +3236,34 @@ class Books:
         if comp.seconds is not None:
             comp.seconds.pass_over(work)
         work.serial += 1
-        cpus = cpus_of(work)
-        node.take(comp.comp, cpus)
+        name = comp.comp
+        cpus = 1
         if work.options:
+            cpus = cpus_of(work)
             node.stock.take(work)
+        node.take(name, cpus)
         node.bytes += _bytes_of(work)
         comp.cpus_in_flight += cpus
         comp.served = next(self.numbers)
         self.client_cpus[comp.client] += cpus
         if comp.user is not None:
             comp.user.take(cpus, 1)
-        node.in_flight[comp.comp][work.serial] = work
+        node.in_flight[name][work.serial] = work
         comp.running[work.serial] = node
         if comp.ranked:
-            node.ranks[comp.comp][priority_of(work)] += cpus
+            node.ranks[name][priority_of(work)] += cpus
         # It will not wait there
         if node.probe is None:
             if node.cpus_reserved == node.used:
                 node.probe = (work.serial, self.now)
-        if node.key in comp.idle:
-            if node.room(comp.comp) < 1:
+        if node.key in comp.idle and node.room(name) < 1:
+            if len(node.comps) > 1:
                 self.look_at(node)
-        works = self._to_send.get((node.key, comp.comp))
+            else:   # the rest is looked at when it is sent
+                del comp.idle[node.key]
+        works = self._to_send.get((node.key, name))
         if works is None:
-            self._to_send[node.key, comp.comp] = [work]
+            self._to_send[node.key, name] = [work]
             self.changed[node.key] = node
         else:
             works.append(work)
@@ -3311,18 +3319,23 @@ class Books:
         size = 0
         if comp.user is not None:
             self._stop(node, comp, serials)
-        known = [table for table in (node.begun[comp.comp], node.recalled[comp.comp]) if table]
+        begun = node.begun[comp.comp]
+        recalled = node.recalled[comp.comp]
         for serial in serials:
             work = flight.pop(serial, None)
             if work is not None:
                 landed[serial] = work
-                cpus += cpus_of(work)
                 size += _bytes_of(work)
                 if work.options:
+                    cpus += cpus_of(work)
                     node.stock.take(work, -1)
+                else:
+                    cpus += 1
                 del comp.running[serial]
-                for table in known:
-                    table.pop(serial, None)  # type: ignore[attr-defined]
+                if begun:
+                    begun.pop(serial, None)
+                if recalled:
+                    recalled.pop(serial, None)
                 if comp.ranked:
                     node.ranks[comp.comp][priority_of(work)] -= cpus_of(work)
         if landed:
@@ -3358,17 +3371,19 @@ class Books:
     def look_at(self, node: NodeLoad) -> None:
         """Note for which computations a node has an idle CPU, and of which it holds more than it
         runs."""
-        surplus = (node.used > node.cpus or node.used > node.cpus_reserved) and node.away is None
+        key = node.key
+        is_here = node.away is None
+        surplus = is_here and (node.used > node.cpus or node.used > node.cpus_reserved)
+        free = is_here and node.cpus > node.cpus_reserved
         for name, comp in node.comps.items():
-            if node.away is None and node.room(name) > 0:
-                comp.idle[node.key] = node
+            if free and node.limits[name] > node.parts[name]:
+                comp.idle[key] = node
             else:
-                comp.idle.pop(node.key, None)
-            known = len(node.begun[name]) + len(node.recalled[name])
-            if surplus and len(node.in_flight[name]) > known:
-                comp.overloaded[node.key] = node
-            else:
-                comp.overloaded.pop(node.key, None)
+                comp.idle.pop(key, None)
+            if surplus and node.waits(name) > len(node.recalled[name]):
+                comp.overloaded[key] = node
+            elif comp.overloaded:
+                comp.overloaded.pop(key, None)
 
     def wait_again(self, comp: ComputationLoad, work: ScheduledJob) -> None:
         """A job waits before the others of its priority."""
@@ -3479,9 +3494,10 @@ class Placement:
 
     def _still_waiting(self) -> List[ComputationLoad]:
         books = self._books
-        waiting = [comp for comp in books.waiting.values()
-                   if comp.queue.length or (comp.pinned or comp.scarce.queues)
-                   and comp.length()]
+        waiting = []
+        for comp in books.waiting.values():
+            if comp.queue.length or ((comp.pinned or comp.scarce.queues) and comp.length()):
+                waiting.append(comp)
         if not waiting:
             books.waiting.clear()
         elif len(waiting) < len(books.waiting):
@@ -3492,7 +3508,10 @@ class Placement:
         """What no node can take shall not stop those behind it."""
         if comp.unchecked:
             self._park_all(comp)
-        for line in (*comp.shared_queues(), *comp.pinned.values()):
+        lines = [comp.queue]
+        if comp.scarce.queues or comp.pinned:
+            lines = [*comp.shared_queues(), *comp.pinned.values()]
+        for line in lines:
             work = line.head()
             while work is not None and work.options and self.is_parked(comp, work):
                 line.pop()
@@ -3996,22 +4015,25 @@ class Speculation:
     A second attempt is not counted among the jobs of its node: to all else its CPUs are idle. What
     needs them is sent there, and the second attempt is ended for it.
 
+    comps - computations that want it
     due - when the first job will have run for so long that it may be started a second time
     """
 
     def __init__(self, books: Books) -> None:
         self._books = books
-        self._comps: Dict[str, ComputationLoad] = {}   # that want it
+        self.comps: Dict[str, ComputationLoad] = {}
         self.due = math.inf
 
     def begin(self, comp: ComputationLoad) -> None:
         """A computation is opened."""
         if comp.seconds is not None:
-            self._comps[comp.comp] = comp
+            self.comps[comp.comp] = comp
 
     def closed(self, comp: ComputationLoad) -> None:
         """A computation is over."""
-        self._comps.pop(comp.comp, None)
+        self.comps.pop(comp.comp, None)
+        if not self.comps:
+            self.due = math.inf
         if comp.seconds is not None:
             for second in list(comp.seconds.by_serial.values()):
                 self._drop(comp, second)
@@ -4021,7 +4043,7 @@ class Speculation:
     def look(self) -> None:
         """End second attempts that are in the way of jobs, and start others."""
         self.due = math.inf
-        for comp in self._comps.values():
+        for comp in self.comps.values():
             self._make_way(comp)
             self._start_late(comp)
 
@@ -4143,7 +4165,7 @@ class Speculation:
 
     def find(self, key: Any, name: str, serial: int) -> Optional[SecondAttempt]:
         """The same by the name of a computation, which may be over or have none."""
-        comp = self._comps.get(name)
+        comp = self.comps.get(name)
         if comp is None:
             return None
         return self.at(key, comp, serial)
@@ -4635,7 +4657,8 @@ class Schedule:
             placement.distribute()
         if len(self.nodes) > 1 and books.changed:
             placement.balance()
-        self.speculation.look()
+        if self.speculation.comps:
+            self.speculation.look()
         books.changed.clear()
         return actions
 
@@ -10389,12 +10412,13 @@ class EmbeddedNode:
     @property
     def has_messages(self) -> bool:
         """Whether the driver has sent something."""
-        return self._end.has_messages
+        end = self._end
+        return bool(end.incoming or end.is_over) and end.has_messages
 
     @property
     def is_due(self) -> bool:
         """Whether a turn of the node has something to do."""
-        return self._host.is_due or self._end.has_messages or not self._is_whole
+        return self._host.is_due or self.has_messages or not self._is_whole
 
     def turn(self) -> None:
         """Take what the driver has sent, and what processes have, and decide."""
@@ -10406,8 +10430,11 @@ class EmbeddedNode:
 
     def next_timer(self) -> Optional[float]:
         """When there is something to do for either side."""
-        if self._end.has_messages or self.link.has_messages:
-            return self._host.now
+        end = self._end
+        link = self.link
+        if end.incoming or link.incoming or end.is_over or link.is_over:
+            if end.has_messages or link.has_messages:
+                return self._host.now
         return self._host.next_timer()
 
     def after_fork(self) -> None:
@@ -15189,7 +15216,7 @@ class Driver(Loop):
 
     def send(self, link: Link, message: Any) -> None:
         """As a Loop's; it is noted which jobs are in which frame."""
-        super().send(link, message)
+        Loop.send(self, link, message)
         if type(message) is Jobs and link.sock is not None:   # in memory there are no frames
             self.refusals.sent(link, message)
 
@@ -15229,19 +15256,28 @@ class Driver(Loop):
         if peer is not None and peer.local is not None:
             local = peer.local
             if local.is_due:
-                self.guard(None, local.turn)
+                self._turn_of(local)
             if local.link.has_messages:
                 self.receive(local.link)
         self._own_turn()
         peer = peers.get(LOCAL)   # it may be another
         if peer is not None and peer.local is not None:
             if peer.local.has_messages:
-                self.guard(None, peer.local.turn)
+                self._turn_of(peer.local)
+
+    def _turn_of(self, local: EmbeddedNode) -> None:
+        try:
+            local.turn()
+        except Exception as exc:  # as in `guard`
+            self.fault(None, exc)
 
     def _own_turn(self) -> None:
         if self.jobs.submitted:
             self.guard(None, self.jobs.take_submitted)
-        self.guard(None, self.flush)
+        try:
+            self.flush()
+        except Exception as exc:  # as in `guard`
+            self.fault(None, exc)
         if self.files.backlog.waiting:
             self.guard(None, self.files.send)
         # Before anything of this turn is sent, and before results are acknowledged
@@ -15255,12 +15291,12 @@ class Driver(Loop):
         if self.files.backlog.waiting and self.files.backlog.has_room():
             return 0.0
         first = self.chores.at
-        parts: List[Any] = [self.schedule]
+        when = self.schedule.next_timer()
+        if when is not None and when < first:
+            first = when
         peer = self.nodes.by_key.get(LOCAL)
         if peer is not None and peer.local is not None:
-            parts.append(peer.local)
-        for part in parts:
-            when = part.next_timer()
+            when = peer.local.next_timer()
             if when is not None and when < first:
                 first = when
         return first
@@ -15398,6 +15434,15 @@ def job_row(work: Any, payload: Any, names: Sequence[str]) -> Tuple[tuple, int]:
         return (work.serial, payload, None), len(payload)   # nearly always
     options = work.options and {name: work.options[name] for name in names if name in work.options}
     return (work.serial, out_of_band(payload), options or None), size_of(payload)
+
+
+def job_frames(comp: str, works: Sequence[Any], to_scheduler: bool) -> Iterable[Any]:
+    """Jobs, as messages, with what a node or a scheduler has to know of their options."""
+    names = _OF_JOBS_THERE if to_scheduler else OF_JOBS
+    if len(works) == 1:
+        row, _ = job_row(works[0], works[0].payload, names)
+        return (Jobs(comp, [row]),)
+    return batches(Jobs, comp, (job_row(work, work.payload, names) for work in works))
 
 
 _ERRORS: Dict[str, Type[Exception]] = {
@@ -15789,7 +15834,10 @@ class JobBook:
         with self.lock:
             self.owed.difference_update(jobs)
             self.finished += finished
-            row = self.at_nodes.setdefault('%s:%s' % (peer.ip_addr, peer.name), [peer, 0, 0.0])
+            place = '%s:%s' % (peer.ip_addr, peer.name)
+            row = self.at_nodes.get(place)
+            if row is None:
+                row = self.at_nodes[place] = [peer, 0, 0.0]
             row[1] += len(jobs)
             row[2] += seconds
 
@@ -17155,8 +17203,7 @@ class ProgramCluster(ComputationUser):
 
     def send_rows(self, peer: NodeConnection, works: Sequence[ScheduledJob]) -> None:
         """Send what a node has to know of attempts, when it is noted that they are sent."""
-        names = _OF_JOBS_THERE if peer.scheduler else OF_JOBS
-        messages = batches(Jobs, self.comp, (job_row(work, work.payload, names) for work in works))
+        messages = job_frames(self.comp, works, peer.scheduler)
         if self.journal is not None:
             self.driver.jobs.outgoing.add(self.comp, peer, messages)
         else:
@@ -17181,20 +17228,14 @@ class ProgramCluster(ComputationUser):
         code: List[Tuple[DispyJob, tuple]] = []
         # Such come alone, and take time to open
         large = len(pairs) == 1 and len(pairs[0][1][4]) > LAZY
-        journal = self.journal
-        is_shown = self.live_output.on_output is not None
         ordered = self.delivery.ordered
+        notes = self.journal is not None or self.live_output.on_output is not None
         for pair in pairs:
-            outcome = pair[1][1]
-            goes_on = outcome in PROVISIONAL
-            if not goes_on and is_shown:
-                self.live_output.show_rest(*pair)
-            if not goes_on and journal is not None:
-                journal.ended(*pair)
-            if goes_on or (ordered and pair[0] in ordered):
-                self._queue_ordered(pair, peer, goes_on)
-            elif large or outcome == Outcome.RETURNED_CODE or (
-                    outcome == Outcome.RAISED and has_exception(pair[1])):
+            row = pair[1]
+            if notes or ordered or row[1] in PROVISIONAL:
+                if self._comes_in_order(pair, peer):
+                    continue
+            if large or (row[1] != 1 and has_code(row)):   # RETURNED, nearly always
                 code.append(pair)
             else:
                 plain.append(pair)
@@ -17208,11 +17249,20 @@ class ProgramCluster(ComputationUser):
         jobs = [job for job, _ in pairs]
         self.book.answered(jobs)
 
-    def _queue_ordered(self, pair: Tuple[DispyJob, tuple], peer: NodeConnection,
-                       goes_on: bool) -> None:
+    def _comes_in_order(self, pair: Tuple[DispyJob, tuple], peer: NodeConnection) -> bool:
+        """Note that a job has ended. Whether its result has its place behind others of the job."""
+        goes_on = pair[1][1] in PROVISIONAL
+        if not goes_on:
+            if self.live_output.on_output is not None:
+                self.live_output.show_rest(*pair)
+            if self.journal is not None:
+                self.journal.ended(*pair)
+            if pair[0] not in self.delivery.ordered:
+                return False
         self.delivery.queue_ordered(*pair, peer)
         if not goes_on:
             self.book.answered([pair[0]])
+        return True
 
     def job_waits(self, work: DispyJob) -> None:
         """Make a job as it was before it was sent."""
@@ -17270,6 +17320,13 @@ def has_exception(row: tuple) -> bool:
     """Whether a row of Results of a job that raised has the exception itself, and not only its
     text."""
     return len(unpack_error(row[4])[1]) > 0
+
+
+def has_code(row: tuple) -> bool:
+    """Whether to open what is in a row of Results may run the user's code."""
+    if row[1] == Outcome.RETURNED_CODE:
+        return True
+    return row[1] == Outcome.RAISED and has_exception(row)
 
 
 # --------------------------------------------------------------------------------------------------

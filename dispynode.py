@@ -1939,29 +1939,32 @@ class ValueRequests:
     one value of a computation at a time is fetched. When values are there that nobody needs, those
     that were not needed for longest make room for others; one that is needed is fetched when there
     is room, or when nothing else is needed. Pure; whoever waits has an attribute `values`, which
-    are rows (size, digest)."""
+    are rows (size, digest).
+
+    waiting_for - computation -> whoever waits
+    """
 
     def __init__(self, most: int) -> None:
         self._most = most       # bytes
         # (computation, digest) -> size, the one that was needed last at the end
         self._here: 'collections.OrderedDict[Tuple[str, bytes], int]' = collections.OrderedDict()
         self._needs: Dict[Tuple[str, bytes], int] = collections.Counter()
-        self._waiting: Dict[str, Deque[Any]] = {}
+        self.waiting_for: Dict[str, Deque[Any]] = {}
         self._coming: Dict[str, Tuple[int, bytes]] = {}
         self._holders: Set[Any] = set()    # who has been served and still needs its values
         self.total = 0          # bytes that are there
 
     def __bool__(self) -> bool:
         """Whether anybody waits."""
-        return bool(self._waiting)
+        return bool(self.waiting_for)
 
     def admit(self, comp: str, one: Any) -> bool:
         """Whether all values are there that this one needs. Otherwise it waits."""
-        if comp not in self._waiting:
+        if comp not in self.waiting_for:
             if self._has_all(comp, one):
                 self.hold(comp, one)
                 return True
-        self._waiting.setdefault(comp, collections.deque()).append(one)
+        self.waiting_for.setdefault(comp, collections.deque()).append(one)
         return False
 
     def _has_all(self, comp: str, one: Any) -> bool:
@@ -1985,11 +1988,11 @@ class ValueRequests:
 
     def waiting(self, comp: str) -> Sequence[Any]:
         """Return those who wait."""
-        return self._waiting.get(comp, ())
+        return self.waiting_for.get(comp, ())
 
     def leave(self, comp: str, some: Container[Any]) -> List[Any]:
         """These wait no more, if they do. Returns those that did."""
-        waiting = self._waiting.get(comp, ())
+        waiting = self.waiting_for.get(comp, ())
         gone = []
         for one in waiting:
             if one in some:
@@ -2001,9 +2004,9 @@ class ValueRequests:
 
     def _set_waiting(self, comp: str, kept: Deque[Any]) -> None:
         if kept:
-            self._waiting[comp] = kept
+            self.waiting_for[comp] = kept
         else:
-            del self._waiting[comp]
+            del self.waiting_for[comp]
 
     def come(self, comp: str, size: int, digest: bytes) -> None:
         """A value is there."""
@@ -2032,7 +2035,7 @@ class ValueRequests:
     def interrupt(self, comp: str) -> List[Any]:
         """Whoever has the values is not connected any more. Returns those that waited."""
         self._coming.pop(comp, None)
-        return list(self._waiting.pop(comp, ()))
+        return list(self.waiting_for.pop(comp, ()))
 
     def forget(self, comp: str) -> None:
         """A computation is over, and its values are gone; all that it had was released."""
@@ -2046,8 +2049,8 @@ class ValueRequests:
         makes room for that."""
         served: List[Tuple[str, Any]] = []
         actions: List[Any] = []
-        for comp in list(self._waiting):
-            waiting = self._waiting[comp]
+        for comp in list(self.waiting_for):
+            waiting = self.waiting_for[comp]
             while waiting and self._has_all(comp, waiting[0]):
                 self.hold(comp, waiting[0])
                 served.append((comp, waiting.popleft()))
@@ -2059,7 +2062,7 @@ class ValueRequests:
         return served, actions
 
     def _fetch(self, comp: str, one: Any, actions: List[Any]) -> None:
-        own = {(name, digest) for name, waiting in self._waiting.items()
+        own = {(name, digest) for name, waiting in self.waiting_for.items()
                for _, digest in waiting[0].values}
         size, digest = next(row for row in one.values if (comp, row[1]) not in self._here)
         spare = [key for key in self._here if key not in own and key not in self._needs]
@@ -5419,9 +5422,41 @@ class ReceiveBuffer:
     def buffer_updated(self, count: int) -> List[Tuple[Any, memoryview]]:
         """Note that `count` bytes were received; return the units (head, body) that are whole
         now."""
-        if self._large is None:
-            self._end += count
-            return self._cut()
+        if self._large is not None:
+            return self._fill_large(count)
+        units = []
+        snapshot: Optional[memoryview] = None
+        start = self._start
+        end = self._end + count
+        self._end = end
+        while True:
+            if self._body_size < 0:
+                body = start + self._head_size
+                if body > end:
+                    break
+                self._head = bytes(self._view[start:body])
+                self._body_size = self.measure(self._head)
+                start = body
+            after = start + self._body_size
+            if after > end:
+                break
+            # One copy for all units of this call: the staging buffer is used again
+            if snapshot is None:
+                snapshot = memoryview(bytes(self._view[:end]))
+            unit = (self._head, snapshot[start:after])
+            units.append(unit)
+            start = after
+            self._body_size = -1
+        if start == end and self._body_size < 0:   # nearly always
+            self._start = 0
+            self._end = 0
+        else:
+            self._start = start
+            self._make_room()
+        return units
+
+    def _fill_large(self, count: int) -> List[Tuple[Any, memoryview]]:
+        assert self._large is not None   # asked by the caller
         self._filled += count
         if self._filled < self._body_size:
             return []
@@ -5429,28 +5464,6 @@ class ReceiveBuffer:
         self._large = None
         self._body_size = -1
         return [unit]
-
-    def _cut(self) -> List[Tuple[bytes, memoryview]]:
-        units = []
-        snapshot: Optional[memoryview] = None
-        while True:
-            if self._body_size < 0:
-                if self._end - self._start < self._head_size:
-                    break
-                self._head = bytes(self._view[self._start:self._start + self._head_size])
-                self._body_size = self.measure(self._head)
-                self._start += self._head_size
-            if self._end - self._start < self._body_size:
-                break
-            # One copy for all units of this call: the staging buffer is used again
-            if snapshot is None:
-                snapshot = memoryview(bytes(self._view[:self._end]))
-            unit = (self._head, snapshot[self._start:self._start + self._body_size])
-            units.append(unit)
-            self._start += self._body_size
-            self._body_size = -1
-        self._make_room()
-        return units
 
     def _make_room(self) -> None:
         left = self._end - self._start
@@ -5670,6 +5683,11 @@ FROM_LOADING = {
 OF_WORKERS = frozenset((Outcome.RETURNED, Outcome.RETURNED_CODE, Outcome.RAISED, *PROVISIONAL))
 
 
+_JOB = int(RecordType.JOB)        # a member's value is found faster so
+_RESULT = int(RecordType.RESULT)
+_FILE_STORED = int(RecordType.FILE_STORED)
+
+
 class MemorySegment:
     """Memory in which a value goes to another process, by its descriptor. The value is written to
     it once, as pieces; stores into a mapping would end this process where there is no more memory.
@@ -5854,9 +5872,9 @@ def pack_record(kind: int, number: int = 0, serial: int = 0, start: float = 0.0,
     else:
         size = len(first)
     head = _RECORD.pack(kind, 0, number, serial, start, end, size, len(second), len(third))
+    pieces = first if type(first) is tuple else (first,)   # pieces_of, without the call
     if size + len(second) + len(third) < OUT_OF_BAND:
-        return [b''.join((head, *pieces_of(first), second, third))]
-    pieces = pieces_of(first)
+        return [b''.join((head, *pieces, second, third))]
     return [piece for piece in (head, *pieces, second, third) if len(piece)]
 
 
@@ -5870,8 +5888,7 @@ class RecordBuffer(ReceiveBuffer):
 
     def measure(self, head: bytes) -> int:
         self._head = _RECORD.unpack(head)   # the unit has it in place of the bytes
-        kind, in_segment = self._head[:2]
-        one, two, three = self._head[6:]
+        kind, in_segment, _, _, _, _, one, two, three = self._head
         if self._limits is not None:
             most = self._limits.get(kind, (-1, -1, -1))  # type: ignore[call-overload]
             if one > most[0] or two > most[1] or three > most[2]:
@@ -6817,6 +6834,7 @@ class Channel:
         self.interest = 0
         self._intake = intake
         self.later: Any = ()   # what is made when there is room for it
+        self._may_fill = 0     # bytes of memory segments in this turn
         self._out: Deque[Tuple[memoryview, Any]] = collections.deque()
         self._gathers = hasattr(sock, 'sendmsg') and not hasattr(sock, 'do_handshake')
         self._again: Tuple[Type[OSError], ...] = _WOULD_BLOCK
@@ -6842,9 +6860,13 @@ class Channel:
         """Send what the socket takes now, up to WRITE_MOST bytes. Raises OSError if it is
         broken."""
         enough = self.queued - WRITE_MOST
+        self._may_fill = WRITE_MOST
         while self._out and self.queued > enough:
             try:
-                sent = self._send_some()
+                if self._out[0][1] is None:
+                    sent = self._send_some()
+                else:
+                    sent = self._pass_on()
             except self._again:
                 return
             self.queued -= sent
@@ -6873,13 +6895,16 @@ class Channel:
                 if time.monotonic() > until:
                     return
 
-    def _send_some(self) -> int:
+    def _pass_on(self) -> int:
+        """Send what stands first, and a descriptor with it."""
         view, passing = self._out[0]
-        if passing is not None:
-            sent = send_with(self.sock, [view], passing)
-            passing.close()
-            self._out[0] = (view, None)
-            return sent
+        sent = send_with(self.sock, [view], passing)
+        passing.close()
+        self._out[0] = (view, None)
+        return sent
+
+    def _send_some(self) -> int:
+        view, _ = self._out[0]
         if not self._gathers or len(self._out) == 1 or len(view) > 1 << 18:
             return self.sock.send(view[:1 << 20])
         plain = itertools.takewhile(lambda item: item[1] is None, itertools.islice(self._out, 64))
@@ -7321,11 +7346,13 @@ def _jobs_as_received(message: Jobs) -> Tuple[Any, int]:
     size = 0
     for place, row in enumerate(rows):
         payload = row[1]
-        if type(payload) is not bytes:
-            if rows is message.rows:   # which is the sender's
-                rows = list(rows)
-            payload = _payload_as_received(payload)
-            rows[place] = (row[0], payload, *row[2:])
+        if type(payload) is bytes:   # nearly always
+            size += len(payload)
+            continue
+        if rows is message.rows:   # which is the sender's
+            rows = list(rows)
+        payload = _payload_as_received(payload)
+        rows[place] = (row[0], payload, *row[2:])
         size += size_of(payload)
     if rows is not message.rows:
         message = Jobs(message.comp, rows)
@@ -7417,21 +7444,29 @@ class MemoryLink(Link):
 
     def send(self, message: Any) -> None:
         """Hand a message over. Raises TooLarge."""
-        kind = type(message)
-        size = self.SMALL_SIZE
-        if kind in self._MADE:
-            message, size = self._MADE[kind](message)
-            if kind in (Jobs, Results) and len(message.rows) == 1:
-                most = VALUE_MOST
-            else:
-                most = MESSAGES[OPS[kind]][1]
-            if size > most:
-                text = '%s of %d bytes is over the limit of %d' % (kind.__name__, size, most)
-                raise TooLarge(text)
+        made = self._MADE.get(type(message))
+        if made is None:
+            size = self.SMALL_SIZE
+        else:
+            message, size = made(message)
+            if size > OUT_OF_BAND or size > VALUE_MOST:
+                self._check_size(message, size)
         self.other.incoming.append(message)
         self.queued += size
         self.bytes_out += size
         self._handed += 1
+
+    @staticmethod
+    def _check_size(message: Any, size: int) -> None:
+        """Raises TooLarge for a message with so many bytes that no link would take."""
+        kind = type(message)
+        if kind in (Jobs, Results) and len(message.rows) == 1:
+            most = VALUE_MOST
+        else:
+            most = MESSAGES[OPS[kind]][1]
+        if size > most:
+            text = '%s of %d bytes is over the limit of %d' % (kind.__name__, size, most)
+            raise TooLarge(text)
 
     @property
     def has_messages(self) -> bool:
@@ -7502,7 +7537,6 @@ class Pipe(Channel):
         self.comp = comp
         self.worker = worker
         self.pid = 0     # of the process that wrote first, as the kernel tells it
-        self._may_fill = 0     # bytes of memory segments in this turn
         self._asks = bool(worker) and hasattr(socket, 'SCM_CREDENTIALS')
         if self._asks:   # what SO_PEERCRED tells of a socketpair is who made it
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
@@ -7512,28 +7546,24 @@ class Pipe(Channel):
         segment = MemorySegment(payload)
         self.push([head], segment)
 
-    def write(self) -> None:
-        self._may_fill = WRITE_MOST
-        super().write()
-
-    def _send_some(self) -> int:
+    def _pass_on(self) -> int:
         head, segment = self._out[0]
         if type(segment) is not MemorySegment:
-            return super()._send_some()
+            return super()._pass_on()
         if not segment.is_begun and not is_read(self.sock):
             self._without_segment(head, segment)
-            return super()._send_some()
+            return self._send_some()
         try:
             if not segment.is_whole:
                 self._may_fill -= segment.fill(self._may_fill)
             if segment.is_whole:
-                return super()._send_some()
+                return super()._pass_on()
         except _WOULD_BLOCK:
             raise
         except OSError as exc:   # no room or no descriptor
             logger.debug('a value goes through the pipe: %s', exc)
             self._without_segment(head, segment)
-            return super()._send_some()
+            return self._send_some()
         raise BlockingIOError   # the rest of it in the next turn
 
     def _without_segment(self, head: memoryview, segment: MemorySegment) -> None:
@@ -7885,10 +7915,14 @@ class Loop:
         self.woke_at = self.clock()
         for key, mask in ready:
             self.now = self.clock()
-            if callable(key.data):
-                self.guard(None, key.data)
-            elif key.data.is_attached:   # not detached meanwhile
-                self._handle_io(key.data, mask)
+            subject = key.data
+            if callable(subject):
+                try:
+                    subject()
+                except Exception as exc:  # as in `guard`
+                    self.fault(None, exc)
+            elif subject.is_attached:   # not detached meanwhile
+                self._handle_io(subject, mask)
         self.now = self.clock()
         if self._inbox:
             self.take_events(len(self._inbox))
@@ -8024,7 +8058,8 @@ class Loop:
             self.fault(channel, exc)
             return
         self._to_write.discard(channel)
-        self.interest(channel)
+        if channel.queued or channel.later or channel.interest != selectors.EVENT_READ:
+            self.interest(channel)
 
     def interest(self, channel: Channel) -> None:
         """Bring the selector up to what the channel waits for."""
@@ -10680,10 +10715,11 @@ class Attempts:
         comp.done += 1
         if row[OUTCOME] not in VALUES:
             comp.failed += 1
-        if attempt is not None and attempt.counted:
-            self.count(attempt, False)
-        if attempt is not None and attempt.values:
-            self._done_with_values(comp, attempt)
+        if attempt is not None:
+            if attempt.counted:
+                self.count(attempt, False)
+            if attempt.values:
+                self._done_with_values(comp, attempt)
         comp.unacknowledged[row[SERIAL]] = row
         comp.outbox.append(row)
 
@@ -11240,13 +11276,15 @@ class CpuScheduler:
     def assign_cpus(self, now: float) -> None:
         """Give CPUs to computations."""
         tables = self._tables
-        comps = tables.comps.values()
-        ready = [comp for comp in comps if comp.stage is Stage.READY]
+        ready = []
+        for comp in tables.comps.values():
+            if comp.stage is Stage.READY:
+                ready.append(comp)
         crowded = len(ready) > 1 and self._share_between(ready, now)
         for comp in ready:
             if comp.waiting:
                 tables.guarded(comp.comp, self._dispatch, comp, now, crowded)
-            else:
+            elif comp.refillable:
                 comp.refillable.clear()
 
     def _share_between(self, ready: List[_Computation], now: float) -> bool:
@@ -11275,14 +11313,15 @@ class CpuScheduler:
         """Work for one more worker, if there is a CPU."""
         if not comp.waiting:
             return False
-        if comp.waiting[0].cpus > self._cpus.free:
+        head = comp.waiting[0]
+        if head.cpus > self._cpus.free:
             return False
-        if self._is_limited(comp, comp.waiting[0].cpus):
+        if comp.limit and self._is_limited(comp, head.cpus):
             return False
         worker: Optional[_Worker] = None
-        if comp.waiting[0].resources:
+        if head.resources:
             may_make = now >= self.pool.start_at
-            worker = self.pool.special.worker_for(comp, comp.waiting[0].resources, may_make)
+            worker = self.pool.special.worker_for(comp, head.resources, may_make)
         elif comp.idle:
             worker = comp.idle.pop()
         elif comp.initializer:
@@ -11293,8 +11332,10 @@ class CpuScheduler:
             return False
         worker.since = now
         comp.served = next(self._served)
-        self._cpus.free -= comp.waiting[0].cpus
-        count = 1 + min(ahead, len(comp.waiting) // max(1, self._cpus.total))
+        self._cpus.free -= head.cpus
+        count = 1
+        if ahead:
+            count += min(ahead, len(comp.waiting) // max(1, self._cpus.total))
         self._feed(comp, worker, count, now)
         return True
 
@@ -11305,9 +11346,10 @@ class CpuScheduler:
         while comp.waiting and self._start_on_worker(comp, ahead, now):
             continue
         # It came when there were more
-        if comp.waiting and comp.waiting[0].cpus > min(self._cpus.total, comp.limit
-                                                       or self._cpus.total):
-            self._attempts.return_waiting(comp)
+        if comp.waiting:
+            most = min(self._cpus.total, comp.limit or self._cpus.total)
+            if comp.waiting[0].cpus > most:
+                self._attempts.return_waiting(comp)
         if ahead and comp.waiting and not crowded:
             for worker in list(comp.refillable.values()):
                 room = ahead + 1 - len(worker.queue)
@@ -11372,7 +11414,8 @@ class CpuScheduler:
         if head.timeout:
             when = now + head.timeout
             self._interruptions.set_timeout(worker, when)
-        self._watch(worker, head)
+        if head.memory or head.timeout:
+            self._watch(worker, head)
         if head.ending is not None:   # cancelled while it stood behind another
             self._interruptions.interrupt(worker, head, now)
 
@@ -11429,9 +11472,10 @@ class CpuScheduler:
         if ended is None:   # nothing but provisional results
             return
         comp.estimate.add(durations)
-        total_durations = sum(durations)
-        comp.cpu_seconds += total_durations * ended.cpus
-        seconds = sum(durations[worker.pardoned:]) * ended.cpus
+        seconds = sum(durations) * ended.cpus
+        comp.cpu_seconds += seconds
+        if worker.pardoned:
+            seconds -= durations[0] * ended.cpus
         self._share.charge(comp, seconds)
         worker.pardoned = False
         comp.handed.ended(len(durations), len(comp.attempts) - len(comp.waiting), len(comp.workers))
@@ -12239,6 +12283,7 @@ class NodeService:
 
     paused - for each authority, why no new jobs are taken
     stopping - the node is about to end
+    is_ending - the node ends when nothing is left to do
     """
 
     def __init__(self, tables: NodeTables, timers: Timers, cpus: Cpus,
@@ -12256,7 +12301,7 @@ class NodeService:
         self._inquiries = inquiries
         self.paused: Dict[str, str] = {}
         self.stopping = False
-        self._finishing = False   # it ends when its jobs have ended
+        self.is_ending = False
         self._leaving = False     # what runs was killed, and its end is waited for
 
     def refusal(self, comp: str) -> Optional[Refused]:
@@ -12279,6 +12324,7 @@ class NodeService:
             self._leave(now)
             return
         self.stopping = True
+        self.is_ending = True
         self._attempts.refuses_new = True
         grace = self._interruptions.grace
         logger.info('stopping: jobs that wait are returned to their clients, and running jobs have '
@@ -12291,7 +12337,7 @@ class NodeService:
 
     def finish(self, event: Finish, now: float) -> None:
         """Take no new jobs, and leave when those that are here have ended."""
-        self._finishing = True
+        self.is_ending = True
         pause = Pause('finish', 'the node ends when its jobs have ended')
         self.pause(pause, now)
         self._attempts.take_back_all()
@@ -12306,11 +12352,6 @@ class NodeService:
         """Whether there are jobs here, run or not."""
         comps = self._tables.comps.values()
         return any(comp.attempts for comp in comps)
-
-    @property
-    def is_ending(self) -> bool:
-        """Whether the node ends when nothing is left to do."""
-        return self.stopping or self._finishing
 
     def _leave(self, now: float) -> None:
         """Kill what runs, wait until it is known what of it had begun, and leave."""
@@ -12518,7 +12559,7 @@ class Node:
             tables.guarded(timer.comp, timer.call, *timer.args, now)
         if self.scheduler.look_at <= now:
             self.scheduler.look(now)
-        if self.attempts.values:
+        if self.attempts.values.waiting_for:
             self.attempts.serve_values()
         refuses_new = self.attempts.refuses_new
         if not refuses_new:
@@ -13916,8 +13957,9 @@ class WorkerPipe:
         if count == 0:
             self.at_end()
             os._exit(0)
-        for record in self._intake.records(count):
-            if record.kind == RecordType.FILE_STORED:
+        for head, body in self._intake.buffer_updated(count):
+            record = self._intake.record_of(head, body)
+            if record.kind == _FILE_STORED:
                 answer = bytes(record.bodies[0]).decode('utf-8', 'replace')
                 self.answers.append(answer)
             else:
@@ -13952,25 +13994,27 @@ class WorkerPipe:
         memory segment, if there is room."""
         payload = args[4]
         if type(payload) is bytes or not goes_in_segment(payload):   # nearly always
-            self.send(RecordType.RESULT, *args)
+            self._in_turn(pack_record(_RESULT, *args))
             return
         if not is_read(self._sock):
-            self.send(RecordType.RESULT, *args)
+            self.send(_RESULT, *args)
             return
         with contextlib.closing(MemorySegment(payload)) as segment:
             try:
                 segment.fill(sys.maxsize)
             except OSError as exc:   # no room or no descriptor
                 logger.debug('a value goes through the pipe: %s', exc)
-                self.send(RecordType.RESULT, *args)
+                self.send(_RESULT, *args)
             else:
-                self._in_turn([segment_record(RecordType.RESULT, *args)], segment)
+                self._in_turn([segment_record(_RESULT, *args)], segment)
 
     def _in_turn(self, buffers: List[Buffer], segment: Optional[MemorySegment] = None) -> None:
         with self._sending:
             if self._shared:
                 with self._turn:
                     self._write(buffers, segment)
+            elif segment is None and len(buffers) == 1 and len(buffers[0]) <= WRITE_MOST:
+                self._sock.sendall(buffers[0])   # nearly always
             else:
                 self._write(buffers, segment)
 
@@ -14034,30 +14078,38 @@ class JobOutput:
 
     def collect(self) -> Tuple[bytes, bytes]:
         """What the job printed. Puts descriptors and streams back in the same breath."""
-        lost = self._flush(1) + self._flush(2)
+        lost = b''
+        for index in (1, 2):
+            try:
+                self._streams[index].flush()
+            except ValueError:   # the job closed it; it is put back below
+                continue
+            except OSError as exc:
+                lost += self._not_written(index, exc)
         if not self._has_own_streams():
             self._flush_strangers()
         if self._libc is not None:
             self._libc.fflush(None)   # printf of C code into a file is held back until then
-        out = self._collect_one(1, self._out)
-        err = self._collect_one(2, self._err)
-        return out, err + lost
+        printed = []
+        for index, output in ((1, self._out), (2, self._err)):
+            handle = output.handle
+            os.dup2(handle, index)   # this takes less time than to look where it leads
+            size = os.lseek(handle, 0, os.SEEK_END)
+            if size:
+                printed.append(output.take(size))
+            else:
+                printed.append(b'')
+        return printed[0], printed[1] + lost
 
-    def _flush(self, index: int) -> bytes:
-        """Write down what a job has printed. What finds no room would stay in the stream and be
-        taken for the next job's: it is thrown away, and a line for the job's stderr says so."""
-        stream = self._streams[index]
-        try:
-            stream.flush()
-        except ValueError:   # the job closed it; it is put back below
+    def _not_written(self, index: int, exc: OSError) -> bytes:
+        """What finds no room would stay in the stream and be taken for the next job's: it is thrown
+        away. Returns a line for the job's stderr that says so."""
+        if exc.errno == errno.EBADF:   # the job closed the descriptor
             return b''
-        except OSError as exc:
-            if exc.errno != errno.EBADF:   # otherwise it closed the descriptor
-                self._throw_away(stream, index)
-                text = 'dispy: a part of what the job wrote to %s is lost: %s\n' % (
-                    'stdout' if index == 1 else 'stderr', exc)
-                return text.encode()
-        return b''
+        self._throw_away(self._streams[index], index)
+        text = 'dispy: a part of what the job wrote to %s is lost: %s\n' % (
+            'stdout' if index == 1 else 'stderr', exc)
+        return text.encode()
 
     def _throw_away(self, stream: Any, index: int) -> None:
         with contextlib.suppress(OSError, ValueError):
@@ -14077,14 +14129,6 @@ class JobOutput:
             if self._streams[index].closed:
                 self._streams[index] = output_stream(index, 1)
         sys.stdin, sys.stdout, sys.stderr = self._streams
-
-    @staticmethod
-    def _collect_one(number: int, output: CapturedOutput) -> bytes:
-        os.dup2(output.handle, number)   # this takes less time than to look where it leads
-        size = os.lseek(output.handle, 0, os.SEEK_END)
-        if size:
-            return output.take(size)
-        return b''
 
 
 class JobInterrupts:
@@ -14583,8 +14627,8 @@ class Worker:
             return Outcome.RAISED, cut_error(failure, 1)
         try:
             payload, plain, _, _ = dumps(value)
-            if is_over_limit(size_of(payload)):
-                size = size_of(payload)
+            size = len(payload) if type(payload) is bytes else size_of(payload)
+            if (size > LAZY or size > VALUE_MOST) and is_over_limit(size):
                 return Outcome.RAISED, pack_error(over_limit('the result', size), None)
             return (Outcome.RETURNED if plain else Outcome.RETURNED_CODE), payload
         except BaseException as exc:  # __reduce__ and its kin are the user's code
@@ -17924,11 +17968,14 @@ class ComputationProcesses:
 
 class HeldPipes:
     """Pipes of workers that are not read for a while, because files or results come faster than the
-    client takes them. The loop's thread."""
+    client takes them. The loop's thread.
+
+    pipes - those that are not read until links have room
+    """
 
     def __init__(self, host: 'NodeHost') -> None:
         self._host = host
-        self._held: Set[Pipe] = set()     # not read until links have room
+        self.pipes: Set[Pipe] = set()
 
     def hold_back(self, pipe: Pipe) -> None:
         """Files or results come faster than the client takes them: the worker's pipe is not read
@@ -17943,7 +17990,7 @@ class HeldPipes:
         if not self._must_wait(pipe, BACKPRESSURE_BYTES):
             return
         pipe.paused = True
-        self._held.add(pipe)
+        self.pipes.add(pipe)
         self._host.interest(pipe)
 
     def _must_wait(self, pipe: Pipe, most: int) -> bool:
@@ -17959,15 +18006,15 @@ class HeldPipes:
     def let_go(self) -> None:
         """Read again those for which links have room."""
         for pipe in [
-                pipe for pipe in self._held if not self._must_wait(pipe, BACKPRESSURE_BYTES // 2)
+                pipe for pipe in self.pipes if not self._must_wait(pipe, BACKPRESSURE_BYTES // 2)
         ]:
             pipe.paused = False
             self._host.interest(pipe)
-            self._held.remove(pipe)
+            self.pipes.remove(pipe)
 
     def may_let_go(self) -> bool:
         """Return whether any pipe is held back."""
-        for pipe in self._held:
+        for pipe in self.pipes:
             if not self._must_wait(pipe, BACKPRESSURE_BYTES // 2):
                 return True
         return False
@@ -17984,7 +18031,7 @@ class WorkerReader:
         """Tell the node what has come. Returns the number of records. Raises LinkBroken, PeerError,
         OSError."""
         rows = []
-        units = pipe.read(self._host.now)
+        units = pipe.read(self._host.loop.now)
         if pipe.pid and pipe.worker not in run.pids:
             run.known(pipe.worker, pipe.pid)
         for head, body in units:
@@ -18045,10 +18092,6 @@ class WorkerReader:
                 raise PeerError('a list of returned jobs with a wrong size of %d bytes' % len(body))
             layout = '>%dQ' % (len(body) // 8)
             self._host.tell(WorkerReturnedJobs(pipe.worker, list(struct.unpack(layout, body))))
-
-
-_JOB = int(RecordType.JOB)        # a member's value is found faster so
-_RESULT = int(RecordType.RESULT)
 
 
 class WorkerPipes:
@@ -18275,7 +18318,7 @@ class ProcessHost:
 
     def _look_soon(self) -> None:
         """A runner that may have been idle has work: it is to answer from now on."""
-        soon = self._host.now + min(RUNNER_ASKED, RunnerWatch.OFTEN)
+        soon = self._host.loop.now + min(RUNNER_ASKED, RunnerWatch.OFTEN)
         if soon < self.look_at:
             self.look_at = soon
 
@@ -18926,7 +18969,7 @@ class NodeHost:
     def _flush(self) -> None:
         """Let the state have its turn, and do what it decides."""
         try:
-            actions = self.node.flush(self.now)
+            actions = self.node.flush(self.loop.now)
         except BaseException:
             self._act(self.node.decided())   # as above
             raise
@@ -18989,7 +19032,8 @@ class NodeHost:
             when = min(when, *results.read_later.values())
         if self.files.remains:
             when = min(when, min(self.files.remains.values())[0])
-        if self._posted or self.processes.held.may_let_go() or (
+        held = self.processes.held
+        if self._posted or (held.pipes and held.may_let_go()) or (
                 results.backlog.waiting and results.backlog.has_room()):
             when = self.loop.now
         self._next_at = when   # also if it is now: the turn that follows is due by it
@@ -19017,18 +19061,23 @@ class NodeHost:
         self._stirred = False
         if self._posted:
             self.take_posted()
-        if self.loop.now >= self.processes.look_at:
-            self.processes.see_to_runners()
-        self.guard(None, self._flush)
+        processes = self.processes
+        if self.loop.now >= processes.look_at:
+            processes.see_to_runners()
+        try:
+            self._flush()
+        except Exception as exc:  # as in `guard`
+            self.loop.fault(None, exc, self)
         if self.results.read_later:
             self.results.read_again()
         if self.files.remains:
             self.guard(None, self.files.remove_again)
         if self.results.backlog.waiting:
             self.guard(None, self._send_waiting)
-        if self.processes.held.may_let_go():
-            self.processes.held.let_go()
-        full = self.node.attempts.is_full()
+        if processes.held.pipes:
+            processes.held.let_go()
+        attempts = self.node.attempts
+        full = attempts.held_bytes > RECEIVE_BUDGET and attempts.is_full()
         for link in self.links.values():
             if link.paused != full:
                 link.paused = full
@@ -19044,6 +19093,9 @@ class NodeHost:
         message = action.message
         if type(message) is not Results:
             self.loop.send(link, message)
+            return
+        if len(message.rows) == 1 and link.sock is None and not self.results.refused:
+            self.loop.send(link, message)   # in memory, where nothing is packed
             return
         rows: Iterable[tuple] = message.rows
         if self.results.refused:
