@@ -68,31 +68,28 @@ if __name__ == '__main__':
         sys.exit(str(exc))
     sys.exit(program.main())
 
+# Some modules are imported where they are used, as in dispynode.
 import argparse
 import ast
 import atexit
-import base64
 import bisect
 import builtins
 import collections
 import collections.abc
 import concurrent.futures
 import contextlib
-import copy
 import copyreg
 import dataclasses
 import dis
 import enum
 import errno
 import functools
-import glob
 import hashlib
 import heapq
 import importlib.machinery
 import importlib.util
 import inspect
 import io
-import ipaddress
 import itertools
 import json
 import linecache
@@ -103,7 +100,6 @@ import os
 import numbers
 import operator
 import pickle
-import pkgutil
 import platform
 import queue
 import re
@@ -120,13 +116,14 @@ import sysconfig
 import threading
 import time
 import types
+import typing
 import uuid
 import warnings
 import weakref
 import zlib
 from typing import (
     AbstractSet, Any, Callable, Collection, Container, Deque, Dict, FrozenSet, Iterable, Iterator,
-    List, Mapping, NamedTuple, NoReturn, Optional, Sequence, Set, Tuple, Type, Union)
+    List, Mapping, NoReturn, Optional, Sequence, Set, Tuple, Type, Union)
 
 try:
     import cloudpickle
@@ -163,7 +160,8 @@ from dispynode import CpusChanged, Datagram, DatagramType, DirectoryRemains, Dis
 from dispynode import DiscoverySockets, DispyError, Done, DurationEstimate, Each, FilePiece
 from dispynode import FileReceiver, FileStored, HandshakeError, Holder, Jobs, JobsReturned
 from dispynode import KnownAttempts
-from dispynode import Limit, Link, LinkBroken, Listed, MemoryLink, Need, NodeHello, NodeHost, Notice
+from dispynode import LazyPattern, Limit, Link, LinkBroken, Listed, MemoryLink, NamedTuple, Need
+from dispynode import NodeHello, NodeHost, Notice
 from dispynode import Offer, OldModules, Options, Outcome, Output, PeerError, Pulse, Purpose, Query
 from dispynode import Ready, Reclaim, Reconnector, RecordLog, Refused, Report, Request, Results
 from dispynode import Return, ReturnJobs
@@ -284,21 +282,6 @@ FOREVER = 0.5 if os.name == 'nt' else 3600.0
 logger = logging.getLogger('dispy')
 for _name in ('DEBUG', 'INFO', 'WARN', 'WARNING', 'ERROR', 'CRITICAL', 'FATAL'):
     setattr(logger, _name, getattr(logging, _name))   # scripts for dispy 4 say dispy.logger.DEBUG
-
-
-class LazyPattern:
-    """A regular expression that is compiled when it is used first: most programs need none of
-    those here, and `import dispy` would have to compile all. The attributes are those of a compiled
-    one."""
-
-    def __init__(self, text: Any, flags: int = 0) -> None:
-        self._text = text
-        self._flags = flags
-
-    def __getattr__(self, name: str) -> Any:
-        value = getattr(re.compile(self._text, self._flags), name)
-        setattr(self, name, value)
-        return value
 
 
 class LogToStderr(logging.Handler):
@@ -1059,7 +1042,7 @@ for _state in AssignmentState:
         ASSIGNMENT_TABLE[_state, 'refuse'] = AssignmentState.REFUSED
 
 
-class _AvailInfo(NamedTuple):
+class _AvailInfo(typing.NamedTuple):
     cpu: Optional[float] = None
     memory: Optional[int] = None
     disk: Optional[int] = None
@@ -1198,7 +1181,7 @@ NOT_TRIED = frozenset(('found', 'dialling'))   # to the end: nothing is known ye
 SILENT = frozenset(map(str, Unreached)) - {str(Unreached.REFUSED)}
 
 
-class _NodesAndJobs(NamedTuple):
+class _NodesAndJobs(typing.NamedTuple):
     nodes: List[DispyNode]
     jobs_pending: int
 
@@ -1916,7 +1899,7 @@ class Opened(NamedTuple):
     user: str = ''               # whose it is, where users have limits or shares
 
 
-class Submitted(NamedTuple):
+class Submitted(typing.NamedTuple):
     """New jobs, in order."""
     works: list
 
@@ -1970,7 +1953,7 @@ class NodeDrains(NamedTuple):
     comp: str
 
 
-class NodeResults(NamedTuple):
+class NodeResults(typing.NamedTuple):
     """Rows of Results."""
     node: Any
     comp: str
@@ -2094,7 +2077,7 @@ class RulesChanged(NamedTuple):
 
 
 # Actions.
-class SendJobs(NamedTuple):
+class SendJobs(typing.NamedTuple):
     """Send attempts, rows of works."""
     node: Any
     comp: str
@@ -2125,7 +2108,7 @@ class SecondCounts(NamedTuple):
     ran: Optional[float]
 
 
-class SendCancel(NamedTuple):
+class SendCancel(typing.NamedTuple):
     """Ask a node to end an attempt."""
     node: Any
     comp: str
@@ -2146,7 +2129,7 @@ class LimitNode(NamedTuple):
     cpus: int
 
 
-class SendAck(NamedTuple):
+class SendAck(typing.NamedTuple):
     """Results are here; the node may forget them. No haste: they are kept and dropped if they come
     again."""
     node: Any
@@ -2154,7 +2137,7 @@ class SendAck(NamedTuple):
     serials: list
 
 
-class JobsEnded(NamedTuple):
+class JobsEnded(typing.NamedTuple):
     """Results came: pairs of (work, row). Works are in their final states, or provisional."""
     node: Any
     comp: str
@@ -6167,6 +6150,7 @@ class ModuleFinder:
     @staticmethod
     def _ask_entries(name: str, locations: Sequence[str]) -> Any:
         """Ask the entries of a path, as PathFinder does."""
+        import pkgutil
         portions: List[str] = []
         for location in locations:
             try:
@@ -7693,6 +7677,7 @@ class WantedOutput:
     def of(self, number: Any) -> tuple:
         """What the node is told of the job with this id: what stands before the names that its
         files have here, and patterns of them. Nothing if none come back."""
+        import glob
         if not self._patterns:
             return ()
         # Signs that no name of a file has, on whatever system
@@ -8548,6 +8533,7 @@ class NodeSpec(NamedTuple):
 
 def _plain_host(word: str) -> str:
     """Names and addresses in the one form in which they are compared."""
+    import ipaddress
     try:
         address = ipaddress.ip_address(word.partition('%')[0])
         return str(address)
@@ -9589,7 +9575,7 @@ def _close_trail(file: Any, path: str, remove: bool) -> None:
     file.close()
 
 
-class _RecoverableFields(NamedTuple):
+class _RecoverableFields(typing.NamedTuple):
     path: str
     name: str
     script: str
@@ -9987,14 +9973,14 @@ def report_callback(call: Any, about: str, exc: BaseException) -> None:
                  exc_info=(type(exc), exc, trace))
 
 
-class RunInDriver(NamedTuple):
+class RunInDriver(typing.NamedTuple):
     """Call this in the driver's thread; posted by `Driver.ask`, who waits for `future`, or by a
     helper, without one."""
     call: Callable[[], Any]
     future: Optional['concurrent.futures.Future[Any]']
 
 
-class StatusCallback(NamedTuple):
+class StatusCallback(typing.NamedTuple):
     """Posted for cluster_status: a node or a job has changed."""
     callbacks: 'UserCallbacks'
     status: int
@@ -10002,7 +9988,7 @@ class StatusCallback(NamedTuple):
     job: Optional[DispyJob]
 
 
-class JobCallback(NamedTuple):
+class JobCallback(typing.NamedTuple):
     """Posted when a job with a callback has ended."""
     callbacks: 'UserCallbacks'
     job: DispyJob
@@ -15593,7 +15579,7 @@ TAKEN_AS_GIVEN = (
     'cluster_status', 'on_output', 'depends', 'setup', 'secret', 'certfile', 'keyfile', 'cafile')
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False, eq=False)
 class ClusterOptions:
     """The parameters of a cluster after they were checked. Attributes that are not named here are
     the parameters of these names, see JobCluster.
@@ -21812,10 +21798,10 @@ PLAIN_OPTIONS = frozenset((
     '--httpd', '--msg-timeout', '--serve'))
 # What is left out of texts -> what stands there instead
 LEFT_OUT = [
-    (re.compile(r'(https?://[^/\s]+)/\S*'), r'\1/<left out>'),
-    (re.compile(r'(token|secret|password)([=:]\s*)\S+', re.I), r'\1\2<left out>'),
-    (re.compile(r'\b[0-9A-Fa-f]{24,}\b'), '<left out>'),
-    (re.compile(r'with the arguments? .*'), 'with arguments'),
+    (LazyPattern(r'(https?://[^/\s]+)/\S*'), r'\1/<left out>'),
+    (LazyPattern(r'(token|secret|password)([=:]\s*)\S+', re.I), r'\1\2<left out>'),
+    (LazyPattern(r'\b[0-9A-Fa-f]{24,}\b'), '<left out>'),
+    (LazyPattern(r'with the arguments? .*'), 'with arguments'),
 ]
 
 
@@ -21985,6 +21971,7 @@ def _read_stacks(path: str) -> List[str]:
 
 def logs() -> Iterator[str]:
     """The last lines of the logs of daemons on this machine."""
+    import glob
     expanded_path = os.path.expanduser('~/.dispy/*/log')
     found = set(glob.glob(expanded_path))
     for process in daemons():
@@ -22132,7 +22119,7 @@ class Engine:
     submits: Sequence[str] = ()   # the command that reads a script
     cancels: Sequence[str] = ()   # the command that ends jobs, whose numbers follow
     lists: Sequence[str] = ()     # the command that prints the jobs of this user
-    answer = re.compile(r'\s*(\S+)\s*\Z')   # what `submits` prints, with the number of the job
+    answer = LazyPattern(r'\s*(\S+)\s*\Z')   # what `submits` prints, with the number of the job
     # Field of a request, or '' for always -> the options that it takes, with fields
     table: Dict[str, Sequence[str]] = {}
 
@@ -22219,7 +22206,7 @@ class SlurmEngine(Engine):
     submits = ('sbatch', '--parsable')
     cancels = ('scancel',)
     lists = ('squeue', '--me', '--noheader', '--format=%i')
-    answer = re.compile(r'(\d+)(?:;\S+)?\s*\Z')
+    answer = LazyPattern(r'(\d+)(?:;\S+)?\s*\Z')
     table = {
         '': ('--job-name=dispy-node', '--nodes=1', '--ntasks=1', '--cpus-per-task={cpus}',
              '--time={clock}', '--output={log}/slurm-%j.log', '--no-requeue'),
@@ -22237,7 +22224,7 @@ class PbsEngine(Engine):
     mark = '#PBS'
     submits = ('qsub',)
     cancels = ('qdel',)
-    answer = re.compile(r'(\d+\S*)\s*\Z')
+    answer = LazyPattern(r'(\d+\S*)\s*\Z')
     table = {
         '': ('-N dispy-node', '-l walltime={clock}', '-j oe', '-o {log}/', '-r n'),
         'queue': ('-q {queue}',),
@@ -22267,7 +22254,7 @@ class LsfEngine(Engine):
     submits = ('bsub',)
     cancels = ('bkill',)
     lists = ('bjobs', '-noheader', '-o', 'jobid')
-    answer = re.compile(r'Job <(\d+)>')
+    answer = LazyPattern(r'Job <(\d+)>')
     table = {
         '': ('-J dispy-node', '-n {cpus}', '-R "span[hosts=1]"', '-W {minutes}',
              '-o {log}/lsf-%J.log', '-rn'),
@@ -22290,7 +22277,7 @@ class SgeEngine(Engine):
     mark = '#$'
     submits = ('qsub', '-terse')
     cancels = ('qdel',)
-    answer = re.compile(r'(\d+)\s*\Z')
+    answer = LazyPattern(r'(\d+)\s*\Z')
     table = {
         '': ('-N dispy-node', '-S /bin/sh', '-l h_rt={clock}', '-j y', '-o {log}/', '-r n'),
         'several': ('-pe smp {cpus}',),
@@ -22314,11 +22301,12 @@ class KubernetesEngine(Engine):
     submits = ('kubectl', 'create', '-o', 'name', '-f', '-')
     cancels = ('kubectl', 'delete', '--ignore-not-found', '--wait=false')
     lists = ('kubectl', 'get', 'jobs', '-l', POD_LABEL, '-o', 'json')
-    answer = re.compile(r'(job\S*/\S+)\s*\Z')
+    answer = LazyPattern(r'(job\S*/\S+)\s*\Z')
 
     @staticmethod
     def manifest(request: NodeRequest, command: str) -> Dict[str, Any]:
         """The Job of a node."""
+        import copy
         job = copy.deepcopy(POD_JOB)
         spec = job['spec']
         spec['activeDeadlineSeconds'] = request.seconds
@@ -22341,6 +22329,8 @@ class KubernetesEngine(Engine):
     @staticmethod
     def files(source: bytes, secret: bytes) -> List[Dict[str, Any]]:
         """What all nodes have: dispynode.py and the secret."""
+        import copy
+        import base64
         files = copy.deepcopy(POD_FILES)
         compressed = zlib.compress(source, 9)
         packed = base64.b64encode(compressed)
@@ -23158,6 +23148,7 @@ def _patience(task: str, args: argparse.Namespace) -> Optional[float]:
 
 def _deploy(task: str, argv: List[str]) -> int:
     """`dispy deploy` and `dispy stop`. Returns the number of hosts that failed, at most 101."""
+    import base64
     import dispynode
     if '--' in argv:
         ours, options = (argv[:argv.index('--')], argv[argv.index('--') + 1:])

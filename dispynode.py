@@ -88,6 +88,8 @@ if __name__ == '__main__':
     exec(sys._getframe().f_code, vars(program))
     sys.exit(program.main())
 
+# Some modules are imported where they are used, as few programs need them: most of the time that
+# `import dispy` takes is that of the standard library.
 import argparse
 import array
 import bisect
@@ -107,7 +109,6 @@ import hmac
 import importlib.machinery
 import importlib.util
 import io
-import ipaddress
 import itertools
 import json
 import linecache
@@ -146,7 +147,7 @@ import zlib
 import _thread
 from typing import (
     AbstractSet, Any, Callable, Container, Deque, Dict, FrozenSet, Iterable, Iterator, List,
-    NamedTuple, NoReturn, Optional, Sequence, Set, TextIO, Tuple, Type, Union)
+    NoReturn, Optional, Sequence, Set, TextIO, Tuple, Type, Union)
 
 __all__ = ['DispyError', 'SecretError', 'main']   # the others are dispy's own
 
@@ -294,7 +295,6 @@ VALUES_KEPT = 4 << 30         # bytes of such parts that a node keeps, beyond wh
 RECEIVE_BUDGET = 256 << 20
 
 UNITS_MOST = 1 << 16          # of one resource
-RESOURCE_NAME = re.compile('[A-Za-z][A-Za-z0-9_.-]{0,63}')
 NOT_RESOURCES = frozenset(('cpu', 'cpus', 'memory'))
 GPU = 'gpu'                   # the resource whose units are devices, which jobs are shown
 AUTO = 'auto'                 # as many as there are
@@ -304,6 +304,24 @@ FORK = 'fork'
 SPAWN = 'spawn'
 
 logger = logging.getLogger('dispynode')
+
+
+class LazyPattern:
+    """A regular expression that is compiled when it is used first: most programs need none of
+    those here, and `import dispy` would have to compile all. The attributes are those of a compiled
+    one."""
+
+    def __init__(self, text: Any, flags: int = 0) -> None:
+        self._text = text
+        self._flags = flags
+
+    def __getattr__(self, name: str) -> Any:
+        value = getattr(re.compile(self._text, self._flags), name)
+        setattr(self, name, value)
+        return value
+
+
+RESOURCE_NAME = LazyPattern('[A-Za-z][A-Za-z0-9_.-]{0,63}')
 
 
 class Listed(type):
@@ -320,6 +338,73 @@ class Listed(type):
             name for name in super().__dir__()
             if name[:1] != '_' and any(name in names for names in ours)
         ]
+
+
+if typing.TYPE_CHECKING or sys.version_info >= (3, 14):   # where annotations are not there yet
+    from typing import NamedTuple
+else:
+    # `typing` compiles a function for each class, which was a fifth of the time of `import dispy`.
+    # What is made for each job is of that kind all the same: it is made a little faster.
+    class _TupleMaker(type):
+        """Makes of the body of a class what `typing.NamedTuple` makes of it."""
+
+        def __new__(mcs, name, bases, body):
+            if not bases:   # NamedTuple itself
+                return super().__new__(mcs, name, bases, body)
+            names = tuple(body.setdefault('__annotations__', {}))
+            defaults = {field: body[field] for field in names if field in body}
+            for place, field in enumerate(names):
+                body[field] = _field_at(place, '')
+            body.update(__slots__=(), _fields=names, _field_defaults=defaults,
+                        __match_args__=names)
+            return type(name, (_NamedFields, ), body)
+
+    class NamedTuple(metaclass=_TupleMaker):
+        """Base of tuples whose items have names, with types and perhaps defaults."""
+
+    class _NamedFields(tuple):
+        """What all of them can do."""
+        __slots__ = ()
+        _fields = ()
+        _field_defaults = {}
+
+        def __new__(cls, *args, **kwargs):
+            if kwargs or len(args) != len(cls._fields):
+                args = cls._complete(args, kwargs)
+            return _new_tuple(cls, args)
+
+        @classmethod
+        def _complete(cls, args, kwargs):
+            """The items in order, some of which are given by their names or have defaults."""
+            given = dict(zip(cls._fields, args))
+            items = {**cls._field_defaults, **given, **kwargs}
+            if len(args) > len(cls._fields) or set(items) != set(cls._fields) or \
+                    not given.keys().isdisjoint(kwargs):
+                names = ', '.join(cls._fields)
+                raise TypeError('%s takes %s, and was given %d values and the names %s' % (
+                    cls.__name__, names, len(args), list(kwargs)))
+            return [items[field] for field in cls._fields]
+
+        @classmethod
+        def _make(cls, items):
+            return cls(*items)
+
+        def _replace(self, **kwargs):
+            return type(self)(**{**self._asdict(), **kwargs})
+
+        def _asdict(self):
+            return dict(zip(self._fields, self))
+
+        def __repr__(self):
+            items = ['%s=%r' % pair for pair in zip(self._fields, self)]
+            return '%s(%s)' % (type(self).__name__, ', '.join(items))
+
+        def __getnewargs__(self):
+            return tuple(self)
+
+    _new_tuple = tuple.__new__
+    _field_at = getattr(collections, '_tuplegetter', None) or (
+        lambda place, text: property(operator.itemgetter(place)))
 
 
 class DispyError(Exception, metaclass=Listed):
@@ -499,7 +584,7 @@ class Compute(NamedTuple):
     spec: dict
 
 
-class Jobs(NamedTuple):
+class Jobs(typing.NamedTuple):
     """A client sends attempts to run, as rows of (serial, payload, options or None). Results answer
     them. The option `values` has rows (size, digest) of the parts of the payload that do not stand
     in it; a node that lacks one asks for it (Need)."""
@@ -522,7 +607,7 @@ class ReturnJobs(NamedTuple):
     serials: list
 
 
-class Ack(NamedTuple):
+class Ack(typing.NamedTuple):
     """A client has these results; the node forgets them."""
     comp: str
     serials: list
@@ -593,7 +678,7 @@ class Ready(NamedTuple):
     past: tuple = ()
 
 
-class Results(NamedTuple):
+class Results(typing.NamedTuple):
     """A node sends results, as rows of (serial, outcome, start, end, payload, stdout, stderr), with
     times in s since the epoch. Ack answers them."""
     comp: str
@@ -1078,7 +1163,7 @@ class PlainReader:
 
     # Operations without dicts in a row, which take a tenth of the time so; of numbers, bytes and
     # strings the short ones.
-    _RUN = re.compile(
+    _RUN = LazyPattern(
         rb'(?:[N\x88\x89)\]\x85\x86\x87ae(t\x94\x97\x98]|[Kh\x80].|M..|[Jj].{4}|[G\x95].{8}'
         rb'|\x8a(?:\x04.{4}|\x05.{5}|\x06.{6}|\x07.{7}|\x08.{8})|[C\x8c](?:' +
         b'|'.join(re.escape(bytes((size, ))) + b'.{%d}' % size for size in range(41)) + rb'))*',
@@ -2104,7 +2189,7 @@ class _Pieces(list):
 _NO_MODULES: AbstractSet[str] = frozenset()
 
 
-class Sealed(NamedTuple):
+class Sealed(typing.NamedTuple):
     """A value that was pickled."""
     payload: Payload
     plain: bool           # whether it holds builtin values only, so that opening it runs no code
@@ -5854,7 +5939,7 @@ def segment_record(kind: int, number: int, serial: int, start: float, end: float
     return b''.join((head, second, third))
 
 
-class Record(NamedTuple):
+class Record(typing.NamedTuple):
     """A record that was taken apart."""
     kind: int
     number: int
@@ -6677,6 +6762,7 @@ def nearest_address(addresses: Sequence[str], to: str) -> str:
     """Of several addresses of one host the one to tell the host `to`: of its family, with most
     leading bits in common; empty if there is none. An address of this very machine is told to this
     machine only."""
+    import ipaddress
     if not addresses:
         return ''
     try:
@@ -8318,6 +8404,7 @@ class HandshakeLimiter:
 def network_of(address: str) -> str:
     """Return the network of an address: 24 bits of IPv4, 64 of IPv6; one host may have all of its
     addresses."""
+    import ipaddress
     try:
         found = ipaddress.ip_address(address.partition('%')[0])
     except ValueError:
@@ -8939,6 +9026,7 @@ class Discovery:
     def build(self, kind: DatagramType, to: str = '', echo: bytes = bytes(16)) -> bytes:
         """A datagram of this process, new each time; for an asker's address `to` if it is an
         answer."""
+        import ipaddress
         nonce = os.urandom(16)
         if kind is DatagramType.QUESTION:
             self._asked.append(nonce)
@@ -8966,6 +9054,7 @@ class Discovery:
               now: float) -> Tuple[Optional[Datagram], Optional[bytes]]:
         """What was said, if it concerns us, and the answer to be sent to where it came from. Never
         raises."""
+        import ipaddress
         if len(data) != DATAGRAM:
             return None, None
         if data[:8] != MAGIC:
@@ -9357,7 +9446,7 @@ class LinkDown(NamedTuple):
     on_purpose: bool
 
 
-class Received(NamedTuple):
+class Received(typing.NamedTuple):
     """A message came."""
     link: int
     message: Any
@@ -9440,7 +9529,7 @@ class RunnerGone(NamedTuple):
     code: str = 'setup'
 
 
-class WorkerResults(NamedTuple):
+class WorkerResults(typing.NamedTuple):
     """One worker has results: rows as in Results."""
     worker: int
     rows: list
@@ -9577,7 +9666,7 @@ class Status(NamedTuple):
 
 
 # Actions: what the state tells the shell.
-class Send(NamedTuple):
+class Send(typing.NamedTuple):
     """Send a message on a link."""
     link: int
     message: Any
@@ -9677,7 +9766,7 @@ class Equip(NamedTuple):
     units: Dict[str, List[int]]
 
 
-class SendToWorker(NamedTuple):
+class SendToWorker(typing.NamedTuple):
     """Write attempts to a worker."""
     worker: int
     attempts: list
@@ -14714,7 +14803,7 @@ def _is_of_library(frame: Any) -> bool:
 
 
 # Names of what joblib and loky make, with the number of the process that has made it.
-_JOBLIB_NAME = re.compile(r'(?:joblib_memmapping_folder_|sem\.loky-|loky-)(\d+)[_-]')
+_JOBLIB_NAME = LazyPattern(r'(?:joblib_memmapping_folder_|sem\.loky-|loky-)(\d+)[_-]')
 
 
 def remove_joblib_remains(pids: Set[int], since: float) -> None:
@@ -15081,7 +15170,7 @@ class StackFile:
     TIME = 0.3      # s that this may take: the runner does nothing else meanwhile
     STEP = 0.002
     # What has called the job, which stands behind its own lines
-    OURS = re.compile(r'  File "[^"\n]*dispynode\.py", line \d+ in _run\n(?:  File .*\n)*')
+    OURS = LazyPattern(r'  File "[^"\n]*dispynode\.py", line \d+ in _run\n(?:  File .*\n)*')
     SILENT = 'the process has not written its stacks: it is stopped, or waits for its disk'
 
     def __init__(self, private: str, pid: int) -> None:
@@ -18730,6 +18819,7 @@ class NodeDiscovery:
 
     def start(self, port: int) -> None:
         """The node serves at this port: say so once, and answer from now on."""
+        import ipaddress
         options = self._options
         addresses = options.ext_hosts or tuple(host for host in options.hosts if host)
         reach = options.reach
@@ -20111,6 +20201,7 @@ def set_up_log(name: str, debug: bool, log_file: Optional[str]) -> None:
 
 def host_and_port(text: str, port: int) -> Tuple[str, int]:
     """Read HOST, HOST:PORT or [IPv6]:PORT. Raises ValueError naming what is wrong."""
+    import ipaddress
     host, colon, given = text.rpartition(':')
     if not colon or (':' in host and not host.endswith(']')):   # no port, or bare IPv6
         host = text
@@ -20147,6 +20238,7 @@ def own_hosts(words: Sequence[str]) -> Tuple[str, ...]:
     """Return addresses to listen at, each once. A wildcard address means all there are, of both
     families, as when none is given, and is told to nobody: who dials it reaches itself. Raises
     StartError."""
+    import ipaddress
     addresses = dict.fromkeys(own_host(word) if word else '' for word in words)
     if any(not address or ipaddress.ip_address(address).is_unspecified for address in addresses):
         return ('',)
