@@ -7677,9 +7677,9 @@ class WantedOutput:
     def of(self, number: Any) -> tuple:
         """What the node is told of the job with this id: what stands before the names that its
         files have here, and patterns of them. Nothing if none come back."""
-        import glob
-        if not self._patterns:
+        if not self._patterns:   # nearly always
             return ()
+        import glob
         # Signs that no name of a file has, on whatever system
         name = re.sub(r'[/\\:*?"<>|\x00-\x1f]', '_', str(number))[:200]
         if name in ('', '.', '..'):
@@ -15424,10 +15424,18 @@ def job_row(work: Any, payload: Any, names: Sequence[str]) -> Tuple[tuple, int]:
 
 def job_frames(comp: str, works: Sequence[Any], to_scheduler: bool) -> Iterable[Any]:
     """Jobs, as messages, with what a node or a scheduler has to know of their options."""
+    rows = []
+    size = 0
+    for work in works:
+        payload = work.payload
+        if type(payload) is not bytes or work.options:
+            break
+        rows.append((work.serial, payload, None))
+        size += len(payload)
+    else:
+        if size < OUT_OF_BAND:   # nearly always: one message, as these rows are
+            return (Jobs(comp, rows),)
     names = _OF_JOBS_THERE if to_scheduler else OF_JOBS
-    if len(works) == 1:
-        row, _ = job_row(works[0], works[0].payload, names)
-        return (Jobs(comp, [row]),)
     return batches(Jobs, comp, (job_row(work, work.payload, names) for work in works))
 
 
@@ -16351,7 +16359,8 @@ class Submitter:
             options = _take_options(kwargs)
         else:
             options = None
-        options = self.with_defaults(options)
+        if options is not None or self.resources:
+            options = self.with_defaults(options)
         if node is not None:
             options = dict(options or {}, node=node)
         if options is not None:
@@ -16381,7 +16390,9 @@ class Submitter:
         if self.own_directory and not depends:
             depends = OwnDirectory()
         payload = pack_arguments(args, kwargs, self._bundles, depends, returns)
-        if type(payload) is SharedPayload:
+        if type(payload) is bytes:   # nearly always
+            size = len(payload)
+        elif type(payload) is SharedPayload:
             size = payload.total()
         else:
             size = size_of(payload)

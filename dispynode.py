@@ -1019,6 +1019,17 @@ def with_size(row: tuple) -> Tuple[tuple, int]:
     return (*row[:PAYLOAD], *map(out_of_band, row[PAYLOAD:])), size
 
 
+def are_small(rows: Sequence[tuple]) -> bool:
+    """Whether these rows of Results can travel in one message as they are; nearly always."""
+    size = 0
+    for row in rows:
+        payload = row[PAYLOAD]
+        if type(payload) is not bytes or row[STDOUT] or row[STDERR]:
+            return False
+        size += len(payload)
+    return size < OUT_OF_BAND and len(rows) <= ROWS_MOST
+
+
 def batches(kind: Callable[[str, list], Any], comp: str,
             rows: Iterable[Tuple[tuple, int]]) -> Iterator[Any]:
     """Make messages `kind(comp, rows)` of about BATCH_BYTES bytes each. Every row comes with its
@@ -17728,7 +17739,9 @@ class RunnerProcess:
     On Windows it has a console of its own, without a window, which workers and programs share: a
     Ctrl-C that is typed for the node does not reach them, and the node can ask programs to end.
     """
-    CODE = 'import sys; sys.path%s = %r; import dispynode; dispynode.runner_start(%d)'
+    # Nothing becomes garbage while this module is imported; to look for it takes 3 ms
+    CODE = ('import gc; gc.disable(); import sys; sys.path%s = %r; import dispynode; gc.enable(); '
+            'dispynode.runner_start(%d)')
 
     def __init__(self, control: socket.socket, user: Optional[User], python: str,
                  home: str = '') -> None:
@@ -19122,8 +19135,7 @@ class NodeHost:
             when = min(when, *results.read_later.values())
         if self.files.remains:
             when = min(when, min(self.files.remains.values())[0])
-        held = self.processes.held
-        if self._posted or (held.pipes and held.may_let_go()) or (
+        if self._posted or self.processes.held.may_let_go() or (
                 results.backlog.waiting and results.backlog.has_room()):
             when = self.loop.now
         self._next_at = when   # also if it is now: the turn that follows is due by it
@@ -19184,8 +19196,8 @@ class NodeHost:
         if type(message) is not Results:
             self.loop.send(link, message)
             return
-        if len(message.rows) == 1 and link.sock is None and not self.results.refused:
-            self.loop.send(link, message)   # in memory, where nothing is packed
+        if not self.results.refused and are_small(message.rows):
+            self.loop.send(link, message)
             return
         rows: Iterable[tuple] = message.rows
         if self.results.refused:
