@@ -144,6 +144,7 @@ import unicodedata
 import warnings
 import weakref
 import zlib
+import __future__
 import _thread
 from typing import (
     AbstractSet, Any, Callable, Container, Deque, Dict, FrozenSet, Iterable, Iterator, List,
@@ -2455,7 +2456,7 @@ def loads(payload: Buffer, once: bool = False) -> Any:
     if source is not None:
         return _unseal_large(source, memoryview(payload), size - len(payload))
     if payload[0] != 1:
-        return pickle.loads(payload)
+        return _open(payload, [])
     view = memoryview(payload)
     ends = _ends_of(view)
     # A bytearray each: what numpy makes of a read-only view could not be written to by the job. A
@@ -2466,7 +2467,17 @@ def loads(payload: Buffer, once: bool = False) -> Any:
         if not segment or begin % ALIGNED:
             buffer = bytearray(buffer)
         buffers.append(buffer)
-    return pickle.loads(view[ends[0]:ends[1]], buffers=buffers)
+    return _open(view[ends[0]:ends[1]], buffers)
+
+
+def _open(pickled: Any, buffers: List[Any]) -> Any:
+    """Open a pickle. One of another Python a second time, if it fails: leniently."""
+    try:
+        return pickle.loads(pickled, buffers=buffers)
+    except Exception:
+        if not found_by_name:
+            raise
+        return ForeignUnpickler(io.BytesIO(pickled), buffers=buffers).load()
 
 
 def _ends_of(view: memoryview) -> List[int]:
@@ -2592,6 +2603,8 @@ class _FormPickler(pickle.Pickler):
 
     def reducer_override(self, obj: Any) -> Any:
         """Called by the pickler for everything that is not a builtin value."""
+        if obj is id:   # it stands for all others, and would stand for itself without end
+            return NotImplemented
         if isinstance(obj, _IDENTICAL) or type(obj) in _REDUCERS:
             return id, (id(obj),)
         return NotImplemented
@@ -2760,6 +2773,8 @@ _IDENTICAL = (type, types.FunctionType, types.BuiltinFunctionType, types.ModuleT
               property, classmethod, staticmethod, _CachedType, contextvars.ContextVar,
               type(threading.Lock()), type(threading.RLock()))
 _LOCKS = {type(threading.Lock()): threading.Lock, type(threading.RLock()): threading.RLock}
+if hasattr(_thread, '_ThreadHandle'):   # what a Thread waits by, since 3.13; not started when made
+    _LOCKS[_thread._ThreadHandle] = _thread._ThreadHandle
 
 
 def empty_cell() -> Any:
@@ -2780,6 +2795,137 @@ def variables_of_space(token: tuple, basics: Dict[str, Any]) -> Dict[str, Any]:
 def variables_of_module(name: str) -> Dict[str, Any]:
     """Return the global variables of an importable module."""
     return vars(importlib.import_module(name))
+
+
+class _Absent:
+    """Stands for a class or function of a library that is not here, and for what was made of it."""
+
+    def __new__(cls, *args: Any, **options: Any) -> Any:
+        """Whatever the missing one would take."""
+        return super().__new__(cls)
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        pass
+
+    def __setstate__(self, state: Any) -> None:
+        """Nothing is kept of it."""
+
+
+# Functions and classes that came by value from another minor version of Python, and are here by
+# their names
+found_by_name: 'weakref.WeakSet[Any]' = weakref.WeakSet()
+_PythonUnpickler: Any = getattr(pickle, '_Unpickler')   # pickle's own, written in Python
+
+
+class ForeignUnpickler(_PythonUnpickler):  # type: ignore[misc]
+    """Opens what came from another minor version of Python. What a function or class is here by
+    its name is not changed by what it came with: that is read over, and need not be possible here.
+    A dataclass, say, comes with objects of private classes of its Python's `dataclasses`. Where
+    something that cannot be opened is used elsewhere as well, it is raised why."""
+    dispatch = dict(_PythonUnpickler.dispatch)
+
+    def __init__(self, file: Any, buffers: Any) -> None:
+        super().__init__(file, buffers=buffers)
+        self._states: List[List[Exception]] = []   # for each state that is being read: what failed
+        self._failed: Dict[int, Tuple[Any, Exception]] = {}   # id -> object, why it is not whole
+        self._of_states: Dict[int, Any] = {}       # id -> an object that was made for a state
+
+    def find_class(self, module: str, name: str) -> Any:
+        """What a module has under a name; a class that stands for it, if there is none."""
+        try:
+            found = super().find_class(module, name)
+        except (ImportError, AttributeError) as exc:
+            if not self._states:
+                raise
+            return self._note(type(name, (_Absent,), {}), exc)
+        self._begin(found)
+        return found
+
+    def _begin(self, found: Any) -> None:
+        if found in (fill_class, fill_function):   # its arguments follow: an object and its state
+            self._states.append([])
+
+    def _note(self, obj: Any, exc: Exception) -> Any:
+        self._failed[id(obj)] = (obj, exc)
+        self._states[-1].append(exc)
+        return obj
+
+    def reduce(self) -> None:
+        """Call something, which may be what sets a state."""
+        *_, function, args = self.stack
+        if function in (fill_class, fill_function):
+            failures = self._states.pop()
+            if failures and args[0] not in found_by_name:
+                if not self._states:
+                    raise failures[0]
+                self._note(args[0], failures[0])
+            if failures or args[0] in found_by_name:
+                self.stack[-2:] = [None]
+                return
+        try:
+            self.stack[-2:] = [function(*args)]
+        except Exception as exc:
+            if not self._states:
+                raise
+            self.stack[-2:] = [self._note(_Absent(), exc)]
+
+    def again(self, load: Callable[[Any], None]) -> None:
+        """Take an object that was there before."""
+        load(self)
+        found = self.stack[-1]
+        if type(found) is types.FunctionType:
+            self._begin(found)
+        if not self._states:
+            self._check(found)
+
+    def _check(self, found: Any) -> None:
+        """Raise why something that was made for a state is not whole."""
+        waiting = [found] if id(found) in self._of_states or id(found) in self._failed else []
+        seen: Set[int] = set()
+        while waiting and self._failed:
+            obj = waiting.pop()
+            if id(obj) in self._failed:
+                raise self._failed[id(obj)][1]
+            if id(obj) not in seen:
+                seen.add(id(obj))
+                waiting += _held_by(obj)
+
+    def remember(self, load: Callable[[Any], None]) -> None:
+        """Keep the last object for later."""
+        load(self)
+        if self._states:
+            self._of_states[id(self.stack[-1])] = self.stack[-1]
+
+    def attempt(self, load: Callable[[Any], None]) -> None:
+        """Make an object, or put something into the last one."""
+        try:
+            load(self)
+        except Exception as exc:
+            if not self._states:
+                raise
+            makes = load in (self.dispatch_before[code] for code in _MAKING)
+            self.stack += [_Absent()] if makes else []
+            self._note(self.stack[-1], exc)
+
+    dispatch_before = dict(dispatch)
+
+
+_MAKING = (pickle.NEWOBJ[0], pickle.NEWOBJ_EX[0])   # they have taken what they need by then
+
+
+def _done_by(method: Callable[..., None], code: bytes) -> None:
+    load = ForeignUnpickler.dispatch[code[0]]
+    ForeignUnpickler.dispatch[code[0]] = lambda unpickler: method(unpickler, load)
+
+
+ForeignUnpickler.dispatch[pickle.REDUCE[0]] = ForeignUnpickler.reduce
+for _code in (pickle.GET, pickle.BINGET, pickle.LONG_BINGET):
+    _done_by(ForeignUnpickler.again, _code)
+for _code in (pickle.PUT, pickle.BINPUT, pickle.LONG_BINPUT, pickle.MEMOIZE):
+    _done_by(ForeignUnpickler.remember, _code)
+for _code in (pickle.NEWOBJ, pickle.NEWOBJ_EX, pickle.BUILD, pickle.APPEND, pickle.APPENDS,
+              pickle.SETITEM, pickle.SETITEMS, pickle.ADDITEMS):
+    _done_by(ForeignUnpickler.attempt, _code)
 
 
 class ForeignCode:
@@ -2833,7 +2979,9 @@ def make_code(version: tuple, args: tuple, file: str, name: str, line: int) -> A
 def _by_name_here(version: tuple, module: str, name: str, kind: str) -> Any:
     """What came by value for another version of Python, from the source that was sent beside it."""
     try:
-        return find_named(module, name)
+        found = find_named(module, name)
+        found_by_name.add(found)
+        return found
     except (ImportError, AttributeError):
         why = _left_out.get((
             module, name
@@ -3127,6 +3275,60 @@ def _reduce_typed(variable: Any) -> tuple:
     return make_typed, (type(variable), (variable.__name__, *constraints), options)
 
 
+def _reduce_partialmethod(method: Any) -> tuple:
+    """By its constructor, which cannot be called without arguments since Python 3.14."""
+    again: Any = functools.partial(functools.partialmethod, method.func, *method.args,
+                                   **method.keywords)
+    return again, ()
+
+
+def _reduce_forward_reference(reference: Any) -> tuple:
+    """Without the global variables that it would look into, which are those of its module."""
+    owner = getattr(reference, '__owner__', None)
+    module = reference.__forward_module__ or getattr(owner, '__module__', None)
+    is_class = reference.__forward_is_class__
+    again = functools.partial(typing.ForwardRef, reference.__forward_arg__, module=module,
+                              is_class=is_class)
+    return again, ()
+
+
+def annotations_of(obj: Any) -> Dict[str, Any]:
+    """The annotations that a function or class has of its own. Since Python 3.14 they are evaluated
+    when they are asked for: where that fails, as for names that only a type checker imports, all of
+    them are text, as with `from __future__ import annotations`."""
+    try:
+        return dict(obj.__annotations__)
+    except Exception:  # whatever the user's expressions raise
+        annotationlib = importlib.import_module('annotationlib')
+        text = annotationlib.Format.STRING
+        return annotationlib.get_annotations(obj, format=text)  # type: ignore[no-any-return]
+
+
+def _with_annotations(function: types.FunctionType) -> types.FunctionType:
+    """A function whose annotations can be read as an attribute: this one or a copy."""
+    with contextlib.suppress(Exception):  # as above
+        dict(function.__annotations__)
+        return function
+    copied = types.FunctionType(function.__code__, function.__globals__, function.__name__,
+                                function.__defaults__, function.__closure__)
+    for name in ('__kwdefaults__', '__qualname__', '__module__', '__doc__'):
+        setattr(copied, name, getattr(function, name))
+    vars(copied).update(vars(function))
+    copied.__annotations__ = annotations_of(function)
+    return copied
+
+
+def _keep_annotations(cls: type, attributes: Dict[str, Any]) -> None:
+    """Put the annotations of a class among the attributes that travel, where the class has a
+    function that computes them: cloudpickle leaves that out, since it refers to the class."""
+    own = vars(cls)
+    if own.get('__annotate_func__') is None and '__annotations_cache__' not in own:
+        return
+    for name in ('__annotate_func__', '__annotations_cache__'):
+        attributes.pop(name, None)
+    attributes['__annotations__'] = annotations_of(cls)
+
+
 def _reduce_library(library: Any) -> tuple:
     return type(library), (library._name,)
 
@@ -3157,7 +3359,10 @@ _REDUCERS: Dict[type, Callable[[Any], tuple]] = {
     re.Match: _reduce_match,
     contextvars.Context: lambda context: (make_context, (list(context.items()), )),
     queue.SimpleQueue: _reduce_queue,
+    functools.partialmethod: _reduce_partialmethod,
 }
+if sys.version_info >= (3, 14):   # before, it held a name only
+    _REDUCERS[typing.ForwardRef] = _reduce_forward_reference
 
 
 def _dead_reference() -> Any:
@@ -3299,6 +3504,7 @@ class ValueReducer:
         make, args, (attributes,
                      _), _, _, set_state = cloudpickle_part('_dynamic_class_reduce')(cls)
         attributes.pop('__slotnames__', None)   # what copyreg has found out
+        _keep_annotations(cls, attributes)
         if not self.exact:
             self._allow_locks(attributes.values())
         args = _class_arguments(cls, args, attributes)
@@ -3338,7 +3544,8 @@ class ValueReducer:
         if _is_dispatcher(function):
             made = _reduce_dispatcher(function)
             return self._of_main(function, made)
-        attributes, slots = super()._dynamic_function_reduce(function)[2]  # type: ignore[misc]
+        readable = _with_annotations(function)
+        attributes, slots = super()._dynamic_function_reduce(readable)[2]  # type: ignore[misc]
         variables = slots.pop('__globals__')
         slot = slots.pop('__closure__')
         closure = slot or ()
@@ -3767,15 +3974,42 @@ class StateRow(NamedTuple):
 
 
 class _StateUnpickler(pickle.Unpickler):
-    """Opens the state of modules. Objects that keep their identity stand in it as numbers."""
+    """Opens the state of modules. Objects that keep their identity stand in it as numbers. `absent`
+    are the names that are not here, if the program has another Python."""
 
-    def __init__(self, data: bytes, targets: List[Any]) -> None:
+    def __init__(self, data: bytes, targets: List[Any], same_python: bool) -> None:
         super().__init__(io.BytesIO(data))
         self._targets = targets
+        self._same_python = same_python
+        self.absent: List[str] = []
+
+    def find_class(self, module: str, name: str) -> Any:
+        """What a module has under a name."""
+        try:
+            return super().find_class(module, name)
+        except (ImportError, AttributeError):
+            if self._same_python:
+                raise
+            self.absent.append('%s.%s' % (module, name))
+            # Pickle does not find it by its name, and so cannot write what holds it
+            return type(name, (_Absent,), {'__module__': module})
 
     def persistent_load(self, number: Any) -> Any:
         """The object on this node that has this number."""
         return self._targets[number]
+
+
+def _pickler_of_whole(targets: List[Any]) -> Any:
+    """A pickler that can write what was opened as a whole. It does not look into the targets."""
+    numbers = {id(target): number for number, target in enumerate(targets)}
+
+    class WholePickler(pickle.Pickler):
+        """Writes what is opened as the contents of a target, or as a value."""
+
+        def persistent_id(self, obj: Any) -> Optional[int]:
+            """Called by the pickler for every object."""
+            return numbers.get(id(obj))
+    return WholePickler
 
 
 def plain_form(value: Any, limit: int = sys.maxsize) -> Optional[bytes]:
@@ -3838,11 +4072,12 @@ def fill_in_place(target: Any, contents: Any) -> None:
 
 
 class ModuleState:
-    """Puts in place what a program has set in its modules."""
+    """Puts in place what a program has set in its modules. `build` is the tag of its Python."""
 
     def __init__(self, platform_: str, rows: List[StateRow], kinds: List[Tuple[str, str]],
-                 pickled: bytes) -> None:
+                 pickled: bytes, build: str) -> None:
         same = platform_ == sys.platform
+        self._same_python = build == build_tag()
         self._rows = [row for row in rows if same or not row.computed]
         self._kinds = kinds        # number -> module and name of the object's class
         self._pickled = pickled
@@ -3853,8 +4088,13 @@ class ModuleState:
         if not changed:
             return
         targets = self._targets()
-        state_unpickler = _StateUnpickler(self._pickled, targets)
+        state_unpickler = _StateUnpickler(self._pickled, targets, self._same_python)
         contents, values = state_unpickler.load()
+        if state_unpickler.absent:
+            whole = _pickler_of_whole(targets)
+            changed = [row for row in changed if self._can_be_set(
+                row, contents[row.number] if row.number >= 0 else values[row[:3]], whole,
+                state_unpickler.absent)]
         for number in {row.number for row in changed if row.number >= 0}:
             fill_in_place(targets[number], contents[number])
         for row in changed:
@@ -3865,6 +4105,19 @@ class ModuleState:
             if self._value(row) is not value:
                 named = find_named(row.module, row.owner)
                 setattr(named, row.name, value)
+
+    @staticmethod
+    def _can_be_set(row: StateRow, value: Any, whole: Any, absent: List[str]) -> bool:
+        """Whether this Python has all that a value is made of. If not, what the module has computed
+        here stays; ImportError, if it has not."""
+        if _digest_of_pickle(whole, value, sys.maxsize) is not None:
+            return True
+        if row.computed:
+            return False
+        text = ('variable %s of module %s needs %s, which %s does not have'
+                % (row.name, row.module, ' or '.join(sorted(set(absent))),
+                   python_of(sys.version_info)))
+        raise ImportError(text)
 
     @staticmethod
     def _value(row: StateRow) -> Any:
@@ -3900,6 +4153,7 @@ MODULES = 'modules/'      # files of the user's modules: the import root
 BUNDLES = 'bundles/'      # what belongs to groups of them
 BEHIND_ROOT = 'behind'    # modules that come after the node's own
 BUNDLE = 'bundle-%d'      # name of a bundle's file
+TEXTS = 'texts-%d'        # name of the file with the texts of its modules, for the embedded node
 
 
 def values_in(private: str) -> str:
@@ -3942,6 +4196,51 @@ class ValueFiles:
             return data
 
 
+class KeptSource(importlib.machinery.SourceFileLoader):
+    """Loads a module from a text that its file does not have any more."""
+
+    def __init__(self, name: str, path: str, text: bytes) -> None:
+        super().__init__(name, path)
+        self._text = text
+
+    def get_data(self, path: str) -> bytes:  # type: ignore[override]
+        """Return the text for the file of the module."""
+        if path == self.path:
+            return self._text
+        return super().get_data(path)
+
+    def path_stats(self, path: str) -> Any:  # type: ignore[override]
+        """Raise OSError: compiled code that there may be is that of the file."""
+        raise OSError('the file has changed')
+
+
+class KeptTexts:
+    """A finder that stands before all others where the node is a part of the program. A module
+    whose file has changed or gone since the computation began gets the text that it had then, as it
+    does on other nodes."""
+
+    def __init__(self) -> None:
+        self._texts: Dict[str, Tuple[str, bytes]] = {}    # module -> path, text
+
+    def add(self, texts: Dict[str, Tuple[str, bytes]]) -> None:
+        """Serve these modules, too."""
+        self._texts.update(texts)
+        if self not in sys.meta_path:
+            sys.meta_path.insert(0, self)
+
+    def find_spec(self, name: str, path: Any = None, target: Any = None) -> Any:
+        """Leave a module to other finders whose file is as it was."""
+        if name not in self._texts:
+            return None
+        file_path, text = self._texts[name]
+        with contextlib.suppress(OSError):   # then it has gone
+            with open(file_path, 'rb') as file:
+                if file.read() == text:
+                    return None
+        loader = KeptSource(name, file_path, text)
+        return importlib.util.spec_from_file_location(name, file_path, loader=loader)
+
+
 class ModuleLoader:
     """Loads the user's modules in a runner and its workers, and finds those that nothing here has.
 
@@ -3964,6 +4263,7 @@ class ModuleLoader:
         self._left: List[str] = []         # what jobs had in sys.path
         self._first: FrozenSet[str] = frozenset()   # modules that were there before any job
         self.notes: List[str] = []         # for the client's log
+        self._texts = KeptTexts()
 
     def install(self) -> None:
         """Put the user's modules ahead of the node's own."""
@@ -4007,6 +4307,10 @@ class ModuleLoader:
         with open(path, 'rb') as file:
             bundle = open_plain(file.read())
         importlib.invalidate_caches()
+        texts = os.path.join(self._private, BUNDLES, TEXTS % number)
+        if os.path.exists(texts):
+            with open(texts, 'rb') as file:
+                self._texts.add(open_plain(file.read()))
         if bundle['compiled'] and bundle['build'] != build_tag():
             text = 'module %s is compiled for %s; this node is %s' % (bundle['compiled'][0],
                                                                       bundle['build'], build_tag())
@@ -4017,7 +4321,8 @@ class ModuleLoader:
         for row in bundle['rows']:
             state_row = StateRow(*row)
             rows.append(state_row)
-        module_state = ModuleState(bundle['platform'], rows, bundle['kinds'], bundle['state'])
+        module_state = ModuleState(bundle['platform'], rows, bundle['kinds'], bundle['state'],
+                                   bundle['build'])
         module_state.apply()
         self._loaded.add(number)
         self.notes += compare_packages(bundle['packages'])
@@ -4361,7 +4666,7 @@ def load_source(version: tuple, modules: list, classes: list, wanted: tuple) -> 
         module.__file__, module.__package__ = file, name.rpartition('.')[0]
     try:
         for row in modules:
-            _run_source(*row)
+            _run_source(version, *row)
     except Exception as exc:  # the user's statements, written for another version
         python = python_of(version)
         text = 'the source, written for %s, cannot be loaded by %s here: %s: %s' % (
@@ -4372,7 +4677,7 @@ def load_source(version: tuple, modules: list, classes: list, wanted: tuple) -> 
     for name, class_name, rows in classes:
         try:
             for row in rows:
-                _run_source(*row)
+                _run_source(version, *row)
         except Exception as exc:  # as above; told to the job that has such an argument
             _left_out[name, class_name] = '%s: %s' % (type(exc).__name__, exc)
     *functions, objects = wanted
@@ -4381,7 +4686,8 @@ def load_source(version: tuple, modules: list, classes: list, wanted: tuple) -> 
              for name, where in objects.items()})
 
 
-def _run_source(name: str, file: str, text: str, values: Dict[str, Any], links: list) -> None:
+def _run_source(version: tuple, name: str, file: str, text: str, values: Dict[str, Any],
+                links: list) -> None:
     space = vars(sys.modules[name])
     space.update(values)
     for bound, module, attribute in links:
@@ -4396,7 +4702,14 @@ def _run_source(name: str, file: str, text: str, values: Dict[str, Any], links: 
     for line, old in itertools.zip_longest(text.splitlines(True), known, fillvalue='\n'):
         lines.append(line if line.strip() else old)
     linecache.cache[file] = (len(text), None, lines, file)
-    exec(compile(text, file, 'exec', dont_inherit=True), space)
+    try:
+        exec(compile(text, file, 'exec', dont_inherit=True), space)
+    except NameError:
+        if sys.version_info >= (3, 14) or tuple(version) < (3, 14):
+            raise
+        # Where it was written, annotations need no name to be defined: here they remain text
+        flags = __future__.annotations.compiler_flag
+        exec(compile(text, file, 'exec', flags, dont_inherit=True), space)
 
 
 # In place of the name of a logger: a program has left files behind
@@ -4986,6 +5299,14 @@ def _check_secret_on_windows(path: str) -> None:
         raise SecretError(text)
 
 
+def _name_first(temporary: str, path: str) -> None:
+    """Give a file its name. Raises FileExistsError if there is a file of this name."""
+    if IS_WINDOWS:   # where a file system may have no hard links, and a new name takes no other's
+        os.rename(temporary, path)
+    else:
+        os.link(temporary, path)
+
+
 def make_secret(path: str) -> None:
     """Make the file whole or not at all; of two processes that make it at once one wins, and both
     use that."""
@@ -5000,11 +5321,12 @@ def make_secret(path: str) -> None:
                 random_bytes = os.urandom(32)
                 digits = random_bytes.hex()
                 file.write(digits + '\n')
-            os.link(temporary, path)
+            _name_first(temporary, path)
         except FileExistsError:
             logger.debug('another process made %s first', path)
         finally:
-            os.unlink(temporary)
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(temporary)
     except OSError as exc:
         text = ('no secret was given and %s cannot be made: %s; set DISPY_SECRET or give '
                 'a file' % (path, exc.strerror))
@@ -5135,9 +5457,10 @@ def certificate_digest(certfile: str) -> bytes:
 # every minor version of the wire from 1 to its own, and the two sides use the highest that both
 # have, which is Session.version.
 #   - What a minor version has is fixed when it is released: its messages, their numbers, fields and
-#     meanings. tests/releases has it as it was recorded from each release.
-# - A new message, field, kind of value or order of messages takes a new minor version, and is sent
-#     only where Session.version has it.
+#     meanings. tests/releases has them, as `python tests/recorded_peer.py RELEASE` has written them
+#     before the first release that has this minor version.
+#   - A new message, field, kind of value or order of messages takes a new minor version, and is
+#     sent only where Session.version has it.
 #   - A dictionary that travels (spec of a computation, options of a job, facts of a node) may get
 #     new keys at any time, as a release takes no notice of those that it does not know: so only for
 #     what may be left undone.
@@ -6975,8 +7298,9 @@ def set_tcp_options(sock: socket.socket) -> None:
     can be set."""
     set_option(sock, socket.IPPROTO_TCP, 'TCP_NODELAY', 1)
     set_option(sock, socket.SOL_SOCKET, 'SO_KEEPALIVE', 1)
-    for name, value in (('TCP_KEEPIDLE', 15), ('TCP_KEEPINTVL', 5), ('TCP_KEEPCNT', 3),
-                        ('TCP_USER_TIMEOUT', 30000)):
+    # TCP_KEEPALIVE is what macOS calls TCP_KEEPIDLE
+    for name, value in (('TCP_KEEPIDLE', 15), ('TCP_KEEPALIVE', 15), ('TCP_KEEPINTVL', 5),
+                        ('TCP_KEEPCNT', 3), ('TCP_USER_TIMEOUT', 30000)):
         set_option(sock, socket.IPPROTO_TCP, name, value)
 
 
