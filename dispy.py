@@ -22990,8 +22990,14 @@ deployment(source, *%a)
 
 def program_of_host() -> str:
     """The source of what runs on a host: it uses dispynode, and nothing else that is ours."""
-    parts: Tuple[Any, ...] = (Deployment, _since, deployment)
-    return '\n\n'.join([HOST_IMPORTS, *map(inspect.getsource, parts)])
+    lines, _ = inspect.findsource(deployment)
+    # Before Python 3.13, inspect parses the whole of this file for the source of a class.
+    first = lines.index('class Deployment:\n')
+    parts = [HOST_IMPORTS, ''.join(inspect.getblock(lines[first:]))]
+    for function in (_since, deployment):
+        source = inspect.getsource(function)
+        parts.append(source)
+    return '\n\n'.join(parts)
 
 
 SSH_OPTIONS = [
