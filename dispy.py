@@ -15474,7 +15474,9 @@ def _start_embedded(peer: NodeConnection) -> Tuple['subprocess.Popen[bytes]', in
     import dispynode
     python = own_python()
     secret = os.urandom(32).hex().encode()
-    code = 'import sys; sys.path.insert(0, %r); import dispynode; sys.exit(dispynode.main())'
+    # What is imported stays. The garbage collector would look through it again and again meanwhile.
+    code = ('import gc, sys; gc.disable(); sys.path.insert(0, %r); import dispynode; gc.freeze(); '
+            'gc.enable(); sys.exit(dispynode.main())')
     prefix = peer.directory = tempfile.mkdtemp(prefix='dispy-')
     absolute_path = os.path.abspath(dispynode.__file__)
     directory = os.path.dirname(absolute_path)

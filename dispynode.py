@@ -17595,7 +17595,9 @@ class RunnerProcess:
     On Windows it has a console of its own, without a window, which workers and programs share: a
     Ctrl-C that is typed for the node does not reach them, and the node can ask programs to end.
     """
-    CODE = 'import sys; sys.path%s = %r; import dispynode; dispynode.runner_start(%d)'
+    # What is imported stays. The garbage collector would look through it again and again meanwhile.
+    CODE = ('import gc, sys; gc.disable(); sys.path%s = %r; import dispynode; gc.freeze(); '
+            'gc.enable(); dispynode.runner_start(%d)')
 
     def __init__(self, control: socket.socket, user: Optional[User], python: str,
                  home: str = '') -> None:
