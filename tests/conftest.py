@@ -105,8 +105,20 @@ def pytest_collection_modifyitems(config, items):
 def pytest_collection_finish():
     """What has been collected stays until the end. The garbage collector need not look at it again
     and again."""
+    pickle_by_value()
     gc.collect()
     gc.freeze()
+
+
+def pickle_by_value():
+    """Functions of the tests travel to nodes by value. By their names each runner would import the
+    module of the test, and with it pytest, which takes more CPU time than most tests do. A module
+    whose functions must travel by name says so by BY_NAME = True."""
+    import cloudpickle
+    for module in list(sys.modules.values()):
+        path = getattr(module, '__file__', None) or ''
+        if path.startswith(os.path.join(ROOT, 'tests', '')) and not hasattr(module, 'BY_NAME'):
+            cloudpickle.register_pickle_by_value(module)
 
 
 def compiled_code():
