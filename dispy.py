@@ -3396,7 +3396,8 @@ class Books:
     def may_return(self, node: NodeLoad) -> bool:
         """Whether a node that has not come back in its time is waited for a little longer. Many
         that were lost together, as when this process stood still, are admitted one after the
-        other: while they come, the last of them have more time."""
+        other: while they come, or this process has no time to see whether they do, the last of
+        them have more time."""
         away: Any = node.away
         last = away.until + RETURN_EACH * len(self.nodes)
         if self.now >= last or self.now - self.returned_at >= RETURN_APART:
@@ -4648,6 +4649,11 @@ class Schedule:
             event = NodeDoubted(node.key, away.name, Evidence.OVERDUE, away.text)
             self._node_doubted(event)
             self._books.do(NodeGone(node.key))
+
+    def is_behind(self, now: float) -> None:
+        """Events come faster than they are handled: nodes that are away may have connected again.
+        """
+        self._books.returned_at = now
 
     def lost_at(self, key: Any) -> float:
         """As of the node; never if it is not known."""
@@ -7002,6 +7008,52 @@ class Bundle(NamedTuple):
         return BUNDLES + BUNDLE % self.number
 
 
+class SentFiles:
+    """Files of modules as they were when a computation first sent them: a node that comes later
+    gets the same. The text of modules is kept in memory. Of the other files of packages the digest
+    is kept, and a node refuses one that has changed since. Any thread."""
+
+    def __init__(self) -> None:
+        # By the name on the node
+        self._files: Dict[str, FileOfModule] = {}
+        self._rows: Dict[str, Tuple[str, int, bytes, int]] = {}
+        self._texts: Dict[str, bytes] = {}
+
+    def keep_texts(self, closure: Sequence[ModuleFile]) -> None:
+        """Read the texts of these modules. One that cannot be read is left out: whoever sends it
+        says so."""
+        for module in closure:
+            if module.source is None or module.target in self._rows:
+                continue
+            try:
+                text, _, mode = _read_at_once(module.path, module.loader)
+            except OSError as exc:
+                logger.debug('the file of module %s cannot be read: %s', module.name, exc)
+                continue
+            digest = hashlib.sha256(text).digest()
+            row = (module.target, len(text), digest, mode)
+            if self._rows.setdefault(module.target, row) is row:   # no other thread was faster
+                self._texts[module.target] = text
+
+    def rows(self, files: Dict[str, FileOfModule]) -> List[Tuple[str, int, bytes, int]]:
+        """Return (name, size, digest, mode) of each. Raises OSError."""
+        new = {}
+        for target, file in files.items():
+            self._files.setdefault(target, file)
+            if target not in self._rows:
+                new[target] = file
+        for row in own_modules.rows(new):
+            self._rows.setdefault(row[0], row)
+        return [self._rows[target] for target in files]
+
+    def source_of(self, target: str) -> Any:
+        """Return what a file is read from: its text or a FileOfModule; None if it was not
+        offered."""
+        if target in self._texts:
+            return self._texts[target]
+        return self._files.get(target)
+
+
 class ModuleBundles:
     """The modules of one computation that have travelled, or will. Number 0 is what its code needs.
     Any thread; no lock is held while objects of the user's are pickled."""
@@ -7016,8 +7068,7 @@ class ModuleBundles:
         self._bundles: List[Bundle] = []
         self._number_of: Dict[str, int] = {}       # module -> bundle
         self._plain: Set[str] = set()              # names of modules that need none
-        # Files of modules that jobs have asked for by name
-        self._extra: Dict[str, FileOfModule] = {}
+        self._sent = SentFiles()
         # Path of a module's file -> its digest when it travelled
         self._as_sent: Dict[str, bytes] = {}
         self._looked_at = time.monotonic()
@@ -7100,6 +7151,7 @@ class ModuleBundles:
                 for target, file in own_modules.files(closure).items() if target not in before
             }
             content = self._content(closure, capture, kinds, state)
+            self._sent.keep_texts(closure)
             self._as_sent.update(own_modules.digests(closure))
             self._bundles.append(Bundle(number, tuple(closure), files, content))
             for file in new:
@@ -7174,9 +7226,9 @@ class ModuleBundles:
     def _row_of(bundle: Bundle) -> Tuple[str, int, bytes, int]:
         return bundle.name, len(bundle.content), hashlib.sha256(bundle.content).digest(), 0o600
 
-    @staticmethod
-    def _file_rows(files: Dict[str, FileOfModule]) -> List[Tuple[str, int, bytes, int]]:
-        rows = own_modules.rows(files)
+    def _file_rows(self,
+                   files: Dict[str, FileOfModule]) -> List[Tuple[str, int, bytes, int]]:
+        rows = self._sent.rows(files)
         return [(MODULES + name, size, digest, mode) for name, size, digest, mode in rows]
 
     def more(self, request: Any, embedded: bool) -> List[Tuple[str, int, bytes, int]]:
@@ -7200,9 +7252,8 @@ class ModuleBundles:
         if embedded or own_modules.kind(request) is not ModuleKind.OWN:
             raise ModuleNotFoundError('the program has no module of its own called %s' % request)
         closure = own_modules.closure([request], self.shipped)
+        self._sent.keep_texts(closure)
         files = own_modules.files(closure)
-        with self._lock:
-            self._extra.update(files)
         return self._file_rows(files)
 
     def source_of(self, name: str) -> Any:
@@ -7214,13 +7265,9 @@ class ModuleBundles:
             for bundle in self._bundles:
                 if name == bundle.name:
                     return bundle.content
-                if not name.startswith(MODULES):
-                    continue
-                if name[len(MODULES):] in bundle.files:
-                    return bundle.files[name[len(MODULES):]]
-            if name.startswith(MODULES):
-                return self._extra.get(name[len(MODULES):])
-            return None
+        if name.startswith(MODULES):
+            return self._sent.source_of(name[len(MODULES):])
+        return None
 
     # -- files that change -------------------------------------------------------------------------
 
@@ -15270,6 +15317,8 @@ class Driver(Loop):
         schedule = self.schedule
         if schedule.away:
             self.lost_nodes.mark()
+            if self.now - self.busy_since >= RETURN_APART:
+                schedule.is_behind(self.now)
         actions = schedule.flush(self.now)
         if self.decisions.is_on:
             self.decisions.add(None, actions)

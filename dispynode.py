@@ -210,6 +210,8 @@ SETUP_TIME = 600.0            # s that loading code and setup() may take
 ORPHAN_TIME = 3.0
 PAST_TIME = 30 * 86400.0      # s for which it is remembered that something was given up
 ZOMBIE_TIME = 86400.0         # s that results wait on the disk for their client
+CAUGHT_UP = 0.01              # s for which a loop waits when there is nothing to do
+OVERSLEPT = 1.0               # s by which it wakes too late when its process has stood still
 # Seconds that a link must have lived for not being one of several that end at once
 FLAP_TIME = 10.0
 # Links in a row that ended at once, after which the next attempts come later and later
@@ -5384,6 +5386,9 @@ class ReceiveBuffer:
         it has read there."""
         raise NotImplementedError
 
+    def large_came(self) -> None:
+        """More of a large unit has come."""
+
     def get_buffer(self) -> memoryview:
         """Where to receive next; never empty."""
         if self._large is None:
@@ -5423,6 +5428,7 @@ class ReceiveBuffer:
             self._end += count
             return self._cut()
         self._filled += count
+        self.large_came()
         if self._filled < self._body_size:
             return []
         unit = (self._head, self._large)
@@ -5474,6 +5480,37 @@ _FRAME = struct.Struct('>IBBHQ')   # payload length, op, encoding, flags, reques
 _SEQ = struct.Struct('>QB')
 HEAD_TAG = 16
 TAIL_TAG = 32
+HASHED_LATE = 2 << 20     # bytes of a payload from which on it is hashed while it is sent
+HASHED_AT_ONCE = 1 << 20
+
+
+class PayloadTag:
+    """The tag of a large payload, which is computed while the payload is sent: the other side
+    hashes one piece while this side hashes the next."""
+    __slots__ = ('_mac', '_place')
+
+    def __init__(self, mac: 'hmac.HMAC') -> None:
+        """`mac` has taken what precedes the payload."""
+        self._mac = mac
+        self._place = memoryview(bytearray(TAIL_TAG))
+
+    def follows(self, pieces: List[Buffer]) -> Iterator[Tuple[memoryview, 'PayloadTag']]:
+        """Return what is to be sent, in order: each is told to `reached` before it is sent."""
+        for piece in pieces:
+            view = memoryview(piece).cast('B')
+            for start in range(0, len(view), HASHED_AT_ONCE):
+                yield view[start:start + HASHED_AT_ONCE], self
+        yield self._place, self
+
+    def reached(self, view: memoryview) -> None:
+        """Hash what is sent next; behind the payload this is the tag itself."""
+        if view is self._place:
+            view[:] = self._mac.digest()
+        else:
+            self._mac.update(view)
+
+    def close(self) -> None:
+        """The channel was closed before all was sent."""
 
 
 class FrameEncoder:
@@ -5501,6 +5538,18 @@ class FrameEncoder:
     def seal(self, message: Any) -> List[Buffer]:
         """The frame as buffers to be sent one behind the other. Raises ValueError when it would be
         too large."""
+        buffers, tag = self.begin(message)
+        if tag is None:
+            return buffers
+        views: List[Buffer] = []
+        for view, _ in tag.follows(buffers[1:]):
+            tag.reached(view)
+            views.append(view)
+        return [buffers[0], *views]
+
+    def begin(self, message: Any) -> Tuple[List[Buffer], Optional[PayloadTag]]:
+        """As `seal`, but a large payload is not hashed yet: the buffers of its frame are the head
+        and the payload, and the tag tells what follows the head."""
         op, encoding, pieces = self._encode(message)
         size = sum(map(len, pieces))
         bounds = BOUNDS_OF.get(type(message), BOUNDS)
@@ -5519,15 +5568,18 @@ class FrameEncoder:
         if self._tags_payloads:
             mac = self._mac.copy()
             mac.update(_SEQ.pack(self._seq, 1) + header)
+            if size >= HASHED_LATE:
+                self._seq += 1
+                return [head, *pieces], PayloadTag(mac)
             for piece in pieces:
                 mac.update(piece)
             tail = mac.digest()
         self._seq += 1
         if size < OUT_OF_BAND:
-            return [b''.join((head, *pieces, tail))]
+            return [b''.join((head, *pieces, tail))], None
         if tail:
-            return [head, *pieces, tail]
-        return [head, *pieces]
+            return [head, *pieces, tail], None
+        return [head, *pieces], None
 
 
 class FrameDecoder(ReceiveBuffer):
@@ -5549,6 +5601,9 @@ class FrameDecoder(ReceiveBuffer):
         self._mac = hmac.new(key, digestmod='sha256')
         self._seq = 0
         self._measured = 0
+        # Numbers of large frames -> the bytes of the payload that are hashed, and their hash: one
+        # piece is hashed while the other side sends the next
+        self._hashed: Dict[int, Tuple[int, 'hmac.HMAC']] = {}
 
     def measure(self, head: bytes) -> int:
         header = head[:_FRAME.size]
@@ -5572,15 +5627,38 @@ class FrameDecoder(ReceiveBuffer):
             raise PeerError('a frame of %d bytes is over the limit of %d' % (size, limit))
         return size + self._tail  # type: ignore[no-any-return]
 
+    def large_came(self) -> None:
+        if not self._tail:
+            return
+        assert self._large is not None
+        seq = self._measured - 1
+        if seq in self._hashed:
+            start, mac = self._hashed[seq]
+        else:
+            start = 0
+            mac = self._begin_hash(seq, self._head[:_FRAME.size])
+        end = min(self._filled, self._body_size - TAIL_TAG)
+        if end - start >= self.STAGING or end == self._body_size - TAIL_TAG:
+            mac.update(self._large[start:end])
+            self._hashed[seq] = (end, mac)
+
+    def _begin_hash(self, seq: int, header: bytes) -> 'hmac.HMAC':
+        mac = self._mac.copy()
+        mac.update(_SEQ.pack(seq, 1) + header)
+        return mac
+
     def open(self, head: bytes, body: memoryview) -> Any:
         """Return the message of a whole frame."""
         header = head[:_FRAME.size]
         payload = body
         if self._tail:
             payload = body[:-TAIL_TAG]
-            mac = self._mac.copy()
-            mac.update(_SEQ.pack(self._seq, 1) + header)
-            mac.update(payload)
+            if self._seq in self._hashed:
+                _, mac = self._hashed.pop(self._seq)
+            else:
+                mac = self._mac.copy()
+                mac.update(_SEQ.pack(self._seq, 1) + header)
+                mac.update(payload)
             digest = mac.digest()
             if not hmac.compare_digest(digest, body[-TAIL_TAG:]):
                 raise PeerError('a frame is not authentic')
@@ -6162,7 +6240,9 @@ class IncomingFile:
             return False
         digest = self._hash.digest()
         if digest != self._digest:
-            raise ValueError('the digest is wrong')
+            text = ('its content is not what was announced: it was changed after the cluster was '
+                    'made. Make a new cluster')
+            raise ValueError(text)
         if self._sync:
             os.fsync(self._file)
         handle = self._file
@@ -6875,7 +6955,10 @@ class Channel:
 
     def _send_some(self) -> int:
         view, passing = self._out[0]
-        if passing is not None:
+        if type(passing) is PayloadTag:
+            passing.reached(view)
+            self._out[0] = (view, None)
+        elif passing is not None:
             sent = send_with(self.sock, [view], passing)
             passing.close()
             self._out[0] = (view, None)
@@ -7144,11 +7227,28 @@ class Link(Channel):
             if self._stays_behind(message):
                 return
         try:
-            buffers = self._sealer.seal(message)
+            buffers, tag = self._sealer.begin(message)
         except TooLarge as exc:
             self._in_parts(message, exc)
-        else:
+            return
+        if tag is None:
             self.push(buffers)
+        else:
+            self._push_late(buffers, tag)
+
+    def _push_late(self, buffers: List[Buffer], tag: PayloadTag) -> None:
+        head, *payload = buffers
+        self.push([head])
+        for item in tag.follows(payload):
+            self._out.append(item)
+            self.queued += len(item[0])
+
+    def _push_frame(self, message: Any) -> None:
+        buffers, tag = self._sealer.begin(message)
+        if tag is None:
+            self.push(buffers)
+        else:
+            self._push_late(buffers, tag)
 
     def _stays_behind(self, message: Any) -> bool:
         if type(message) is Done:
@@ -7213,13 +7313,13 @@ class Link(Channel):
             left = first.left
             part = first.next()
             if part is not None:
-                self.push(self._sealer.seal(part))
+                self._push_frame(part)
                 size = first.left - left
                 self._count(size)
                 return
         else:
             try:
-                self.push(self._sealer.seal(first))
+                self._push_frame(first)
             except TooLarge as exc:
                 self._in_parts(first, exc)   # to the end, and from there to its place
                 waiting.rotate(1)
@@ -7242,7 +7342,7 @@ class Link(Channel):
         for each in unwanted:
             if each.left < each.total:
                 part = Part(comp, (), 0, 0, b'')
-                self.push(self._sealer.seal(part))
+                self._push_frame(part)
             self._count(-each.left)
         kept = collections.deque(each for each in waiting if each not in unwanted)
         if kept and serials is not None:
@@ -7672,6 +7772,9 @@ class Loop:
         self._later_broken: Deque[Tuple[Channel, str]] = collections.deque()
         self._signalled = False
         self.woke_at = 0.0         # when this turn had something to do
+        # Since when turn has followed turn, or this process has stood still: what has come
+        # meanwhile may not have been looked at
+        self.busy_since = clock()
         self._waits = True         # or is about to: who posts has to wake it
         self._wakes_on_signals = False
         self.has_ended = False
@@ -7880,9 +7983,15 @@ class Loop:
         """One round: wait, read, take events, decide, write."""
         # Set before `_select_timeout` looks at what was posted: who posts after that sees it
         self._waits = True
-        ready = self._selector.select(self._select_timeout(timeout))
+        before = self.clock()
+        longest = self._select_timeout(timeout)
+        ready = self._selector.select(longest)
         self._waits = False
         self.woke_at = self.clock()
+        waited = self.woke_at - before
+        if waited > CAUGHT_UP:
+            if longest is None or waited < longest + OVERSLEPT:
+                self.busy_since = self.woke_at
         for key, mask in ready:
             self.now = self.clock()
             if callable(key.data):

@@ -11,6 +11,8 @@ import textwrap
 
 import pytest
 
+import dispy
+from conftest import eventually
 from programs import Project, bare_node, make_venv, somewhere
 
 KINDS = ['local', 'node', 'scheduler']
@@ -447,6 +449,39 @@ def test_code_of_an_edited_module(program):
             and values['kept'] == ['old'] * 3)
     assert (len([line for line in done.err.splitlines() if 'helper' in line and 'changed' in line])
             == 1), done.err
+
+
+def test_a_node_that_comes_after_an_edit_gets_what_the_others_have(tmp_path, monkeypatch, caplog):
+    """Modules with the text that they had. A data file that has changed cannot be sent any more, as
+    the log says."""
+    monkeypatch.syspath_prepend(str(tmp_path))
+    module = tmp_path / 'edited_here.py'
+    module.write_text('VALUE = "old"\n')
+    data = tmp_path / 'data.txt'
+    data.write_text('old')
+
+    def seen():
+        import edited_here
+        return edited_here.VALUE, dispy_node_name   # noqa: F821
+
+    with bare_node(tmp_path / 'a', '--name', 'a') as first, \
+            bare_node(tmp_path / 'b', '--name', 'b') as second, \
+            dispy.JobCluster(seen, nodes=[first.address]) as cluster, \
+            dispy.JobCluster(seen, nodes=[first.address], depends=[str(data)]) as other:
+        assert cluster.submit()() == other.submit()() == ('old', 'a')
+        module.write_text('VALUE = "new text"\n')
+        data.write_text('new')
+        for each in (cluster, other):
+            assert each.allocate_node(second.address) == 0
+        found = set()
+        while len(found) < 2:
+            found.update(job() for job in [cluster.submit() for _ in range(8)])
+        assert found == {('old', 'a'), ('old', 'b')}
+        eventually(lambda: 'data.txt' in caplog.text)
+        text, = [record.getMessage() for record in caplog.records
+                 if 'data.txt' in record.getMessage()]
+        assert 'was changed after the cluster was made' in text and 'b' in text
+        assert other.submit()() == ('old', 'a')
 
 
 # -- ways to start a program -----------------------------------------------------------------------

@@ -220,3 +220,31 @@ def test_slurm_places_nodes(slurm, tmp_path):
             out = adaptive.communicate(timeout=30)[0].decode()
         assert out.count('is submitted') == 3, out
         assert slurm.dispy('stop', '--slurm') == 'Slurm: 1 job cancelled\n'
+
+
+def test_slurm_ends_a_node_that_knows_no_limit(slurm, tmp_path, request):
+    """A node that somebody else's script starts is not told when Slurm will end it. Slurm sends
+    SIGTERM at the time limit, and SIGKILL after KillWait: its job runs elsewhere."""
+    if not request.config.getoption('--long'):
+        pytest.skip('Slurm counts time limits in minutes: --long')
+    gate = Gate(tmp_path / 'gate')
+    script = tmp_path / 'script'
+    with SchedulerProcess(tmp_path / 'scheduler', '-n', '127.0.0.1:9') as scheduler:
+        script.write_text('#!/bin/sh\nexec %s %s --daemon -c 1 -i 127.0.0.1 -p 0 --grace 600 '
+                          '--name slurm-$SLURM_JOB_ID --dest-path-prefix %s/$SLURM_JOB_ID '
+                          '--scheduler-host 127.0.0.1:%d\n' % (
+                              sys.executable, os.path.join(ROOT, 'dispynode.py'), tmp_path,
+                              scheduler.port))
+        submit = ('sbatch', '--parsable', '--output=/dev/null')
+        limited = slurm.run(*submit, '--time=1', str(script)).strip()
+        with dispy.SharedJobCluster(hold, scheduler_port=scheduler.port,
+                                    reentrant=True) as cluster:
+            job = cluster.submit(gate.path)
+            eventually(lambda: job.status == job.Running, 60)
+            other = slurm.run(*submit, '--time=10', str(script)).strip()
+            eventually(lambda: limited not in slurm.jobs(), 150, what='the end of the node')
+            gate.open()
+            assert job.wait(60) and job.status == job.Finished
+            assert job.result == 'slurm-' + other
+        state = slurm.run('scontrol', '--oneliner', 'show', 'job', limited)
+        assert 'JobState=TIMEOUT' in state, state

@@ -3,12 +3,14 @@ The clock is set by the tests, and nothing is connected: a link reads and writes
 there."""
 
 import os
+import pickle
+import time
 
 import pytest
 
 from dispynode import (
-    PULSES_LOST, PULSES_SILENT, WRITE_MOST, Ack, FrameDecoder, FrameEncoder, Link, Loop, Pulse,
-    Role, Session)
+    HASHED_LATE, PULSES_LOST, PULSES_SILENT, WRITE_MOST, Ack, FrameDecoder, FrameEncoder, Jobs,
+    Link, Loop, Pulse, Role, Session)
 
 pytestmark = pytest.mark.skipif(os.name == 'nt', reason='Windows cannot wait for pipes')
 KEY = b'k' * 32
@@ -246,6 +248,69 @@ def test_one_that_takes_all_does_not_keep_the_others_waiting(loop):
     while much.queued:
         loop.turn(0)
     assert much.bytes_out == 3 * WRITE_MOST
+
+
+def test_a_large_payload_is_hashed_while_it_is_sent(loop):
+    """What is not yet sent is not yet hashed: it may still change, and is authentic."""
+    link = attached(loop, writes=True)
+    link.sock.room = 1 << 20
+    payload = bytearray(b'a' * (3 * HASHED_LATE))
+    loop.send(link, Jobs('c', [(1, pickle.PickleBuffer(payload), None)]))
+    loop.send(link, Ack('c', [2]))
+    loop.turn(0)
+    assert 0 < link.bytes_out < link.queued
+    payload[-1] = ord('b')
+    link.sock.room = None
+    while link.queued:
+        loop.turn(0)
+    large, small = messages_in(link.sock.sent)
+    assert bytes(large.rows[0][1]) == bytes(payload) and small == Ack('c', [2])
+
+
+def test_a_link_is_closed_that_has_sent_half_of_a_large_payload(loop):
+    link = attached(loop, writes=True)
+    link.sock.room = 1 << 20
+    loop.send(link, Jobs('c', [(1, pickle.PickleBuffer(bytes(2 * HASHED_LATE)), None)]))
+    loop.turn(0)
+    loop.disconnect(link, 'over')
+    assert link.sock.closed and not link.wants_write
+
+
+# -- a loop that has no time -----------------------------------------------------------------------
+
+class Sleeper(Told):
+    """A loop with a real clock. `jump`: seconds for which its process stands still while it waits
+    next."""
+    jump = 0.0
+
+    def __init__(self):
+        super().__init__()
+        self.clock = lambda: time.monotonic() + self.at
+
+    def next_timer(self):
+        self.at += self.jump
+        return super().next_timer()
+
+
+def test_a_loop_knows_since_when_it_has_had_no_time():
+    loop = Sleeper()
+    try:
+        loop.turn(0.05)
+        idle = loop.busy_since
+        assert idle == loop.woke_at
+        for _ in range(3):
+            loop.at += 5.0    # the turn before has taken so long
+            loop.post('something')
+            loop.turn()
+            assert loop.busy_since == idle < loop.woke_at - 4.0
+        loop.jump = 30.0
+        loop.turn(0.05)
+        assert loop.busy_since == idle
+        loop.jump = 0.0
+        loop.turn(0.05)
+        assert loop.busy_since == loop.woke_at
+    finally:
+        loop.close()
 
 
 # -- faults ----------------------------------------------------------------------------------------

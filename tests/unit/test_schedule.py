@@ -1010,6 +1010,19 @@ def test_nodes_are_given_up_when_no_other_comes_back():
     assert scene.tell(10.0) == list(range(1, 200))
 
 
+def test_nodes_are_not_given_up_by_who_has_no_time_to_see_them():
+    """All may be connected already. There is a limit to that."""
+    scene = Away(200)
+    now = 0.0
+    while now < 27.0:
+        now += 3.0     # a turn takes so long
+        scene.schedule.is_behind(now)
+        assert scene.tell(now) == []
+    assert scene.back(now, 0) == []
+    scene.schedule.is_behind(31.0)
+    assert scene.tell(31.0) == list(range(1, 200))
+
+
 def test_a_node_that_only_tells_what_it_has_is_back():
     scene = Away(200)
     there = frozenset(scene.schedule.nodes[0].in_flight['c'])

@@ -17,7 +17,8 @@ import dispynode
 from dispy import NodeChanged, JobsAssigned
 from dispynode import (
     Ack, out_of_band, Bye, Call, Cancel, Compute, decode, Done, encode, FilePiece, FileStored,
-    FrameDecoder, FrameEncoder, HEAD_TAG, KnownAttempts, ReceiveBuffer, ClientHello, Jobs,
+    FrameDecoder, FrameEncoder, HASHED_LATE, HEAD_TAG, KnownAttempts, ReceiveBuffer, ClientHello,
+    Jobs,
     RecordType, Limit, MESSAGES, Need, CpusChanged, open_envelope, OPS, OUT_OF_BAND, Output,
     pack_record, PeerError, Pulse, Query, Ready, ReturnJobs, Reclaim, RecordBuffer, Refused, Report,
     Results, Return, Part, JobsReturned, Notice, dumps, Shutdown, Started, TAIL_TAG, loads,
@@ -429,6 +430,30 @@ def mutate(rng, data, ends):
         source = rng.randrange(len(ends))
         data += data[starts[source]:ends[source]]
     return bytes(data)
+
+
+def test_large_frames_are_hashed_as_they_come():
+    """However they are cut, they are decoded in order with small ones between them; and not when a
+    byte was changed, wherever that is."""
+    sealer = FrameEncoder(KEY)
+    sizes = (HASHED_LATE - 1, HASHED_LATE, 100, 5 * HASHED_LATE // 2, 0, HASHED_LATE + 1)
+    messages = [Jobs('c', [(1, pickle.PickleBuffer(bytes([number]) * size), None)])
+                for number, size in enumerate(sizes)]
+    frames = [frame(message, sealer) for message in messages]
+    stream = b''.join(frames)
+    for cut in (1 << 30, 1 << 18, 100003):
+        found = feed(FrameDecoder(KEY), stream, cut)
+        assert flat(found) == flat(messages)
+    for number in (1, 3):
+        before = sum(map(len, frames[:number]))
+        for place in (40, len(frames[number]) // 2, len(frames[number]) - TAIL_TAG - 1,
+                      len(frames[number]) - 1):
+            changed = bytearray(stream)
+            changed[before + place] ^= 1
+            opener = FrameDecoder(KEY)
+            assert len(feed(opener, changed[:before])) == number
+            with pytest.raises(PeerError, match='not authentic'):
+                feed(opener, changed[before:])
 
 
 def test_of_20000_changed_streams_only_whole_frames_in_order_are_decoded(monkeypatch):
