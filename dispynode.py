@@ -3983,8 +3983,9 @@ class ModuleLoader:
         frame = self._importing_frame()
         if frame is None:
             return False
-        f_global = frame.f_globals.get('__name__')
-        return f_global not in self._first
+        name = frame.f_globals.get('__name__')
+        # A function that has come by value may have the name of a module that is not here
+        return name in sys.modules and name not in self._first
 
     @staticmethod
     def _importing_frame() -> Any:
