@@ -155,7 +155,7 @@ from dispynode import FORK, GRACE, HANDSHAKE_TIME, KEEPING_FILES, LAZY, MAX_LIST
 from dispynode import NAMES_MOST, NODE_PORT, OUT_OF_BAND, OUTCOMES, PAYLOAD, PROVISIONAL, PULSE
 from dispynode import PULSES_LOST, PULSES_SILENT, REASONS, RESOURCE_NAME, RETURNED, ROW_FIRST
 from dispynode import RUN_BY_PYTHON, RUN_IN, SCHEDULER_PORT, SEGMENT, SHARED_FROM, SPAWN, STACKS
-from dispynode import STALLS, UNITS_MOST, VALUE_MOST, WHOLE_MOST, WRITES
+from dispynode import STALLS, TEXTS, UNITS_MOST, VALUE_MOST, WHOLE_MOST, WRITES
 from dispynode import Acceptor, Ack, Allowance, AttemptHistory, Authenticated, Bye, Call, Calls
 from dispynode import Cancel, ClientHello, CommandLines, Compute, Connected, ConnectFailed
 from dispynode import ConnectionAttempt
@@ -7001,6 +7001,12 @@ class Bundle(NamedTuple):
     closure: Tuple[ModuleFile, ...]
     files: Dict[str, FileOfModule]    # those that no earlier bundle has, by their names on the node
     content: bytes                    # an envelope, for ModuleLoader
+    texts: bytes                      # the same of KeptTexts
+
+    @property
+    def texts_name(self) -> str:
+        """The name of the file with the texts of its modules on the embedded node."""
+        return BUNDLES + TEXTS % self.number
 
     @property
     def name(self) -> str:
@@ -7034,6 +7040,17 @@ class SentFiles:
             row = (module.target, len(text), digest, mode)
             if self._rows.setdefault(module.target, row) is row:   # no other thread was faster
                 self._texts[module.target] = text
+
+    def texts_of(self, closure: Sequence[ModuleFile]) -> bytes:
+        """Return the texts of modules that have files of their own, as KeptTexts reads them;
+        nothing if there are none."""
+        found = {}
+        for module in closure:
+            if module.target in self._texts and not archive_of(module.path)[0]:
+                found[module.name] = (module.path, self._texts[module.target])
+        if not found:
+            return b''
+        return pickle.dumps(found, 5)
 
     def rows(self, files: Dict[str, FileOfModule]) -> List[Tuple[str, int, bytes, int]]:
         """Return (name, size, digest, mode) of each. Raises OSError."""
@@ -7135,10 +7152,10 @@ class ModuleBundles:
             logger.warning('%s', text)
         with self._lock:
             if number == 0 and not closure and not capture.rows:
-                self._bundles.append(Bundle(0, (), {}, b''))
+                self._bundles.append(Bundle(0, (), {}, b'', b''))
                 return
             if not self._bundles and number:
-                self._bundles.append(Bundle(0, (), {}, b''))
+                self._bundles.append(Bundle(0, (), {}, b'', b''))
             if modules and all(name in self._number_of for name in modules):
                 return
             number = len(self._bundles)
@@ -7153,7 +7170,8 @@ class ModuleBundles:
             content = self._content(closure, capture, kinds, state)
             self._sent.keep_texts(closure)
             self._as_sent.update(own_modules.digests(closure))
-            self._bundles.append(Bundle(number, tuple(closure), files, content))
+            texts = self._sent.texts_of(closure)
+            self._bundles.append(Bundle(number, tuple(closure), files, content, texts))
             for file in new:
                 self._number_of.setdefault(file.name, number)
             for name in modules:
@@ -7214,17 +7232,27 @@ class ModuleBundles:
         program, of the modules. Raises OSError."""
         with self._lock:
             bundles = list(self._bundles)
-        rows = [self._row_of(bundle) for bundle in bundles if bundle.content]
+        rows = []
+        for bundle in bundles:
+            if bundle.content:
+                rows += self._rows_of(bundle, embedded)
         if not embedded:
-            for bundle in bundles:
-                rows += self._file_rows(bundle.files)
             if any(own_modules.uses_dispy(bundle.closure) for bundle in bundles):
                 rows += own_modules.rows({BEHIND: _THIS_FILE})
         return rows
 
+    def _rows_of(self, bundle: Bundle, embedded: bool) -> List[Tuple[str, int, bytes, int]]:
+        rows = [self._row_of(bundle.name, bundle.content)]
+        if not embedded:
+            rows += self._file_rows(bundle.files)
+        elif bundle.texts:
+            row = self._row_of(bundle.texts_name, bundle.texts)
+            rows.append(row)
+        return rows
+
     @staticmethod
-    def _row_of(bundle: Bundle) -> Tuple[str, int, bytes, int]:
-        return bundle.name, len(bundle.content), hashlib.sha256(bundle.content).digest(), 0o600
+    def _row_of(name: str, content: bytes) -> Tuple[str, int, bytes, int]:
+        return name, len(content), hashlib.sha256(content).digest(), 0o600
 
     def _file_rows(self,
                    files: Dict[str, FileOfModule]) -> List[Tuple[str, int, bytes, int]]:
@@ -7243,12 +7271,7 @@ class ModuleBundles:
             if bundle is None:
                 raise ModuleNotFoundError('the program knows no bundle of modules with number %d' %
                                           request)
-            row = self._row_of(bundle)
-            if embedded:
-                file_rows = []
-            else:
-                file_rows = self._file_rows(bundle.files)
-            return [row] + file_rows
+            return self._rows_of(bundle, embedded)
         if embedded or own_modules.kind(request) is not ModuleKind.OWN:
             raise ModuleNotFoundError('the program has no module of its own called %s' % request)
         closure = own_modules.closure([request], self.shipped)
@@ -7265,6 +7288,8 @@ class ModuleBundles:
             for bundle in self._bundles:
                 if name == bundle.name:
                     return bundle.content
+                if name == bundle.texts_name:
+                    return bundle.texts
         if name.startswith(MODULES):
             return self._sent.source_of(name[len(MODULES):])
         return None

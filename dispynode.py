@@ -3801,6 +3801,7 @@ MODULES = 'modules/'      # files of the user's modules: the import root
 BUNDLES = 'bundles/'      # what belongs to groups of them
 BEHIND_ROOT = 'behind'    # modules that come after the node's own
 BUNDLE = 'bundle-%d'      # name of a bundle's file
+TEXTS = 'texts-%d'        # name of the file with the texts of its modules, for the embedded node
 
 
 def values_in(private: str) -> str:
@@ -3843,6 +3844,51 @@ class ValueFiles:
             return data
 
 
+class KeptSource(importlib.machinery.SourceFileLoader):
+    """Loads a module from a text that its file does not have any more."""
+
+    def __init__(self, name: str, path: str, text: bytes) -> None:
+        super().__init__(name, path)
+        self._text = text
+
+    def get_data(self, path: str) -> bytes:  # type: ignore[override]
+        """Return the text for the file of the module."""
+        if path == self.path:
+            return self._text
+        return super().get_data(path)
+
+    def path_stats(self, path: str) -> Any:  # type: ignore[override]
+        """Raise OSError: compiled code that there may be is that of the file."""
+        raise OSError('the file has changed')
+
+
+class KeptTexts:
+    """A finder that stands before all others where the node is a part of the program. A module
+    whose file has changed or gone since the computation began gets the text that it had then, as it
+    does on other nodes."""
+
+    def __init__(self) -> None:
+        self._texts: Dict[str, Tuple[str, bytes]] = {}    # module -> path, text
+
+    def add(self, texts: Dict[str, Tuple[str, bytes]]) -> None:
+        """Serve these modules, too."""
+        self._texts.update(texts)
+        if self not in sys.meta_path:
+            sys.meta_path.insert(0, self)
+
+    def find_spec(self, name: str, path: Any = None, target: Any = None) -> Any:
+        """Leave a module to other finders whose file is as it was."""
+        if name not in self._texts:
+            return None
+        file_path, text = self._texts[name]
+        with contextlib.suppress(OSError):   # then it has gone
+            with open(file_path, 'rb') as file:
+                if file.read() == text:
+                    return None
+        loader = KeptSource(name, file_path, text)
+        return importlib.util.spec_from_file_location(name, file_path, loader=loader)
+
+
 class ModuleLoader:
     """Loads the user's modules in a runner and its workers, and finds those that nothing here has.
 
@@ -3865,6 +3911,7 @@ class ModuleLoader:
         self._left: List[str] = []         # what jobs had in sys.path
         self._first: FrozenSet[str] = frozenset()   # modules that were there before any job
         self.notes: List[str] = []         # for the client's log
+        self._texts = KeptTexts()
 
     def install(self) -> None:
         """Put the user's modules ahead of the node's own."""
@@ -3908,6 +3955,10 @@ class ModuleLoader:
         with open(path, 'rb') as file:
             bundle = open_plain(file.read())
         importlib.invalidate_caches()
+        texts = os.path.join(self._private, BUNDLES, TEXTS % number)
+        if os.path.exists(texts):
+            with open(texts, 'rb') as file:
+                self._texts.add(open_plain(file.read()))
         if bundle['compiled'] and bundle['build'] != build_tag():
             text = 'module %s is compiled for %s; this node is %s' % (bundle['compiled'][0],
                                                                       bundle['build'], build_tag())

@@ -31,7 +31,7 @@ HERE = os.path.abspath(__file__)
 ROOT = os.path.dirname(os.path.dirname(os.path.dirname(HERE)))
 SECRET = 'c0ffee42' * 8      # such as dispy makes: none is stretched
 GROUP = 250          # nodes that are forked from one parent
-BEHIND = 19          # by which the priority of nodes and programs is lower
+BEHIND = 10          # by which the priority of nodes and programs is lower
 FIRST = -20          # what the nice value of the scheduler is, if this process may set it
 PATIENCE = 420.0     # s after which the measurement is given up
 

@@ -451,6 +451,56 @@ def test_code_of_an_edited_module(program):
             == 1), done.err
 
 
+@pytest.mark.parametrize('method', ['fork', 'spawn'])
+def test_workers_that_are_started_after_an_edit_get_what_the_others_have(on_local, method):
+    """Of the embedded node, which imports the files of the program where they are: new workers of
+    its runner, and a new runner. So they do when the file has gone."""
+    on_local.files(helper='def get():\n    return "old"\n')
+    on_local.write('package/__init__.py', 'from .part import VALUE\n')
+    on_local.write('package/part.py', 'VALUE = "old"\n')
+    on_local.write('script.py', '''
+        import os
+        import signal
+        import sys
+        import clusters
+        import helper
+        import package
+
+        def seen():
+            return helper.get() + ' ' + package.VALUE
+
+        def end(what):
+            if what == 'worker':
+                os._exit(3)
+            os.kill(os.getppid(), signal.SIGKILL)
+
+        def both(what):
+            return (seen(), os.getppid()) if what == 'seen' else end(what)
+
+        if __name__ == '__main__':
+            with clusters.make_cluster(both, start_method=sys.argv[1]) as cluster:
+                texts, runners = [], []
+
+                def look():
+                    text, runner = clusters.outcome(cluster.submit('seen'))
+                    texts.append(text)
+                    runners.append(runner)
+                look()
+                with open('helper.py', 'w') as file:
+                    file.write('def get():\\n    return "new text"\\n')
+                os.remove('package/part.py')
+                for _ in range(3):
+                    clusters.outcome(cluster.submit('worker'))
+                    look()
+                clusters.outcome(cluster.submit('runner'))
+                while runners[-1] == runners[0]:
+                    look()
+                clusters.show(texts=sorted(set(texts)))
+        ''')
+    values = on_local.run('script.py', method).values()
+    assert values['texts'] == ['old old']
+
+
 def test_a_node_that_comes_after_an_edit_gets_what_the_others_have(tmp_path, monkeypatch, caplog):
     """Modules with the text that they had. A data file that has changed cannot be sent any more, as
     the log says."""
