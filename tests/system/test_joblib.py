@@ -16,6 +16,7 @@ from nodes import NodeProcess
 
 joblib = pytest.importorskip('joblib')
 delayed, Parallel = joblib.delayed, joblib.Parallel
+BY_NAME = True   # an initializer sets a variable of this module that calls read
 
 
 @pytest.fixture(autouse=True)
