@@ -112,12 +112,11 @@ def pytest_collection_finish():
 
 def pickle_by_value():
     """Functions of the tests travel to nodes by value. By their names each runner would import the
-    module of the test, and with it pytest, which takes more CPU time than most tests do. A module
-    whose functions must travel by name says so by BY_NAME = True."""
+    module of the test, and with it pytest, which takes more CPU time than most tests do."""
     import cloudpickle
     for module in list(sys.modules.values()):
         path = getattr(module, '__file__', None) or ''
-        if path.startswith(os.path.join(ROOT, 'tests', '')) and not hasattr(module, 'BY_NAME'):
+        if path.startswith(os.path.join(ROOT, 'tests', '')):
             cloudpickle.register_pickle_by_value(module)
 
 
