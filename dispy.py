@@ -50,9 +50,10 @@ Files this program needs: this one, dispynode.py, cloudpickle.
 """
 
 if __name__ == '__main__':
-    # The module is run once more under its own name, so that classes have one identity. Here, and
-    # not at the end: all that follows would be made for nothing. The code is compiled already;
-    # where no byte code can be kept, to compile it again takes longer than all imports.
+    # Run this module once more under its own name, so that classes have one identity. This happens
+    # here and not at the end, where everything below would have been executed for nothing. The code
+    # is compiled already; where no byte code can be stored, compiling it again takes longer than
+    # all imports.
     import importlib.util
     import os
     import sys
@@ -64,7 +65,7 @@ if __name__ == '__main__':
     sys.modules['dispy'] = program
     try:
         exec(sys._getframe().f_code, vars(program))
-    except ImportError as exc:   # a file or a package that it needs is not there
+    except ImportError as exc:   # a file or a package that it needs is missing
         sys.exit(str(exc))
     sys.exit(program.main())
 
@@ -132,7 +133,7 @@ try:
     import cloudpickle
     import dispynode
     from dispynode import Loop
-except ImportError as exc:   # this file was copied alone, or beside one of another release
+except ImportError as exc:   # this file was copied alone, or with one of another release
     missing = {
         'dispynode': 'dispy.py needs the file dispynode.py of the same release beside it, in %s' %
         os.path.dirname(os.path.abspath(__file__)),
@@ -147,7 +148,7 @@ except ImportError as exc:   # this file was copied alone, or beside one of anot
 
 try:
     from concurrent.futures.process import BrokenProcessPool
-except ImportError:   # a system without semaphores
+except ImportError:   # the system has no semaphores
     from concurrent.futures import BrokenExecutor as BrokenProcessPool  # type: ignore[assignment]
 
 from dispynode import ASKED_FOR, ATOMS, BRING_BACK, BUNDLE, BUNDLES, FILES_LEFT
@@ -198,45 +199,48 @@ __all__ = [
 # Constants and errors
 # --------------------------------------------------------------------------------------------------
 
-QUEUED_TIME = 0.1             # s of work that a node may hold beyond what runs
-# Jobs a CPU that a node may hold beyond what it runs, however short they are
+QUEUED_TIME = 0.1             # s of work that a node may hold in addition to what runs
+# Jobs for each CPU that a node may hold in addition to those that run, however short they are
 AHEAD_MOST = 512
-# Further rounds of jobs that end unheard, for each QUEUED_TIME of a round trip
+# Additional rounds of jobs that may end before this is known, for each QUEUED_TIME of a round trip
 ROUNDS_FAR = 1
-TURN_TIME = 0.005            # s that a node and a schedule take beyond the round trip between them
-JOURNAL_MOST = 900 << 20      # bytes of arguments, or of a result, that a recovery file holds
-AHEAD_BYTES = 8 << 20        # bytes of arguments that a node may hold beyond what it runs
-SHARED_ARGS_MOST = 15 << 20   # bytes of setup_args that go by way of a scheduler
+TURN_TIME = 0.005            # s that a node and a schedule need in addition to their round trip
+JOURNAL_MOST = 900 << 20      # limit in bytes of arguments, or of a result, in a recovery file
+AHEAD_BYTES = 8 << 20        # bytes of arguments that a node may hold in addition to what it runs
+SHARED_ARGS_MOST = 15 << 20   # limit in bytes of setup_args that are sent through a scheduler
 DIALS_MOST = 64               # nodes that are dialled at the same time
 NODES_PAGE = 500              # nodes of a scheduler in one answer
-# Times a job is called back for reasons of the schedule; then it is sent to idle CPUs only
+# How often a job may be recalled for reasons of the schedule, before it is sent to idle CPUs only
 RECALLS_MOST = 2
-# Jobs that must have ended before one that runs is started a second time, and how many times their
-# median it must have run by then
+# How many jobs must have ended before a running one is started a second time, and how many times
+# their median duration it must have run by then
 SPECULATE_AFTER = 10
 SPECULATE_TIMES = 2
-DURATIONS_KEPT = 1000         # of jobs that have ended last, for this median
+DURATIONS_KEPT = 1000         # durations of the last jobs, for this median
 NO_INITIALIZER = 'no node can run the initializer of the executor'
-END_WITHOUT_NODES = 30.0      # s for which a program's end waits for calls while no node is ready
-WITHDRAW_TIME = 1.0           # s for which the cancel of a future waits for the answer of a node
+END_WITHOUT_NODES = 30.0      # s that the end of a program waits for calls while no node is ready
+WITHDRAW_TIME = 1.0           # s that the cancellation of a future waits for the answer of a node
 AHEAD_A_TURN = 4000                # jobs that are sent to queues on nodes in one turn of the loop
 RETURN_APART = 2.0                 # s between two nodes that come back one after the other
-RETURN_EACH = 0.1                  # s that the last may take longer for each node that there is
-MAX_LOST_NODES = 3                 # nodes a job may be lost with before it is given up
-# Times it may be lost, with however few of them: a node that is started again is the same node
+RETURN_EACH = 0.1                  # s that the last one may take longer for each node
+MAX_LOST_NODES = 3                 # nodes with which a job may be lost before it is abandoned
+# How often it may be lost, whatever the number of nodes: a node that is started again is the same
+# node
 MAX_ATTEMPTS = 16
-# CPUs in the mean of the past below which the use of a user is forgotten
+# Mean number of CPUs in the past below which the use of a user is forgotten
 PAST_LEAST = 0.001
-# Seconds after which half of what a user has had counts beside what he has now. Without it parts of
-# CPUs would be lost: of 6 CPUs, shares of 3 and 1 would be 4 and 2 for ever
+# Half-life in seconds of the CPUs that a user has had, which count together with the present ones.
+# Without this, fractions of CPUs would be lost: of 6 CPUs, shares of 3 and 1 would always get 4 and
+# 2.
 RECENT_TIME = 60.0
-RECENT_APART = 0.1            # s between two looks at what users have had
-# Seconds for which a node that was found by IPv6 may answer by IPv4, which people expect to see
+RECENT_APART = 0.1            # s between two updates of what users have had
+# Seconds within which a node that was found by IPv6 may also answer by IPv4, whose addresses people
+# expect to see
 IPV6_LATER = 0.1
-SURVEY_TIME = 2.0             # s for which answers to a question to all are waited for
+SURVEY_TIME = 2.0             # s to wait for the answers to a broadcast
 PROBE_TIME = 1.0              # s that nodes=None waits for a dispynode before it starts one
 PROGRESS_EVERY = 1.0          # s between lines of progress
-LEAVE_TIME = 3.0              # s that a program that has failed waits for jobs on their way
+LEAVE_TIME = 3.0              # s that a program that has failed waits for jobs that are being sent
 SHOWN_MOST = 50               # arguments of a job that are shown, and rows of a table in a notebook
 REASON_MOST = 300             # characters of the line that says why a job failed
 # Seconds without a usable node
@@ -245,39 +249,39 @@ WARN_EVERY = 60.0
 # Seconds between attempts to reach a node, doubling
 REDIAL_FIRST = 0.5
 REDIAL_MOST = 30.0
-LAST_TRY = 0.1                # s before the jobs on a node are lost, when it is tried once more
-# An attempt to reach a node takes at most so many times its patience: for its name, the connection
+LAST_TRY = 0.1   # s before the jobs on a node are lost at which one more attempt begins
+# Limit for an attempt to reach a node, as a multiple of its patience: for its name, the connection
 # and the handshake
 TRY_TIMES = 3
-FOUND_FAILURES = 5            # attempts after which a node that was found, not named, is forgotten
+FOUND_FAILURES = 5   # attempts after which a node that was found and not named is forgotten
 # Seconds between the first two questions by UDP, doubling up to ping_interval
 ASK_FIRST = 0.2
 # Seconds until a computation is offered again to a node that could not take it, doubling
 RETRY_FIRST = 0.1
 RETRY_MOST = 30.0
-# Seconds that nodes are tried which keep results that need not be kept any more
+# Seconds during which nodes are tried that keep results which are not needed any more
 FORGET_TIME = 3.0
-# Seconds that a question to the driver may take; its turns take milliseconds
+# Time limit in seconds of a question to the driver, whose turns take milliseconds
 CALL_TIME = 30.0
-# Results that wait for their acknowledgement, and s that they do
+# Number of results that wait for their acknowledgement, and how many seconds they do
 ACKS_MOST = 256
 ACK_AFTER = 0.05
 CANCELS_MOST = 1000           # jobs that are cancelled in one turn of the driver
 CALLBACK_THREADS = 16         # callbacks that may block at the same time
-CALLBACK_TIME = 0.1           # s that callbacks take one after the other before they do so
+CALLBACK_TIME = 0.1           # s of one callback after which others begin at the same time
 HTTPD_PORT = 8181             # of the web monitor
-REPORTS_APART = 5.0           # s between two questions to a node for what is free there
-FAILURES_KEPT = 500           # failed jobs that monitors are told of; older ones are forgotten
+REPORTS_APART = 5.0           # s between two requests to a node for its free resources
+FAILURES_KEPT = 500           # failed jobs that are kept for monitors; older ones are forgotten
 FAILURES_PAGE = 100           # of these in one answer
 FAILURE_TEXT = 8000           # characters that are kept of the end of a traceback
-# Jobs that have ended and that monitors can still show, the bytes of these, and those of the end
-# of what a job has printed
+# Jobs that have ended and are kept for monitors, their total size in bytes, and the size of the end
+# of a job's output
 ENDED_KEPT = 10000
 ENDED_BYTES = 64 << 20
 OUTPUT_SHOWN = 4096
 ENDED_PAGE = 500              # of these jobs in one answer
-ARGUMENTS_MOST = 16384        # bytes of packed arguments that monitors get to show
-DEALLOCATED = 'deallocated'   # why a node that is ready is given no jobs, to those who ask
+ARGUMENTS_MOST = 16384        # limit in bytes of packed arguments that monitors get
+DEALLOCATED = 'deallocated'   # the reason that is shown for a ready node that gets no jobs
 # Seconds of one slice of a wait: Ctrl-C does not end a wait on Windows
 FOREVER = 0.5 if os.name == 'nt' else 3600.0
 
@@ -287,9 +291,9 @@ for _name in ('DEBUG', 'INFO', 'WARN', 'WARNING', 'ERROR', 'CRITICAL', 'FATAL'):
 
 
 class LazyPattern:
-    """A regular expression that is compiled when it is used first: most programs need none of
-    those here, and `import dispy` would have to compile all. The attributes are those of a compiled
-    one."""
+    """A regular expression that is compiled when it is first used: most programs need none of the
+    expressions here, and `import dispy` would have to compile all of them. Its attributes are those
+    of a compiled expression."""
 
     def __init__(self, text: Any, flags: int = 0) -> None:
         self._text = text
@@ -302,9 +306,10 @@ class LazyPattern:
 
 
 class LogToStderr(logging.Handler):
-    """Shows messages of dispy.logger from its level up, also those of the program itself, while
-    nobody has configured logging, as dispy 4 did. `logging` alone would show only warnings. What
-    happens in each program that goes well is shown at levels below INFO."""
+    """A handler that shows messages of dispy.logger from its level up, including those of the
+    program itself, as long as the program has not configured logging, as dispy 4 did. `logging`
+    alone would show only warnings. Messages that every successful program causes have levels below
+    INFO."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -325,17 +330,17 @@ class LogToStderr(logging.Handler):
         try:
             sys.stderr.write(self.format(record) + '\n')
             sys.stderr.flush()
-        except Exception:   # a closed stream, or arguments that do not fit: as logging itself does
+        except Exception:   # a closed stream, or arguments that do not match: as logging does
             self.handleError(record)
 
 
 if not any(type(_handler).__name__ == LogToStderr.__name__ for _handler in logger.handlers):
     logger.addHandler(LogToStderr())
-_own_level = -1                 # that this module has set; another one is the program's
+_own_level = -1                 # the level that this module has set; another one is the program's
 if logger.level == logging.NOTSET:
     _own_level = logging.INFO   # as in dispy 4
     logger.setLevel(_own_level)
-ROUTINE = {'is_routine': True}  # `extra` of messages of what happens in each program
+ROUTINE = {'is_routine': True}  # `extra` of messages that every program causes
 
 
 def level_of(loglevel: Any) -> int:
@@ -350,9 +355,9 @@ def level_of(loglevel: Any) -> int:
 
 
 def set_log_level(level: int) -> None:
-    """Set the level of the logger, as a cluster with this `loglevel` is made. INFO, the default,
-    leaves a level that the program itself has set, by `dispy.logger.setLevel()` or by its
-    configuration of `logging`."""
+    """Set the level of the logger to the `loglevel` of a cluster that is being created. INFO, the
+    default, leaves a level unchanged that the program itself has set, by `dispy.logger.setLevel()`
+    or by its configuration of `logging`."""
     global _own_level
     if level != logging.INFO or logger.level == _own_level:
         _own_level = level
@@ -360,7 +365,8 @@ def set_log_level(level: int) -> None:
 
 
 class NothingToRecover(DispyError, FileNotFoundError):
-    """`recover_jobs()` without a file has found nothing that this script has left."""
+    """`recover_jobs()` was called without a file, and has found no jobs that this script has
+    left."""
 
 
 class NoNodes(DispyError):
@@ -372,16 +378,16 @@ class NoNodes(DispyError):
 # --------------------------------------------------------------------------------------------------
 
 class JobsAssigned(NamedTuple):
-    """Scheduler: these jobs are on a node now (address, port, name), begun or not, or wait again
-    (empty)."""
+    """A scheduler says that these jobs are on a node now (address, port, name), whether they have
+    begun or not, or that they wait again (empty)."""
     comp: str
     node: tuple
     serials: list
 
 
 class NodeChanged(NamedTuple):
-    """Scheduler: a node has become ready (status 2) or is not any more (3); `node` is a row of
-    `NodeQueries.rows_of`."""
+    """A scheduler says that a node has become ready (status 2) or is not ready any more (3); `node`
+    is a row of `NodeQueries.rows_of`."""
     comp: str
     status: int
     node: tuple
@@ -405,22 +411,22 @@ OF_NODES = frozenset(op for op in MESSAGES if op >= 32)
 # --------------------------------------------------------------------------------------------------
 
 class JobFailed(DispyError):
-    """A job did not finish; the text is its `exception`. Raised by `map` and the executor where the
-    job's own exception object is not to be had."""
+    """A job did not finish; the text is its `exception`. `map` and the executor raise this if the
+    exception object of the job is not available."""
 
 
 class WorkerLost(JobFailed, BrokenProcessPool):
-    """What ran a job is lost: its worker process was killed or ended itself, its node is lost, or
-    what was sent or came back could not be opened. The others go on, and so does an executor,
-    unlike one of the standard library, whose exception this is as well."""
+    """The process that ran a job is lost: its worker was killed or ended itself, its node is lost,
+    or the arguments or the result could not be opened. Other jobs go on, and so does an executor,
+    unlike one of the standard library, whose exception is a base class of this one."""
 
 
 class RemoteTraceback(DispyError):
-    """The cause of an exception that a job raised: where it did, on the node."""
+    """The cause of an exception that a job raised: it shows the traceback on the node."""
 
     @property
     def tb(self) -> str:
-        """The traceback, by the name that it has in the standard library."""
+        """The text of the traceback; the standard library uses this name."""
         return str(self.args[0])
 
     def __str__(self) -> str:
@@ -428,7 +434,8 @@ class RemoteTraceback(DispyError):
 
 
 def error_of(job: 'DispyJob') -> BaseException:
-    """The exception to raise for a job that failed, with the node's traceback as its cause."""
+    """Return the exception that is to be raised for a job that failed, with the node's traceback as
+    its cause."""
     if job.error is None:
         told = job.status == JobState.CANCELLED or job.outcome in _OUTCOMES_TOLD
         return (JobFailed if told else WorkerLost)(job.exception)
@@ -437,7 +444,7 @@ def error_of(job: 'DispyJob') -> BaseException:
 
 
 def exit_error(job: 'DispyJob') -> subprocess.CalledProcessError:
-    """The exception for a program that has ended with an exit status other than 0."""
+    """Return the exception for a program that has ended with an exit status other than 0."""
     names = []
     for cluster in list(_clusters):
         if core_of(cluster).comp == job.comp:
@@ -450,12 +457,12 @@ def exit_error(job: 'DispyJob') -> subprocess.CalledProcessError:
     return subprocess.CalledProcessError(job.result, command, job.stdout, job.stderr)
 
 
-# The job's own exception could not travel, or it ended as its options say
+# The exception of the job could not be sent, or its options have ended it
 _OUTCOMES_TOLD = frozenset((Outcome.RAISED, Outcome.TIMED_OUT))
 
 
 def result_of(job: 'DispyJob') -> Any:
-    """Wait; return the job's result or raise for it."""
+    """Wait for a job and return its result, or raise the exception for it."""
     result = job()
     if job.status != JobState.FINISHED:
         raise error_of(job)
@@ -465,10 +472,10 @@ def result_of(job: 'DispyJob') -> Any:
 def in_slices(wait: Callable[[float], Any],
               timeout: Optional[float],
               clock: Callable[[], float] = time.monotonic) -> Any:
-    """Call `wait(seconds)` again and again until what it returns is true or `timeout` seconds
-    of `clock` have passed (None: without limit), and return what it returned last. No call waits
-    longer than FOREVER, since on Windows Ctrl-C does not end a wait. All waits of the user's
-    threads go through here. Any thread."""
+    """Call `wait(seconds)` repeatedly until it returns a true value or `timeout` seconds of `clock`
+    have passed (None: no limit), and return what it returned last. No single call waits longer than
+    FOREVER, since Ctrl-C does not end a wait on Windows. All waits in threads of the user use this
+    function. Any thread."""
     if timeout is None:
         until = None
     else:
@@ -488,7 +495,7 @@ def in_slices(wait: Callable[[float], Any],
 
 
 def next_of(ended: 'queue.SimpleQueue[Any]', timeout: Optional[float] = None) -> Any:
-    """The next item of a queue. Raises queue.Empty after `timeout` seconds (None: waits without
+    """Return the next item of a queue. Raises queue.Empty after `timeout` seconds (None: no
     limit)."""
     def get(seconds: float) -> Tuple[Any, ...]:
         with contextlib.suppress(queue.Empty):
@@ -501,14 +508,15 @@ def next_of(ended: 'queue.SimpleQueue[Any]', timeout: Optional[float] = None) ->
 
 
 def answer_of(future: 'concurrent.futures.Future[Any]', timeout: Optional[float]) -> Any:
-    """The future's result, or what it raises; concurrent.futures.TimeoutError after `timeout`
-    seconds (None: waits without limit)."""
+    """Return the result of a future, or raise its exception. Raises concurrent.futures.TimeoutError
+    after `timeout` seconds (None: no limit)."""
     in_slices(lambda seconds: concurrent.futures.wait([future], seconds).done, timeout)
     return future.result(0)
 
 
 class JobState(enum.IntEnum):
-    """Where a job is. The first seven are what DispyJob.status shows; the numbers are dispy 4's."""
+    """The state of a job. The first seven are those that DispyJob.status has; their numbers are
+    those of dispy 4."""
     CREATED = 5
     RUNNING = 6
     PROVISIONAL = 7
@@ -538,7 +546,7 @@ JOB_TABLE: Dict[Tuple[JobState, str], JobState] = {
     (JobState.REQUEUED, 'give up'): JobState.ABANDONED,
     (JobState.CREATED, 'fail'): JobState.TERMINATED,
     (JobState.REQUEUED, 'fail'): JobState.TERMINATED,
-    (JobState.REQUEUED, 'finish'): JobState.FINISHED,   # it might have been repeated, and is not
+    (JobState.REQUEUED, 'finish'): JobState.FINISHED,   # it might have been repeated and is not
 }
 for _running in (JobState.SENT, JobState.RUNNING, JobState.PROVISIONAL):
     JOB_TABLE[_running, 'finish'] = JobState.FINISHED
@@ -557,8 +565,8 @@ FAILED = frozenset((JobState.TERMINATED, JobState.ABANDONED))
 
 
 class ScheduledJob:
-    """What the Schedule knows of a job. These attributes are for this package: who uses a job reads
-    those that DispyJob names."""
+    """What the Schedule knows of a job. These attributes are for this package only; programs use
+    those that DispyJob documents."""
     __slots__ = ('state', 'comp', 'payload', 'options', 'serial', 'lost_with')
 
     def __init__(self, comp: str, payload: Any, options: Optional[dict] = None) -> None:
@@ -567,31 +575,34 @@ class ScheduledJob:
         self.payload = payload
         self.options = options
         self.serial = 0          # job number << 16 | number of the attempt; 0 before the first
-        self.lost_with: Tuple[str, ...] = ()   # nodes that were lost while it was there
+        self.lost_with: Tuple[str, ...] = ()   # nodes that were lost while the job was there
 
 
-_OF_PROGRAM: Any = object()       # in place of the number of a job
+_OF_PROGRAM: Any = object()       # replaces the number of a job
 _own_numbers = itertools.count(1)
 
 
 def of_kind(cls: Any, item: Any, /) -> Any:
-    """`DispyJob[int]`, as annotations have it: here it is the class, and type checkers, which read
-    dispy.pyi, tell its kinds apart. A types.GenericAlias would be none in Python 3.8, and
-    JobCluster[[int], str] could not stand in Optional[...] before Python 3.11."""
+    """Return the class for `DispyJob[int]`, as annotations have it: it is the class itself, and
+    type checkers, which read dispy.pyi, distinguish its kinds. A types.GenericAlias does not exist
+    in Python 3.8, and JobCluster[[int], str] could not be used in Optional[...] before Python
+    3.11."""
     return cls
 
 
 def packed_plain(args: tuple, kwargs: dict) -> bytes:
-    """Arguments of a job that belongs to no cluster. Raises what pickling raises."""
+    """Return the packed arguments of a job that belongs to no cluster. Raises what pickling
+    raises."""
     return in_one_piece(dumps((args, kwargs)).payload)
 
 
 class ProgramJob(ScheduledJob):
-    """What this package knows of a job of the program, beside what its user reads: see DispyJob.
+    """What this package knows of a job of the program, besides the attributes for the user: see
+    DispyJob.
 
     failure - why it has failed, with what is needed to explain it; else None
-    outcome - of the attempt that was its last, if that did not return; else 0
-    future - of the call of an executor, until that is settled; else there is none
+    outcome - the outcome of its last attempt, if that did not return; else 0
+    future - the future of an executor's call, until it is settled; else None
     """
     __slots__ = ('failure', 'outcome', 'future', 'event', 'when_ended')
     status: int
@@ -602,15 +613,15 @@ class ProgramJob(ScheduledJob):
     when_ended: Optional[List[Callable[['DispyJob'], None]]]
 
     def call_when_ended(self, call: Callable[['DispyJob'], None]) -> None:
-        """Call it with the job when that has ended, at once if it has; perhaps twice. Any thread;
-        must be quick."""
+        """Call a function with the job when it has ended, or at once if it has ended already; the
+        function may be called twice. It must be quick. Any thread."""
         with _lock:
             self.when_ended = [*(self.when_ended or ()), call]
         if self.status in ENDED:
             call(self)  # type: ignore[arg-type]
 
     def wake(self) -> None:
-        """The job has ended: whoever waits for it is told."""
+        """Notify those who wait for the job that it has ended."""
         if self.event is not None:
             self.event.set()
         for call in self.when_ended or ():
@@ -620,17 +631,18 @@ class ProgramJob(ScheduledJob):
 class DispyJob(ProgramJob):
     """A job; `submit` makes it. Attributes:
 
-    id - the user's to set; a running number by default
-    status - one of the constants below; result, stdout, stderr - when it has ended (output is `str`
-        for functions,
-        `bytes` for programs); exception - text of the traceback or of what went wrong, else None;
-        error - the exception
-        itself if it could be pickled, else None
-    ip_addr - where it ran, else None; submit_time, start_time, end_time - seconds since the epoch,
-        None before that
-    arguments - of a cluster with a recover_file, and of what `recover_jobs` returns from one: the
-        arguments as text of at
-        most 300 characters, also when they are not there any more; else empty
+    id - the user may set it; a running number by default
+    status - one of the constants below
+    result - what the computation has returned, or a provisional result; None before
+    stdout, stderr - the output of the job, when it has ended: `str` for functions, `bytes` for
+        programs
+    exception - the text of the traceback or of what went wrong, else None
+    error - the exception itself if it could be pickled, else None
+    ip_addr - the address of the node where it ran, else None
+    submit_time, start_time, end_time - in seconds since the epoch, None before that time
+    arguments - for a cluster with a recover_file, and for what `recover_jobs` returns from one: the
+        arguments as a text of at most 300 characters, even if the arguments themselves are not
+        available any more; else empty
     """
     arguments = ''
     __slots__ = ('id', 'status', 'result', 'stdout', 'stderr', '_exception', '_error', 'ip_addr',
@@ -646,8 +658,8 @@ class DispyJob(ProgramJob):
     __class_getitem__ = classmethod(of_kind)
 
     def __init__(self, comp: Any, payload: Any, options: Any, number: Any = _OF_PROGRAM) -> None:
-        """Of a cluster. A program may make one that belongs to no cluster, as with dispy 4, by
-        DispyJob(id, args, kwargs)."""
+        """Clusters make jobs. A program may make a job that belongs to no cluster, as with dispy 4,
+        by DispyJob(id, args, kwargs)."""
         if number is _OF_PROGRAM:
             if comp is None:
                 number = next(_own_numbers)
@@ -680,7 +692,7 @@ class DispyJob(ProgramJob):
 
     @property
     def exception(self) -> Optional[str]:
-        """Text of the traceback or of what went wrong, else None."""
+        """The text of the traceback or of what went wrong, else None."""
         failure = self.failure
         if failure is not None:
             failure.seen()
@@ -691,6 +703,7 @@ class DispyJob(ProgramJob):
 
     @exception.setter
     def exception(self, text: Optional[str]) -> None:
+        """The text of the traceback or of what went wrong, else None."""
         self._exception = text
 
     @property
@@ -706,8 +719,8 @@ class DispyJob(ProgramJob):
 
     @property
     def finish(self) -> threading.Event:
-        """An event that is set when the job has ended. Made when first asked for: most jobs never
-        need it."""
+        """An event that is set when the job has ended. It is created at its first use, since most
+        jobs never need it."""
         event = self.event
         if event is None:
             with _lock:
@@ -719,13 +732,13 @@ class DispyJob(ProgramJob):
         return event
 
     def wait(self, timeout: Optional[float] = None) -> bool:
-        """Wait up to `timeout` seconds (None: without limit); whether the job has ended. Any
+        """Wait up to `timeout` seconds (None: no limit). Returns whether the job has ended. Any
         thread."""
         seconds = None if timeout is None else _seconds('timeout', timeout)
         if self.status in ENDED:
             return True
         if timeout is None and self.event is None:
-            # What the driver does for it is one call, where an event takes a dozen
+            # For this the driver needs one call, whereas an event takes a dozen
             ended: 'queue.SimpleQueue[DispyJob]' = queue.SimpleQueue()
             self.call_when_ended(ended.put)
             next_of(ended)
@@ -734,7 +747,7 @@ class DispyJob(ProgramJob):
 
     def __call__(self, timeout: Union[None, bool, float] = None, clear: bool = False) -> Any:
         """Wait and return the result; None for a job that failed. Raises TimeoutError after
-        `timeout` seconds. `clear`, in dispy 4 the first parameter, is accepted and has no meaning
+        `timeout` seconds. `clear`, in dispy 4 the first parameter, is accepted and has no effect
         any more. Any thread."""
         if isinstance(timeout, bool):
             clear = timeout
@@ -746,11 +759,11 @@ class DispyJob(ProgramJob):
         return self.result
 
     def get(self, timeout: Optional[float] = None) -> Any:
-        """Wait and return the result, or raise what the job raised, with the node's traceback as
-        its cause: JobFailed where that exception could not travel or the job was cancelled or ran
-        past its time, WorkerLost where its process or node was lost,
-        subprocess.CalledProcessError for a program with an exit status other than 0. Raises
-        TimeoutError after `timeout` seconds. Any thread."""
+        """Wait and return the result, or raise the exception of the job, with the node's traceback
+        as its cause. Raises JobFailed if that exception could not be sent, or if the job was
+        cancelled or exceeded its time limit, WorkerLost if its process or node was lost,
+        subprocess.CalledProcessError for a program with an exit status other than 0, and
+        TimeoutError after `timeout` seconds (None: no limit). Any thread."""
         if not self.wait(timeout):
             raise TimeoutError(unended_text(self, timeout))
         if self.status != JobState.FINISHED:
@@ -760,8 +773,8 @@ class DispyJob(ProgramJob):
         return self.result
 
     def __await__(self) -> Iterator[Any]:
-        """`await job` is `get` in a coroutine of asyncio. A task that is cancelled meanwhile
-        leaves the job as it is."""
+        """Let `await job` do in a coroutine of asyncio what `get` does. If the waiting task is
+        cancelled, the job goes on."""
         import asyncio
         loop = asyncio.get_running_loop()
         ended = loop.create_future()
@@ -779,14 +792,14 @@ class DispyJob(ProgramJob):
 
     @property
     def args(self) -> Any:
-        """Arguments, until it has ended; then None."""
+        """The arguments, until the job has ended; then None."""
         if self.payload is None:
             return None
         return loads(in_one_piece(self.payload))[0]
 
     @property
     def kwargs(self) -> Any:
-        """Keyword arguments, until it has ended; then None."""
+        """The keyword arguments, until the job has ended; then None."""
         if self.payload is None:
             return None
         return loads(in_one_piece(self.payload))[1]
@@ -799,7 +812,7 @@ class DispyJob(ProgramJob):
     _kwargs = kwargs
 
     def __lt__(self, other: Any) -> bool:
-        """In the order of submission, so that (priority, job) can be put into a queue."""
+        """Compare by the order of submission, so that (priority, job) can be put into a queue."""
         if not isinstance(other, DispyJob):
             return NotImplemented
         return (self.submit_time, id(self)) < (other.submit_time, id(other))
@@ -815,7 +828,8 @@ class DispyJob(ProgramJob):
 
 
 def unended_text(job: DispyJob, timeout: Optional[float]) -> str:
-    """Return a text which says that a job has not ended in time, and why. The user's threads."""
+    """Return a text which says that a job has not ended in time, and why. For threads of the
+    user."""
     values = values_of(job.payload, hasattr(job, 'future'))
     words = job_in_words(job.id, values)
     seconds = round(timeout or 0.0, 3)
@@ -841,7 +855,7 @@ def _why_unended(job: DispyJob) -> str:
 
 
 def has_exit_status(job: DispyJob) -> bool:
-    """Whether it was a program that failed, as far as its exit status says."""
+    """Return whether a job was a program that failed, as far as its exit status shows."""
     if not isinstance(job.stdout, bytes):
         return False
     return job.result != 0
@@ -858,9 +872,9 @@ ARGUMENTS_SHOWN = 16384       # bytes of packed arguments that are opened to be 
 
 
 def values_of(payload: Any, is_call: bool) -> Optional[Tuple[tuple, Dict[str, Any]]]:
-    """Arguments, positional and by name, that were packed so, to show them; None if they are large,
-    or not of plain builtins only: opening others would run the user's code once more, in the
-    program. Those of a call of an executor have the packed function before them."""
+    """Return packed arguments, by position and by name, for display; None if they are large, or if
+    they are not plain builtin values: opening others would run the user's code once more, in the
+    program. Those of an executor's call begin with the packed function."""
     if payload is None:
         return None
     if size_of(payload) > ARGUMENTS_SHOWN:
@@ -879,7 +893,7 @@ def values_of(payload: Any, is_call: bool) -> Optional[Tuple[tuple, Dict[str, An
 
 
 def job_in_words(number: Any, values: Optional[Tuple[tuple, Dict[str, Any]]]) -> str:
-    """A job by its id and its arguments, as far as they are known."""
+    """Return a text that identifies a job by its id and its arguments, as far as they are known."""
     if values is None or not any(values):
         return 'job %.80r' % (number,)
     several = len(values[0]) + len(values[1]) > 1
@@ -887,7 +901,7 @@ def job_in_words(number: Any, values: Optional[Tuple[tuple, Dict[str, Any]]]) ->
 
 
 def words_of(args: tuple, kwargs: Dict[str, Any]) -> str:
-    """The arguments of a job as people read them, in at most 300 characters. Runs the user's
+    """Return the arguments of a job for people, in at most 300 characters. This runs the user's
     `__repr__`."""
     words = []
     for arg in args[:SHOWN_MOST]:
@@ -905,13 +919,12 @@ def words_of(args: tuple, kwargs: Dict[str, Any]) -> str:
 def _word_of(value: Any) -> str:
     try:
         return SHORT.repr(value)
-    except Exception:  # of the user's object
+    except Exception:  # raised by the user's object
         return '<%s>' % type(value).__name__
 
 
 class KeptJob(DispyJob):
-    """A job that is written down in a recover_file; an `id` that is set later is written down
-    too."""
+    """A job that is recorded in a recover_file; an `id` that is set later is recorded, too."""
     __slots__ = ('arguments', 'journal')
 
     def __init__(self, comp: str, payload: Any, options: Optional[dict], number: Any,
@@ -922,11 +935,12 @@ class KeptJob(DispyJob):
 
     @property
     def id(self) -> Any:
-        """The id of the job, as a DispyJob has it."""
+        """The id of the job, as in DispyJob."""
         return _plain_id.__get__(self, KeptJob)
 
     @id.setter
     def id(self, value: Any) -> None:
+        """The id of the job, as in DispyJob."""
         _plain_id.__set__(self, value)
         if self.journal is not None:
             self.journal.renamed(self)
@@ -936,10 +950,10 @@ _plain_id: Any = vars(DispyJob)['id']
 
 
 class NodeState(enum.Enum):
-    """What a node is to this program."""
+    """The state of a node for this program."""
     FOUND = 'found'
     DIALLING = 'dialling'
-    UNREACHED = 'unreachable'   # shown as the word for what came of the attempt: see Unreached
+    UNREACHED = 'unreachable'   # shown as the word for the result of the attempt: see Unreached
     CONNECTED = 'connected'
     CLOSED = 'closed'
     LOST = 'lost'
@@ -965,7 +979,7 @@ NODE_TABLE: Dict[Tuple[NodeState, str], NodeState] = {
 
 def fill_in(job: DispyJob, row: tuple, is_program: bool, failures: Optional['Failures'] = None,
             node: str = '') -> None:
-    """Give a job what its row of Results, which comes from this node, says."""
+    """Set the attributes of a job from its row of Results, which this node has sent."""
     _, outcome, start, end, payload, stdout, stderr = row
     status = int(job.state)
     if outcome == 1 or outcome == 2:   # RETURNED, RETURNED_CODE
@@ -979,8 +993,8 @@ def fill_in(job: DispyJob, row: tuple, is_program: bool, failures: Optional['Fai
         _fill_in_error(job, payload)
     else:
         job.outcome = outcome
-        decoded = bytes(payload).decode('utf-8', 'replace')
-        job.result, job.exception = None, decoded
+        text = bytes(payload).decode('utf-8', 'replace')
+        job.result, job.exception = None, text
     if start:
         job.start_time = start
     job.end_time = end or time.time()
@@ -1003,23 +1017,23 @@ def fill_in(job: DispyJob, row: tuple, is_program: bool, failures: Optional['Fai
         if status in FAILED:
             failures.add(job, node)
     job.payload = None
-    job.status = status   # last: whoever sees it sees all of the above
+    job.status = status   # this comes last: threads that see it see all of the above
 
 
 def _fill_in_error(job: DispyJob, payload: Any) -> None:
-    """Give a job the exception that its function raised."""
-    job.result = None   # a provisional one may stand there
+    """Set the exception of a job that its function raised."""
+    job.result = None   # it may be a provisional one
     job.exception, body = unpack_error(payload)
     if not len(body):
         return
     try:
         job.error = loads(body)
-    except BaseException as exc:  # unpickling runs the user's code; the text is there
+    except BaseException as exc:  # unpickling runs the user's code; the text is sufficient
         logger.debug('an exception of job %r could not be opened: %s', job.id, type(exc).__name__)
 
 
 def end_without(job: DispyJob, text: str, failures: Optional['Failures'] = None) -> None:
-    """A job has ended without a result."""
+    """End a job that has no result."""
     job.result = None
     job.exception = text
     job.end_time = time.time()
@@ -1031,7 +1045,7 @@ def end_without(job: DispyJob, text: str, failures: Optional['Failures'] = None)
 
 
 class AssignmentState(enum.Enum):
-    """What a node is to one cluster."""
+    """The state of a node for one cluster."""
     WAITING = 'waiting'         # not connected, or not offered the computation yet
     ASKING = 'asking'           # the user's NodeAllocate is asked
     SETTING_UP = 'setting up'
@@ -1043,7 +1057,7 @@ class AssignmentState(enum.Enum):
 ASSIGNMENT_TABLE: Dict[Tuple[AssignmentState, str], AssignmentState] = {
     (AssignmentState.WAITING, 'ask'): AssignmentState.ASKING,
     (AssignmentState.REFUSED, 'ask'): AssignmentState.ASKING,
-    (AssignmentState.ASKING, 'ask'): AssignmentState.ASKING,   # for its source after its allocation
+    (AssignmentState.ASKING, 'ask'): AssignmentState.ASKING,   # the source follows
     (AssignmentState.WAITING, 'offer'): AssignmentState.SETTING_UP,
     (AssignmentState.REFUSED, 'offer'): AssignmentState.SETTING_UP,
     (AssignmentState.ASKING, 'offer'): AssignmentState.SETTING_UP,
@@ -1067,13 +1081,13 @@ class _AvailInfo(NamedTuple):
 
 
 class DispyNodeAvailInfo(_AvailInfo, metaclass=Listed):
-    """What is free on a node: cpu in percent, memory, disk and swap in bytes; None where it is not
-    known."""
+    """The free resources of a node: cpu in percent, memory, disk and swap in bytes; a figure is
+    None if it is not known."""
     __slots__ = ()
 
 
 def resources_of(facts: dict) -> Dict[str, int]:
-    """How many units of resources a node offers, by what it has told."""
+    """Return how many units of each resource a node offers, from its facts."""
     found = facts.get('resources')
     if type(found) is not dict:
         return {}
@@ -1084,39 +1098,43 @@ def resources_of(facts: dict) -> Dict[str, int]:
 
 
 def resource_use(facts: dict) -> Dict[str, Tuple[int, int]]:
-    """Of each resource of a node how many units jobs have, and how many there are."""
+    """Return for each resource of a node how many units jobs use, and how many there are."""
     used = facts.get('resources_used', {})
     return {name: (used.get(name, 0), count) for name, count in resources_of(facts).items()}
 
 
 def resource_words(node: 'DispyNode') -> List[str]:
-    """'gpu 1 of 2': what jobs have of the resources of a node."""
+    """Return a text such as 'gpu 1 of 2': how many units of each resource of a node jobs use."""
     return ['%s %d of %d' % (name, node.resources_used[name], count)
             for name, count in node.resources.items()]
 
 
 class DispyNode:
-    """A node as `status()` and cluster_status show it; a copy that does not change. Attributes:
+    """A node in the form that `status()` and cluster_status show; it is a copy that does not
+    change. Attributes:
 
-    ip_addr, port, name - where it is and what it calls itself
-    state - what it is to this cluster: 'ready', 'setting up', 'refused', 'found', 'dialling',
-        'connected', 'lost',
-        'closed', or why it was never reached: 'down' (nothing listens there), 'unreachable' (no
-        answer, or no route),
-        'no such name', 'no name service' or 'refused' (another secret, for example); reason - why
-        it is not used, else ''
-    cpus - how many of it this cluster uses; avail_cpus - how many it offers; busy - jobs of this
-        cluster that run there now, without those that wait there
-    jobs_done, cpu_time - jobs of this cluster that ended there, and the seconds that they ran
-    tx, rx - bytes that this program has sent there and has received from there, all clusters
+    ip_addr, port, name - its address and port, and the name that it has given itself
+    state - its state for this cluster: 'ready', 'setting up', 'refused', 'found', 'dialling',
+        'connected', 'lost' or 'closed'; or why it was never reached: 'down' (nothing listens
+        there), 'unreachable' (no answer, or no route), 'no such name', 'no name service' or
+        'refused' (because of another secret, for example)
+    reason - why it is not used, else ''
+    cpus - the number of its CPUs that this cluster uses
+    avail_cpus - the number of CPUs that it offers
+    busy - the number of jobs of this cluster that run there now, without those that wait there
+    jobs_done, cpu_time - the number of jobs of this cluster that have ended there, and the seconds
+        that they ran
+    tx, rx - the bytes that this program has sent to it and has received from it, for all clusters
         together
-    resources - how many units it offers of what jobs ask for by name, as {'gpu': 2};
-        resources_used - how many of these jobs of this program have there, or of a scheduler
-    update_time - when it was heard last, in seconds since the epoch; 0 for never
-    platform - its operating system and processor; avail_info - DispyNodeAvailInfo of when it was
-        connected; what is not known, as without psutil, is None
+    resources - how many units it offers of the resources that jobs ask for by name, such as {'gpu':
+        2}
+    resources_used - how many of these the jobs of this program use, or all jobs of the scheduler
+    update_time - when it was last heard, in seconds since the epoch; 0 means never
+    platform - its operating system and processor
+    avail_info - the DispyNodeAvailInfo of the time when it was connected; figures that are not
+        known, as without psutil, are None
     """
-    # What cluster_status says of a node; no job's status has these numbers.
+    # The status of a node in cluster_status; no status of a job has these numbers.
     Initialized = 4
     Closed = 16
     AvailInfo = 17
@@ -1194,7 +1212,7 @@ class DispyNode:
 
 # States of nodes
 NOT_CONNECTED = frozenset(('found', 'dialling', 'lost', *map(str, Unreached)))
-NOT_TRIED = frozenset(('found', 'dialling'))   # to the end: nothing is known yet
+NOT_TRIED = frozenset(('found', 'dialling'))   # until the end of the search, nothing is known
 SILENT = frozenset(map(str, Unreached)) - {str(Unreached.REFUSED)}
 
 
@@ -1204,16 +1222,16 @@ class _NodesAndJobs(NamedTuple):
 
 
 class ClusterStatus(_NodesAndJobs, metaclass=Listed):
-    """What `status()` returns, a pair: the nodes that have answered, also those that do not take
-    this computation, and the number of jobs that have not ended. `refused` are the nodes that no
-    connection was ever made with; the `reason` of each says why. `all_nodes` are both."""
+    """What `status()` returns: a pair of the nodes that have answered, including those that do not
+    take this computation, and of the number of jobs that have not ended. `refused` are the nodes to
+    which no connection was ever made; the `reason` of each says why. `all_nodes` are both."""
     refused: List[DispyNode] = []
 
     def __new__(cls, nodes: Sequence[DispyNode], jobs_pending: int) -> 'ClusterStatus':
         answered: List[DispyNode] = []
         refused: List[DispyNode] = []
         for node in nodes:
-            # One that has answered has told its CPUs.
+            # A node that has answered has sent its number of CPUs
             has_answered = node.avail_cpus or node.state not in NOT_CONNECTED
             (answered if has_answered else refused).append(node)
         status = super().__new__(cls, answered, jobs_pending)
@@ -1222,15 +1240,14 @@ class ClusterStatus(_NodesAndJobs, metaclass=Listed):
 
     @property
     def all_nodes(self) -> List[DispyNode]:
-        """Nodes that are used, and those that are not."""
+        """The nodes that have answered, and those that have not."""
         return [*self.nodes, *self.refused]
 
 
 # --------------------------------------------------------------------------------------------------
 # What people see: why jobs failed, lines of source code, representations. Values in, text out:
-# nothing here
-# asks a node. SourceHere and Failures look at files of this host, and keep what they have been
-# told.
+# nothing here asks a node. SourceHere and Failures examine files of this host, and keep what they
+# have been told.
 # --------------------------------------------------------------------------------------------------
 
 def many(count: int, word: str) -> str:
@@ -1243,7 +1260,7 @@ _OF_GROUP = LazyPattern(r'^  \| (\w[\w.]*: .*)$', re.M)
 
 
 def reason_of(text: str) -> str:
-    """The line of a traceback that names the exception; of another text the first line."""
+    """Return the line of a traceback that names the exception; of another text the first line."""
     at = 0
     for frame in _OF_FRAME.finditer(text):
         at = frame.end()
@@ -1261,7 +1278,8 @@ def reason_of(text: str) -> str:
 
 
 def kind_of_reason(reason: str) -> str:
-    """What reasons that differ in numbers have in common: the class of an exception."""
+    """Return what reasons that differ in numbers have in common, such as the class of an
+    exception."""
     name, colon, _ = reason.partition(': ')
     if colon and re.fullmatch(r'[\w.]+', name):
         return name
@@ -1273,9 +1291,9 @@ _QUOTED = LazyPattern(r"""(['"])(.+?)\1""")
 
 
 def missing_file(text: str, is_here: Callable[[str], bool]) -> Tuple[str, int]:
-    """The relative path that a job has not found and that is here, and where in the text the line
-    ends that says so; ('', 0) if there is none. Also a path that is not quoted, as with numpy, if
-    it looks like the name of a file."""
+    """Return the relative path that a job has not found and that exists here, and the offset in the
+    text where the line that says so ends; ('', 0) if there is none. A path that is not quoted, as
+    in messages of numpy, counts as well if it looks like the name of a file."""
     for line in reversed(list(_NOT_FOUND.finditer(text))):
         message = line.group(1)
         words = []
@@ -1297,7 +1315,8 @@ def missing_file(text: str, is_here: Callable[[str], bool]) -> Tuple[str, int]:
 
 
 def hint_for_missing(path: str, directory: str, is_sent: bool) -> str:
-    """What to do about a relative path that a job has not found, and that is in this directory."""
+    """Return advice about a relative path that a job has not found and that exists in this
+    directory."""
     name = os.path.basename(os.path.normpath(path))
     if is_sent:
         return '%r was sent by depends, and is called %r in the directory of the job' % (path, name)
@@ -1310,17 +1329,17 @@ def hint_for_missing(path: str, directory: str, is_sent: bool) -> str:
 
 
 class Failure:
-    """Why a job has failed, in a line, and where. Until somebody has looked at it, it counts in a
-    row of its cluster's Failures."""
+    """The reason why a job has failed, in one line, and where. Until the program has looked at it,
+    it is counted in the Failures of its cluster."""
     __slots__ = ('reason', 'node', 'row', 'payload', 'is_call')
 
     def __init__(self, reason: str, node: str, row: Optional[List[Any]]) -> None:
         self.reason = reason
         self.node = node
         self.row = row
-        # Arguments, until they are shown; None: they are large, or the text has a traceback
+        # The arguments, until they are shown; None: they are large, or the text has a traceback
         self.payload: Any = None
-        self.is_call = False       # of an executor
+        self.is_call = False       # the call of an executor
 
     def keep(self, job: 'DispyJob') -> None:
         """Keep the arguments of the job, which has ended, unless they are large."""
@@ -1331,11 +1350,12 @@ class Failure:
             self.is_call = hasattr(job, 'future')
 
     def values(self) -> Optional[Tuple[tuple, Dict[str, Any]]]:
-        """The arguments, if they are here."""
+        """Return the arguments, if they were kept."""
         return values_of(self.payload, self.is_call)
 
     def with_arguments(self, job: 'DispyJob') -> Optional[str]:
-        """The text of the job's `exception`, from now on with its arguments. The user's threads."""
+        """Return the text of the job's `exception`, from now on with its arguments. For threads of
+        the user."""
         with _lock:
             payload = self.payload
             self.payload = None
@@ -1348,7 +1368,7 @@ class Failure:
         return '%s (%s)' % (text, job_in_words(job.id, values))
 
     def seen(self) -> None:
-        """Somebody has looked. Any thread."""
+        """Note that the program has looked at it. Any thread."""
         if self.row is None:
             return
         with _lock:
@@ -1359,23 +1379,23 @@ class Failure:
 
 
 class Failures:
-    """The failed jobs of a cluster at which nobody has looked. `directory` is where its program
-    began, `sent` the names of files that travel. Any thread.
+    """The failed jobs of a cluster at which the program has not looked. `directory` is the working
+    directory in which its program began, `sent` the names of the files that are sent. Any thread.
 
     Jobs are counted and not kept: a job that the program has dropped stays counted.
     """
-    KINDS_MOST = 100   # of reasons; others count as one
+    KINDS_MOST = 100   # kinds of reasons; the others count as one
 
     def __init__(self, directory: str, sent: Iterable[str], counts: bool) -> None:
         self._directory = directory
         self._sent = sent
-        self._counts = counts                  # no callback of the program is told
+        self._counts = counts                  # the program has no callback for this
         # Kind of reason -> [jobs, reason of the first, its id]
         self._rows: Dict[str, List[Any]] = {}
 
     def add(self, job: 'DispyJob', node: str = '') -> None:
-        """A job has failed; nobody sees yet that it has ended. Adds to its exception what is known
-        here and not at the node."""
+        """Count a job that has failed; nobody sees yet that it has ended. Adds to its exception
+        what is known here and not on the node."""
         text = source_here.added_to(job.exception or '')
         if 'ModuleNotFoundError' in text:
             text = with_hint_for_module(text, node)
@@ -1403,7 +1423,7 @@ class Failures:
 
     @staticmethod
     def exited(job: 'DispyJob', node: str = '') -> None:
-        """A program has ended with an exit status other than 0."""
+        """Count a program that has ended with an exit status other than 0."""
         reason = status_words(job.result)
         job.failure = Failure(reason, node, None)
         job.failure.keep(job)
@@ -1423,8 +1443,8 @@ class Failures:
         return row
 
     def take(self, submitted: int) -> str:
-        """What is to be said of them, of so many jobs; empty if there are none. Whoever asks again
-        is told of later ones."""
+        """Return the text about these failures among so many jobs; it is empty if there are none.
+        They are reported only once: the next call returns later failures."""
         with _lock:
             rows = []
             for row in self._rows.values():
@@ -1435,7 +1455,8 @@ class Failures:
 
 
 def status_words(status: Any) -> str:
-    """The exit status of a program, with the name of the signal if one has ended it."""
+    """Return the exit status of a program in words, with the name of the signal if one has ended
+    it."""
     name = ''
     if type(status) is int and status < 0:
         with contextlib.suppress(ValueError):
@@ -1444,7 +1465,7 @@ def status_words(status: Any) -> str:
 
 
 _NO_MODULE = LazyPattern(r"ModuleNotFoundError: No module named '(\w+)[\w.]*'$", re.M)
-# What a node says (explain_import), which does not know what the module is here
+# The text of a node (explain_import), which does not know what the module is here
 _INSTALL = LazyPattern(
     r'install (\S+) on this node \((.+) -m pip install \S+\), or list its file in depends '
     r'if it is a module of your own'
@@ -1452,8 +1473,8 @@ _INSTALL = LazyPattern(
 
 
 def hint_for_module(name: str, node: str, python: str) -> str:
-    """What to do about a module that a node does not have, by what it is here; empty for one that
-    is not here either. `python`: the node's interpreter."""
+    """Return advice about a module that a node does not have, depending on what the module is here;
+    empty if it does not exist here either. `python`: the node's interpreter."""
     if node:
         where = 'node %s' % node
     else:
@@ -1472,14 +1493,15 @@ def hint_for_module(name: str, node: str, python: str) -> str:
 
 
 def with_hint_for_module(text: str, node: str) -> str:
-    """What a node, or a job there, says of an import that failed, with a hint that fits."""
+    """Return the message of a node, or of a job there, about a failed import, with advice if there
+    is any."""
     told = _INSTALL.search(text)
     if told is not None:
         name = told.group(1)
         python = told.group(2)
         hint = hint_for_module(name, node, python) or told.group()
-        short_text = text[:told.start()]
-        return short_text + hint + text[told.end():]
+        before = text[:told.start()]
+        return before + hint + text[told.end():]
     missing = list(_NO_MODULE.finditer(text))
     if not missing:
         return text
@@ -1491,7 +1513,8 @@ def with_hint_for_module(text: str, node: str) -> str:
 
 
 def failures_text(rows: List[Tuple[int, str, Any]], submitted: int) -> str:
-    """Of rows of (jobs, the reason of the first of them, its id) the sum and the commonest."""
+    """Return a summary of rows of (jobs, the reason of the first of them, its id): their total, and
+    the most frequent reasons."""
     if not rows:
         return ''
     failed = sum(row[0] for row in rows)
@@ -1505,12 +1528,12 @@ def failures_text(rows: List[Tuple[int, str, Any]], submitted: int) -> str:
 
 
 class SourceHere:
-    """Adds to the tracebacks of nodes the lines of source code that these do not have: those of a
-    notebook's cells, of prompts, and of files that are on this host alone."""
+    """Adds to the tracebacks of nodes those lines of source code that the nodes do not have: lines
+    of a notebook's cells, of prompts, and of files that exist on this host alone."""
     _FRAME = LazyPattern(r'^(?P<lead>[ |]*)  File "(?P<file>.*)", line (?P<line>\d+)(?:, in .*)?$')
 
     def added_to(self, text: str) -> str:
-        """The text with them. Any thread."""
+        """Return the text with these lines. Any thread."""
         if '  File "' not in text:
             return text
         lines = text.split('\n')
@@ -1531,7 +1554,7 @@ class SourceHere:
         return '\n'.join(out)
 
     def _of_frame(self, frame: Any, indent: str, shown: List[str]) -> List[str]:
-        """The lines below that of a frame; `shown` are those that the node has given."""
+        """Return the lines below the line of a frame; `shown` are those that the node has added."""
         file = frame.group('file')
         is_own = self.is_own(file)
         if shown and not is_own:
@@ -1542,12 +1565,12 @@ class SourceHere:
             return shown
         if shown and shown[0].strip() == line:
             return shown
-        return [indent + line]   # the node has another file by this name, or none
+        return [indent + line]   # the node has another file with this name, or none
 
     @staticmethod
     def is_own(file: str) -> bool:
-        """Whether this program has the text and no other place can: that of its main script, or of
-        what was typed into it."""
+        """Return whether this program has the text and no other process can have it: it is that of
+        its main script, or was typed into it."""
         module = sys.modules.get('__main__')
         if file == getattr(module, '__file__', None):
             return True
@@ -1555,12 +1578,12 @@ class SourceHere:
 
     @staticmethod
     def line(file: str, number: int, is_own: bool) -> str:
-        """A line of a file as it is here, else ''."""
+        """Return a line of a file as it is here, else ''."""
         if not is_own and not file.endswith('.py'):
             return ''
         try:
             return linecache.getline(file, number)
-        except Exception:  # of a loader that linecache asks
+        except Exception:  # raised by a loader that linecache calls
             return ''
 
 
@@ -1568,8 +1591,8 @@ source_here = SourceHere()
 
 
 def is_cell(file: str) -> bool:
-    """Whether this is no file, but what was typed into a notebook or at a prompt, of which
-    linecache keeps the text."""
+    """Return whether this is not a file, but text that was typed into a notebook or at a prompt,
+    which linecache keeps."""
     entry: Any = linecache.cache.get(file)
     if entry is None:
         return False
@@ -1579,7 +1602,7 @@ def is_cell(file: str) -> bool:
 
 
 class Counts(NamedTuple):
-    """How many jobs of a cluster are in which state."""
+    """The number of jobs of a cluster in each state."""
     done: int
     failed: int
     cancelled: int
@@ -1599,21 +1622,22 @@ _STATE_WORDS = {JobState.CREATED: 'waiting', JobState.PROVISIONAL: 'running',
 
 
 def state_of(job: 'DispyJob') -> Tuple[str, str, str]:
-    """What a job does, in a word; where, unless it has gone well; why it has failed."""
+    """Return the state of a job in a word; unless it succeeded, also the node, and why it
+    failed."""
     state = JobState(job.status)
     words = _STATE_WORDS.get(state, state.name.lower())
     if state == JobState.FINISHED and has_exit_status(job):
         return 'failed', job.ip_addr or '', status_words(job.result)
     if state not in FAILED:
         return words, (job.ip_addr or '') if words == 'running' else '', ''
-    text = job.exception or ''   # to show why is to look at it
+    text = job.exception or ''   # showing the reason counts as looking at it
     if job.failure is None:
         return words, job.ip_addr or '', reason_of(text)
     return words, job.failure.node or job.ip_addr or '', job.failure.reason
 
 
 class JobList(List['DispyJob']):
-    """Jobs, in a list that shows itself as a line, and as a table in a notebook."""
+    """A list of jobs that is displayed as one line, and in a notebook as a table."""
 
     def __repr__(self) -> str:
         words = collections.Counter(state_of(job)[0] for job in self)
@@ -1625,8 +1649,9 @@ class JobList(List['DispyJob']):
 
 
 def html_table(head: Sequence[str], rows: Sequence[Sequence[Any]], others: int = 0) -> str:
-    """A table of texts, which are escaped; `others`: rows that are left out."""
-    import html   # here and below, as few programs need it
+    """Return an HTML table of texts, which are escaped; `others`: the number of rows that are left
+    out."""
+    import html   # imported here and below, because few programs need it
 
     def row(cells: Sequence[Any], tag: str) -> str:
         form = '<%s style="text-align:left">%%s</%s>' % (tag, tag)
@@ -1635,13 +1660,13 @@ def html_table(head: Sequence[str], rows: Sequence[Sequence[Any]], others: int =
         more = '<tr><td colspan="%d">and %d more</td></tr>' % (len(head), others)
     else:
         more = ''
-    chosen_rows = [row(cells, 'td') for cells in rows]
-    body = ''.join(chosen_rows)
+    lines = [row(cells, 'td') for cells in rows]
+    body = ''.join(lines)
     return '<table>%s%s%s</table>' % (row(head, 'th'), body, more)
 
 
 def html_of_jobs(jobs: Sequence['DispyJob']) -> str:
-    """A table of jobs, of the first ones if they are many."""
+    """Return an HTML table of jobs; of many jobs the first ones."""
     rows = []
     for job in jobs[:SHOWN_MOST]:
         words, where, reason = state_of(job)
@@ -1656,7 +1681,7 @@ def html_of_jobs(jobs: Sequence['DispyJob']) -> str:
 
 
 def html_of_nodes(nodes: Sequence['DispyNode']) -> str:
-    """A table of nodes, of the first ones if they are many."""
+    """Return an HTML table of nodes; of many nodes the first ones."""
     rows = []
     for node in nodes[:SHOWN_MOST]:
         if node.port:
@@ -1673,7 +1698,7 @@ def html_of_nodes(nodes: Sequence['DispyNode']) -> str:
 
 
 def html_bar(counts: Counts) -> str:
-    """How far the jobs are: a bar with a part for each state."""
+    """Return a progress bar in HTML, with a part for each state of jobs."""
     whole = max(1, sum(counts))
     colours = {'done': '#2e7d32', 'failed': '#c62828', 'cancelled': '#9e9e9e', 'running': '#1565c0'}
     parts = []
@@ -1687,7 +1712,8 @@ def html_bar(counts: Counts) -> str:
 
 def html_of_cluster(title: str, state: str, counts: Counts, nodes: Optional[Sequence['DispyNode']],
                     page: str) -> str:
-    """State, progress, counts, nodes, and a link to the web page, if there is one."""
+    """Return the state of a cluster in HTML: progress, counts, nodes, and a link to the web page,
+    if there is one."""
     import html
     ended = counts.done + counts.failed + counts.cancelled
     lines = ['<b>%s</b>: %s' % (html.escape(title), html.escape(state))]
@@ -1702,25 +1728,25 @@ def html_of_cluster(title: str, state: str, counts: Counts, nodes: Optional[Sequ
 
 
 def nodes_text(nodes: Sequence['DispyNode']) -> str:
-    """'3 nodes, 9 CPUs': those that can be used."""
+    """Return a text such as '3 nodes, 9 CPUs', which counts the nodes that can be used."""
     ready = []
     for node in nodes:
         if node.state == 'ready':
             ready.append(node)
-    total_cpus = sum(node.cpus for node in ready)
-    return '%s, %s' % (many(len(ready), 'node'), many(total_cpus, 'CPU'))
+    cpus = sum(node.cpus for node in ready)
+    return '%s, %s' % (many(len(ready), 'node'), many(cpus, 'CPU'))
 
 
 # --------------------------------------------------------------------------------------------------
-# Schedule: which job goes where. Pure: nothing here opens a socket, reads a clock, takes a lock or
-# calls the
-# user's code. The same class serves all clusters of one program here and all clients of a
-# scheduler.
+# Schedule: which job goes to which node. It is pure: nothing here opens a socket, reads a clock,
+# takes a lock or calls the user's code. The same class serves all clusters of one program here and
+# all clients of a scheduler there.
 # --------------------------------------------------------------------------------------------------
 
 # Events.
 class Known(enum.Enum):
-    """What is known of an attempt that was sent to a node or a scheduler, or noted as sent."""
+    """What is known of an attempt that was sent to a node or a scheduler, or was recorded as
+    sent."""
     UNSENT = 'it never left: that it was sent could not be noted, or the link ended before'
     HELD = 'it is there: it waits, runs, or its result is kept'
     UNBEGUN = 'it was there and did not begin: given back, or written down when the node ended'
@@ -1732,7 +1758,7 @@ class Known(enum.Enum):
 
 
 class Occasion(enum.Enum):
-    """When that is asked."""
+    """The occasion on which the fate of an attempt is determined."""
     CONNECTED = 'a program is connected again'
     RECOVERED = 'another program collects the jobs of one that has crashed'
     ENDED = 'the node was away too long, or its process has ended'
@@ -1751,7 +1777,7 @@ KNOWN_TABLE: Dict[Tuple[Known, Occasion], Verdict] = {
     (Known.UNSENT, Occasion.ENDED): Verdict.WAITS,
     (Known.HELD, Occasion.CONNECTED): Verdict.STAYS,
     (Known.HELD, Occasion.RECOVERED): Verdict.STAYS,
-    (Known.HELD, Occasion.ENDED): Verdict.STAYS,      # its result is on the disk there
+    (Known.HELD, Occasion.ENDED): Verdict.STAYS,      # its result is on the disk of the node
     (Known.UNBEGUN, Occasion.CONNECTED): Verdict.WAITS,
     (Known.UNBEGUN, Occasion.RECOVERED): Verdict.WAITS,
     (Known.UNBEGUN, Occasion.ENDED): Verdict.WAITS,
@@ -1767,9 +1793,9 @@ KNOWN_TABLE: Dict[Tuple[Known, Occasion], Verdict] = {
     (Known.FORGOTTEN, Occasion.CONNECTED): Verdict.LOST,
     (Known.FORGOTTEN, Occasion.RECOVERED): Verdict.LOST,
     (Known.FORGOTTEN, Occasion.ENDED): Verdict.LOST,
-    (Known.SILENT, Occasion.CONNECTED): Verdict.STAYS,   # until it was away too long
-    (Known.SILENT, Occasion.RECOVERED): Verdict.STAYS,   # told as Running
-    (Known.SILENT, Occasion.ENDED): Verdict.LOST,        # as one that has begun
+    (Known.SILENT, Occasion.CONNECTED): Verdict.STAYS,   # until it was away for too long
+    (Known.SILENT, Occasion.RECOVERED): Verdict.STAYS,   # reported as Running
+    (Known.SILENT, Occasion.ENDED): Verdict.LOST,        # like one that has begun
 }
 KNOWN_TEXTS = {
     Known.LOST: 'it had begun when the node ended',
@@ -1778,13 +1804,13 @@ KNOWN_TEXTS = {
 
 
 class Account(NamedTuple):
-    """What a node or a scheduler says of attempts of a computation."""
+    """What a node or a scheduler reports about attempts of a computation."""
     held: FrozenSet[int] = frozenset()
     past: AttemptHistory = AttemptHistory()
-    whole: bool = True   # its memory is the one that was there when they were sent
+    whole: bool = True   # its memory is still the one of the time when they were sent
 
     def known(self, serial: int) -> Known:
-        """What that means for one that was sent there."""
+        """Return what the report means for an attempt that was sent there."""
         if serial in self.held:
             return Known.HELD
         if serial in self.past.given_up:
@@ -1798,7 +1824,7 @@ class Account(NamedTuple):
         return Known.FORGOTTEN
 
     def verdict(self, serial: int, occasion: Occasion) -> Tuple[Verdict, str]:
-        """What becomes of it, and why, for people."""
+        """Return what becomes of the attempt's job, and why, for people."""
         known = self.known(serial)
         return KNOWN_TABLE[
             known,
@@ -1806,7 +1832,7 @@ class Account(NamedTuple):
 
 
 def known_table() -> str:
-    """The table for people: `python -m dispy states`."""
+    """Return the table of verdicts for people: `python -m dispy states`."""
     name_lengths = [len(known.name) for known in Known]
     width = max(name_lengths)
     message = '%-*s  %s' % (width, '', '  '.join('%-9s' % occasion.name for occasion in Occasion))
@@ -1821,7 +1847,7 @@ def known_table() -> str:
 
 
 class Evidence(enum.Enum):
-    """What speaks for the loss of a node."""
+    """Observations that a node may be lost."""
     BYE = 'it has ended the connection on purpose, and has answered for all that had begun'
     REFUSAL = 'it has ended a computation, and has answered for all of it that had begun'
     CUT = 'the connection has ended; it was heard of a short time ago, or is being dialled'
@@ -1833,7 +1859,7 @@ class Evidence(enum.Enum):
 
 
 class Standing(enum.Enum):
-    """What a node is to this program then."""
+    """What a node is to this program when the evidence is judged."""
     IDLE = 'it has no jobs'
     BUSY = 'it has jobs'
     EMBEDDED = 'it is a part of this program, and ends with its connection'
@@ -1841,7 +1867,7 @@ class Standing(enum.Enum):
     BUSY_SCHEDULER = 'it is a scheduler, which keeps jobs and results on its disk'
 
 
-# By the kind of the node, as of NodeDoubted, and whether it has jobs
+# By the kind of the node, as in NodeDoubted, and whether it has jobs
 STANDINGS: Dict[Tuple[str, bool], Standing] = {
     ('', False): Standing.IDLE,
     ('', True): Standing.BUSY,
@@ -1853,7 +1879,7 @@ STANDINGS: Dict[Tuple[str, bool], Standing] = {
 
 
 class Loss(enum.Enum):
-    """What follows from it."""
+    """The consequence of the evidence."""
     STAYS = 'nothing'
     RETURNS = 'what it has not answered for never began there, and waits again'
     AWAY = 'its jobs are lost if it does not come back in time'
@@ -1875,7 +1901,7 @@ LOSS_TABLE: Dict[Tuple[Evidence, Standing], Loss] = {
     (Evidence.CUT, Standing.BUSY): Loss.AWAY,
     (Evidence.CUT, Standing.EMBEDDED): Loss.LOST,
     (Evidence.CUT, Standing.IDLE_SCHEDULER): Loss.LOST,
-    (Evidence.CUT, Standing.BUSY_SCHEDULER): Loss.AWAY,     # for ever
+    (Evidence.CUT, Standing.BUSY_SCHEDULER): Loss.AWAY,     # without a limit
     (Evidence.SILENCE, Standing.IDLE): Loss.LOST,
     (Evidence.SILENCE, Standing.BUSY): Loss.LOST,
     (Evidence.SILENCE, Standing.EMBEDDED): Loss.LOST,
@@ -1890,12 +1916,12 @@ LOSS_TABLE: Dict[Tuple[Evidence, Standing], Loss] = {
     (Evidence.PROCESS_ENDED, Standing.BUSY): Loss.LOST,
     (Evidence.PROCESS_ENDED, Standing.EMBEDDED): Loss.LOST,
     (Evidence.PROCESS_ENDED, Standing.IDLE_SCHEDULER): Loss.STAYS,
-    (Evidence.PROCESS_ENDED, Standing.BUSY_SCHEDULER): Loss.STAYS,   # the next reads its disk
+    (Evidence.PROCESS_ENDED, Standing.BUSY_SCHEDULER): Loss.STAYS,   # its disk is read later
     (Evidence.OTHER_INSTANCE, Standing.IDLE): Loss.LOST,
     (Evidence.OTHER_INSTANCE, Standing.BUSY): Loss.LOST,
     (Evidence.OTHER_INSTANCE, Standing.EMBEDDED): Loss.LOST,
     (Evidence.OTHER_INSTANCE, Standing.IDLE_SCHEDULER): Loss.LOST,
-    (Evidence.OTHER_INSTANCE, Standing.BUSY_SCHEDULER): Loss.LOST,   # its disk is another, too
+    (Evidence.OTHER_INSTANCE, Standing.BUSY_SCHEDULER): Loss.LOST,   # the disk is another one, too
     (Evidence.OVERDUE, Standing.IDLE): Loss.LOST,
     (Evidence.OVERDUE, Standing.BUSY): Loss.LOST,
     (Evidence.OVERDUE, Standing.EMBEDDED): Loss.LOST,
@@ -1905,58 +1931,59 @@ LOSS_TABLE: Dict[Tuple[Evidence, Standing], Loss] = {
 
 
 class Opened(NamedTuple):
-    """A computation of a client. CPUs are shared evenly between clients. If it is `remote`, its one
-    node is a scheduler, which sees to attempts that fail."""
+    """A computation of a client begins. CPUs are shared evenly between clients. If it is `remote`,
+    its one node is a scheduler, which handles attempts that fail."""
     comp: str
     client: str
     reentrant: bool
     remote: bool = False
-    most: Optional[int] = None   # CPUs that it may use at once over all nodes
+    most: Optional[int] = None   # how many CPUs it may use at once over all nodes
     speculate: bool = False      # its last jobs are started a second time, see `Speculation`
-    user: str = ''               # whose it is, where users have limits or shares
+    user: str = ''               # its user, if users have limits or shares
 
 
 class Submitted(NamedTuple):
-    """New jobs, in order."""
+    """There are new jobs, in order."""
     works: list
 
 
 class CancelAsked(NamedTuple):
-    """The user wants it ended."""
+    """The user wants a job ended."""
     work: ScheduledJob
 
 
 class WithdrawAsked(NamedTuple):
-    """The user wants these cancelled as far as they have not begun. For each of them it is answered
-    by Withdrawn or, if it waited, by JobEnded."""
+    """The user wants those of these jobs cancelled that have not begun. For each of them the answer
+    is Withdrawn or, if it waited, JobEnded."""
     works: list
 
 
 class NodeReady(NamedTuple):
-    """A node is set up for a computation; `held` are the serials it still knows of it; `name` is
-    for people."""
+    """A node is set up for a computation; `held` are the serials that it still knows of the
+    computation; `name` is for people."""
     node: Any
     comp: str
     cpus: int
     held: list
     name: str = ''
-    offers: int = 0   # CPUs that it has, also for others
-    trip: float = 0.0   # s that a message to it and its answer take, 0 if that is not known
+    offers: int = 0   # all its CPUs, including those for others
+    trip: float = 0.0   # round trip time in s, 0 if it is not known
     past: AttemptHistory = AttemptHistory()
     whole: bool = True   # as in Account
-    stock: Dict[str, int] = {}   # what it has of resources, and of memory
+    stock: Dict[str, int] = {}   # its resources, and its memory
 
 
 class NodeTold(NamedTuple):
-    """A node has told what it knows of attempts of a computation, which may not be set up there."""
+    """A node has reported what it knows of attempts of a computation, which may not be set up
+    there."""
     node: Any
     comp: str
     account: Account
 
 
 class NodeOffers(NamedTuple):
-    """The CPUs of a node that a computation may use have changed; 0: nothing new is to be sent.
-    `offers` as in NodeReady."""
+    """The number of CPUs of a node that a computation may use has changed; 0 means that no new jobs
+    are to be sent. `offers` is as in NodeReady."""
     node: Any
     comp: str
     cpus: int
@@ -1964,48 +1991,49 @@ class NodeOffers(NamedTuple):
 
 
 class NodeDrains(NamedTuple):
-    """Nothing new of a computation goes there, what has not started is called back; NodeDrained
-    tells the end."""
+    """No new jobs of a computation are to go to a node, and those that have not started are
+    recalled; NodeDrained reports the end."""
     node: Any
     comp: str
 
 
 class NodeResults(NamedTuple):
-    """Rows of Results."""
+    """A node has sent rows of Results."""
     node: Any
     comp: str
     rows: list
 
 
 class NodeStarted(NamedTuple):
-    """Attempts that have begun there: rows of (serial, s that it has run)."""
+    """Attempts have begun on a node: rows of (serial, seconds since its start)."""
     node: Any
     comp: str
     rows: list
 
 
 class Repeat(NamedTuple):
-    """A job that has failed, and was to be asked for, waits again: after so many seconds."""
+    """A job that has failed, and about which the program was asked, waits again, after so many
+    seconds."""
     work: ScheduledJob
     delay: float
 
 
 class RepeatNot(NamedTuple):
-    """It does not: it has ended with this outcome."""
+    """A job about which the program was asked is not repeated: it has ended with this outcome."""
     work: ScheduledJob
     outcome: int
 
 
 class NodeReturned(NamedTuple):
-    """Attempts that were never started there."""
+    """A node returns attempts that were never started there."""
     node: Any
     comp: str
     serials: list
 
 
 class NodeAway(NamedTuple):
-    """The connection broke. What is there goes on, and is lost if there is no other connection
-    until then."""
+    """The connection to a node broke. Its jobs go on there, and are lost if no other connection is
+    made before `until`."""
     node: Any
     name: str
     text: str
@@ -2013,16 +2041,16 @@ class NodeAway(NamedTuple):
 
 
 class NodeTried(NamedTuple):
-    """There is an attempt to reach a node that is away, or a connection on which it has not told
-    what it holds: what is there is not lost before then. An `until` that has passed says that the
-    attempt has failed."""
+    """An attempt to reach a node that is away is in progress, or there is a connection on which it
+    has not reported its jobs: they are not lost before `until`. If `until` has passed, the attempt
+    has failed."""
     node: Any
     until: float
 
 
 class NodeHad(NamedTuple):
-    """When a scheduler starts: jobs that were on a node when it ended; lost if the node does not
-    come until then."""
+    """A scheduler that starts reports the jobs that were on a node when the scheduler ended; they
+    are lost if the node does not come until then."""
     node: Any
     comp: str
     works: list
@@ -2031,8 +2059,8 @@ class NodeHad(NamedTuple):
 
 
 class SecondHad(NamedTuple):
-    """When a scheduler starts, after NodeHad of the same node: a job that ran elsewhere was started
-    there a second time, by an attempt with this serial."""
+    """A scheduler that starts reports, after NodeHad of the same node, that a job which ran
+    elsewhere was started there a second time, by an attempt with this serial."""
     node: Any
     comp: str
     work: Any
@@ -2047,8 +2075,8 @@ class SecondWins(NamedTuple):
 
 
 class NodeLost(NamedTuple):
-    """The node is gone; `name` and `text` for people. `known`: computation -> what is known of it
-    none the less."""
+    """A node is lost; `name` and `text` are for people. `known`: computation -> what is known of it
+    in spite of the loss."""
     node: Any
     name: str
     text: str
@@ -2056,20 +2084,20 @@ class NodeLost(NamedTuple):
 
 
 class NodeDoubted(NamedTuple):
-    """There is evidence that a node is lost; LOSS_TABLE tells what follows. `name` and `text` are
+    """There is evidence that a node is lost; LOSS_TABLE has the consequence. `name` and `text` are
     for people."""
     node: Any
     name: str
     evidence: Evidence
     text: str = ''
-    kind: str = ''              # 'embedded', 'scheduler' or '', which is any other node
-    comps: Sequence[str] = ()   # of BYE and REFUSAL: the computations that it speaks of
-    until: float = -math.inf    # of CUT: as of NodeAway
-    known: Dict[str, Account] = {}   # as of NodeLost
+    kind: str = ''              # 'embedded', 'scheduler' or '' for any other node
+    comps: Sequence[str] = ()   # for BYE and REFUSAL: the computations that it names
+    until: float = -math.inf    # for CUT: as in NodeAway
+    known: Dict[str, Account] = {}   # as in NodeLost
 
 
 class NodeLeft(NamedTuple):
-    """The node is not used for a computation any more; it was told before to end it."""
+    """A node is not used for a computation any more; it was told before to end the computation."""
     node: Any
     comp: str
     name: str
@@ -2077,25 +2105,25 @@ class NodeLeft(NamedTuple):
 
 
 class Unloadable(NamedTuple):
-    """No node can load the code of a computation, for this reason; an empty text: perhaps one
-    can."""
+    """No node can load the code of a computation, for this reason; with an empty text, a node may
+    be able to."""
     comp: str
     text: str
 
 
 class Closed(NamedTuple):
-    """The computation is over; what has not ended is cancelled."""
+    """The computation has ended; jobs that have not ended are cancelled."""
     comp: str
 
 
 class RulesChanged(NamedTuple):
-    """Users have other limits and shares from now on."""
+    """From now on users have other limits and shares."""
     rules: 'UserRules'
 
 
 # Actions.
 class SendJobs(NamedTuple):
-    """Send attempts, rows of works."""
+    """Send attempts of these jobs to a node."""
     node: Any
     comp: str
     works: list
@@ -2109,16 +2137,16 @@ class SendSecond(NamedTuple):
 
 
 class SecondOver(NamedTuple):
-    """A second attempt counts no more; what it has sent is dropped."""
+    """A second attempt is discarded, together with what it has sent."""
     node: Any
     comp: str
     second: 'SecondAttempt'
 
 
 class SecondCounts(NamedTuple):
-    """A second attempt is that of its job from now on: it has finished, or the first has failed.
-    What it has sent takes the place of what the first has sent. `ran` as in NodeStarted, None if it
-    is not known to have begun."""
+    """A second attempt becomes that of its job from now on: it has finished, or the first one has
+    failed. What it has sent replaces what the first one has sent. `ran` is as in NodeStarted, None
+    if it is not known to have begun."""
     node: Any
     comp: str
     second: 'SecondAttempt'
@@ -2133,37 +2161,39 @@ class SendCancel(NamedTuple):
 
 
 class SendRecall(NamedTuple):
-    """Ask a node for those of these attempts that have not begun."""
+    """Ask a node to return those of these attempts that have not begun."""
     node: Any
     comp: str
     serials: list
 
 
 class LimitNode(NamedTuple):
-    """A computation that may use so many CPUs over all nodes has this many of a node now."""
+    """A computation that may use a limited number of CPUs over all nodes has this many of a node
+    now."""
     node: Any
     comp: str
     cpus: int
 
 
 class SendAck(NamedTuple):
-    """Results are here; the node may forget them. No haste: they are kept and dropped if they come
-    again."""
+    """Tell a node that these results were received, so that it may forget them. This is not urgent:
+    results are kept, and dropped if they come again."""
     node: Any
     comp: str
     serials: list
 
 
 class JobsEnded(NamedTuple):
-    """Results came: pairs of (work, row). Works are in their final states, or provisional."""
+    """Results have come: pairs of (job, row). The jobs are in their final states, or
+    provisional."""
     node: Any
     comp: str
     pairs: list
 
 
 class JobFailedOnce(NamedTuple):
-    """An attempt of a job has failed that may be repeated: the program is to say whether it is, by
-    Repeat or RepeatNot."""
+    """An attempt of a job has failed that may be repeated: the program must decide whether it is,
+    by Repeat or RepeatNot."""
     node: Any
     comp: str
     work: ScheduledJob
@@ -2171,19 +2201,19 @@ class JobFailedOnce(NamedTuple):
 
 
 class JobStays(NamedTuple):
-    """Answers RepeatNot for a job that still waited for it."""
+    """This answers RepeatNot for a job that still waited for the decision."""
     work: ScheduledJob
 
 
 class JobsStarted(NamedTuple):
-    """Jobs have begun: pairs of (work, s that it has run)."""
+    """Jobs have begun: pairs of (job, seconds since its start)."""
     node: Any
     comp: str
     pairs: list
 
 
 class Withdrawn(NamedTuple):
-    """The answer to WithdrawAsked: whether the job will never begin."""
+    """This answers WithdrawAsked: whether the job will never begin."""
     work: Any
     gone: bool
 
@@ -2195,7 +2225,7 @@ class NodeDrained(NamedTuple):
 
 
 class NodeGone(NamedTuple):
-    """A node was away too long."""
+    """A node was away for too long."""
     node: Any
 
 
@@ -2205,13 +2235,14 @@ class JobWaits(NamedTuple):
 
 
 class JobParked(NamedTuple):
-    """A job wants more CPUs than any node has; it waits beside the queue until there is one."""
+    """A job needs more CPUs than any node has; it waits beside the queue until there is a larger
+    node."""
     work: Any
     text: str
 
 
 class JobsHeld(NamedTuple):
-    """Jobs of a computation wait because of a limit of its user, which is said once."""
+    """Jobs of a computation wait because of a limit of its user, which is reported once."""
     comp: str
     text: str
 
@@ -2223,7 +2254,8 @@ class JobEnded(NamedTuple):
 
 
 class Repeats:
-    """When a job that has failed by itself is repeated: `dispy_retry_on`, `dispy_retry_delay`."""
+    """Whether and when a job that has failed by itself is repeated: `dispy_retry_on`,
+    `dispy_retry_delay`."""
     __slots__ = ('on', 'delay', 'most', 'is_program', 'failures')
 
     def __init__(self, on: Any, delay: float, most: int) -> None:
@@ -2234,12 +2266,12 @@ class Repeats:
         self.failures = 0     # so far
 
     def may_be(self, outcome: int, lost: int) -> bool:
-        """Whether a job with this outcome may be repeated, which was lost so many times."""
+        """Return whether a job with this outcome may be repeated after this number of losses."""
         failed = outcome in _OUTCOMES_FAILED or (self.is_program and outcome in RETURNED)
         return failed and self.failures + lost < self.most
 
     def next_delay(self, error: Optional[BaseException]) -> Optional[float]:
-        """Seconds until it is tried again after this failure; None if it is not."""
+        """Return the seconds until it is tried again after this failure; None if it is not."""
         if error is None:
             return None
         if not (self.on is True or isinstance(error, self.on)):
@@ -2325,8 +2357,8 @@ class _Queue:
 
 
 _WAITING = frozenset((JobState.CREATED, JobState.REQUEUED))
-MEMORY = 'memory'   # of what a job needs, beside the resources that nodes name
-ALL_KINDS = '*'     # what a scheduler has, which counts the resources of its nodes itself
+MEMORY = 'memory'   # among the needs of a job, besides the resources that nodes name
+ALL_KINDS = '*'     # the resources of a scheduler, which itself counts those of its nodes
 
 
 def needs_of(work: ScheduledJob) -> Request:
@@ -2444,7 +2476,7 @@ class ScarceJobs:
 
 
 def _comes_before(work: ScheduledJob, other: ScheduledJob) -> bool:
-    """Whether a job has a CPU before another: by priority, then in order."""
+    """Return whether a job has a CPU before another: by priority, then in order."""
     rank = (-priority_of(work), work.serial >> 16)
     return rank < (-priority_of(other), other.serial >> 16)
 
@@ -2541,9 +2573,9 @@ class SecondAttempts:
 
 
 class UserRule(NamedTuple):
-    """What a user, or a group of users, may have at once, and the part of what there is."""
+    """The limits of a user, or of a group of users, and their share of the CPUs."""
     share: float = 1.0          # in proportion to the shares of others
-    priority: int = 0           # the jobs of who has a higher one go first
+    priority: int = 0           # jobs of users with a higher one go first
     cpus: float = math.inf      # CPUs that the jobs on nodes may have
     jobs: float = math.inf      # jobs that may be on nodes
 
@@ -2553,50 +2585,51 @@ class UserRules(NamedTuple):
     users: Mapping[str, UserRule] = types.MappingProxyType({})
     groups: Mapping[str, UserRule] = types.MappingProxyType({})
     members: Mapping[str, str] = types.MappingProxyType({})   # user -> group
-    others: UserRule = UserRule()     # of users that are not named
-    by_user: bool = False             # CPUs are shared among users; if not, among clients
+    others: UserRule = UserRule()     # the rule of users that are not named
+    by_user: bool = False             # CPUs are shared among users; otherwise among clients
     half_life: float = 0.0            # s after which half of the past use counts; 0: none counts
 
     @property
     def are_empty(self) -> bool:
-        """Whether nobody is limited and users are not looked at."""
+        """Return whether there are no limits and CPUs are not shared among users."""
         return self == UserRules()
 
 
 class UserLoad:
-    """A user, or a group of users, in the schedule."""
+    """The load of a user, or of a group of users, in the schedule."""
     __slots__ = ('name', 'rule', 'group', 'cpus', 'jobs', 'running', 'recent', 'past', 'at')
 
     def __init__(self, name: str, rule: UserRule, group: Optional['UserLoad'] = None) -> None:
         self.name = name           # for people
         self.rule = rule
         self.group = group
-        self.cpus = 0              # CPUs of the jobs on nodes, run or not
-        self.jobs = 0              # these jobs
+        self.cpus = 0              # CPUs of the jobs on nodes, whether they run or not
+        self.jobs = 0              # the number of these jobs
         self.running = 0           # CPUs of those that are known to run
-        # CPUs that were used in the mean of the last minutes, and in that of the past by the
-        # half-life of the rules, as these were at this time
+        # Mean numbers of CPUs that were used in the last minutes, and in the past by the half-life
+        # of the rules, as they were at this time
         self.recent = 0.0
         self.past = 0.0
         self.at = 0.0
 
     @property
     def claim(self) -> float:
-        """What it has of the CPUs and has had, in proportion to its share: who has least is
-        next. With half a CPU more neither large nor small shares gain by the rounding to whole
-        CPUs."""
+        """Return the CPUs that the user has and has had, in proportion to the share: the user with
+        the lowest value is next. Half a CPU is added so that the rounding to whole CPUs favours
+        neither large nor small shares."""
         present = (self.recent + self.cpus + 0.5) / 2
         return (self.past + present) / self.rule.share
 
     def rank(self) -> Tuple[float, ...]:
-        """Who has the least of this is next: by priority, then by the claims of the group and of
-        the user."""
+        """Return the sort key: the user with the lowest one is next, by priority, then by the
+        claims of the group and of the user."""
         if self.group is None:
             return -self.rule.priority, self.claim, 0.0
         return -self.rule.priority, self.group.claim, self.claim
 
     def admits(self, cpus: int, jobs: int = 1) -> bool:
-        """Whether a job with so many CPUs, or several, may go to nodes now."""
+        """Return whether a job with this number of CPUs, or several of them, may go to nodes
+        now."""
         rule = self.rule
         if self.cpus + cpus > rule.cpus:
             return False
@@ -2605,7 +2638,8 @@ class UserLoad:
         return self.group is None or self.group.admits(cpus, jobs)
 
     def why_not(self, cpus: int) -> str:
-        """Why a job with so many CPUs may not go to a node now, for people; empty if it may."""
+        """Return why a job with this number of CPUs may not go to a node now, for people; empty if
+        it may."""
         rule = self.rule
         if self.jobs >= rule.jobs:
             have = many(self.jobs, 'job')
@@ -2620,7 +2654,8 @@ class UserLoad:
         return ''
 
     def never(self, cpus: int) -> str:
-        """Why no job with so many CPUs may ever go to a node, for people; empty if one may."""
+        """Return why a job with this number of CPUs may never go to a node, for people; empty if it
+        may."""
         if cpus > 1 and cpus > self.rule.cpus:
             return 'it needs %d CPUs (dispy_cpus), and the limit of %s is %d (--limit)' % (
                 cpus, self.name, self.rule.cpus)
@@ -2629,7 +2664,8 @@ class UserLoad:
         return ''
 
     def take(self, cpus: int, jobs: int) -> None:
-        """Jobs go to nodes; with negative numbers they are back or have ended."""
+        """Note that jobs go to nodes; negative numbers mean that jobs have come back or have
+        ended."""
         self.cpus += cpus
         self.jobs += jobs
         if self.group is not None:
@@ -2637,14 +2673,14 @@ class UserLoad:
 
 
 def _mean(before: float, since: float, half_lives: float) -> float:
-    """A mean of the past, after so many half-lives in which the value was `since`."""
+    """Return a mean of the past, after this number of half-lives in which the value was `since`."""
     kept = 0.5 ** half_lives
     return before * kept + since * (1.0 - kept)
 
 
 class UserLoads:
-    """The users whose jobs a schedule has, their limits, and what they have used. No user has a
-    load while there are no rules."""
+    """The users whose jobs a schedule has, their limits, and what they have used. Without rules, no
+    user has a load."""
 
     def __init__(self, rules: UserRules) -> None:
         self.rules = rules
@@ -2654,11 +2690,12 @@ class UserLoads:
 
     @property
     def by_user(self) -> bool:
-        """Whether CPUs are shared among users."""
+        """Return whether CPUs are shared among users."""
         return self.rules.by_user
 
     def load_of(self, name: str) -> Optional[UserLoad]:
-        """The load of a user, who may be new; None without a name or without rules."""
+        """Return the load of a user, which is created for a new one; None without a name or without
+        rules."""
         if not name or self.rules.are_empty:
             return None
         user = self._users.get(name)
@@ -2670,7 +2707,7 @@ class UserLoads:
         return user
 
     def _group_of(self, name: str) -> Optional[UserLoad]:
-        """The load of the group of a user, if he is in one."""
+        """Return the load of the group of a user; None if the user belongs to none."""
         group_name = self.rules.members.get(name)
         if group_name is None:
             return None
@@ -2681,7 +2718,7 @@ class UserLoads:
         return group
 
     def loads(self) -> Dict[str, UserLoad]:
-        """The loads of users by their names, and those of groups as @NAME."""
+        """Return the loads of users by their names, and those of groups as @NAME."""
         found = dict(self._users)
         for name, load in self._groups.items():
             found['@' + name] = load
@@ -2690,14 +2727,14 @@ class UserLoads:
     # -- use over the past -------------------------------------------------------------------------
 
     def ran(self, user: UserLoad, cpus: int, now: float) -> None:
-        """Jobs of a user run on so many CPUs more, or less."""
+        """Note that jobs of a user run on this many CPUs more; a negative number means fewer."""
         self._advance(user, now)
         user.running += cpus
         if user.group is not None:
             self.ran(user.group, cpus, now)
 
     def charge(self, user: UserLoad, seconds: float, now: float) -> None:
-        """A user has used CPUs for so many seconds, and it was not known that he did."""
+        """Note that a user has used CPUs for this many seconds, which was not known before."""
         self._advance(user, now)
         used = seconds * math.log(2)
         user.recent += used / RECENT_TIME
@@ -2707,7 +2744,7 @@ class UserLoads:
             self.charge(user.group, seconds, now)
 
     def advance(self, now: float) -> None:
-        """Time goes by: what was used counts less, and what is used counts more."""
+        """Let time pass: past use counts less, and present use is added."""
         if now - self._advanced_at < RECENT_APART:
             return
         self._advanced_at = now
@@ -2716,7 +2753,8 @@ class UserLoads:
                 self._advance(load, now)
 
     def _advance(self, load: UserLoad, now: float) -> None:
-        """Means, with the weight 2 ** -(age / half-life) for each moment of the past."""
+        """Update the means, which give each moment of the past the weight 2 ** -(age /
+        half-life)."""
         age = now - load.at
         load.at = now
         if age <= 0:
@@ -2726,7 +2764,7 @@ class UserLoads:
             load.past = _mean(load.past, load.running, age / self.rules.half_life)
 
     def used(self, now: float) -> Dict[str, float]:
-        """The CPUs that users have used in the mean of the past, by their names."""
+        """Return the mean number of CPUs that users have used in the past, by their names."""
         self._advanced_at = -math.inf
         self.advance(now)
         used = {}
@@ -2736,7 +2774,7 @@ class UserLoads:
         return used
 
     def keep(self, names: AbstractSet[str]) -> None:
-        """Forget the users who have used nearly nothing, but these."""
+        """Forget the users who have used nearly nothing, except these."""
         for name, user in list(self._users.items()):
             if name in names:
                 continue
@@ -2744,7 +2782,7 @@ class UserLoads:
                 del self._users[name]
 
     def restore(self, used: Dict[str, float], now: float) -> None:
-        """Take over what users had used when the process before this one has ended."""
+        """Take over what users had used when the previous process ended."""
         for name, past in used.items():
             user = self.load_of(name)
             if user is None:
@@ -2755,7 +2793,7 @@ class UserLoads:
                     load.past += past
 
     def change(self, rules: UserRules, comps: Iterable['ComputationLoad'], now: float) -> None:
-        """Let other rules hold, for these computations too."""
+        """Replace the rules, for these computations too."""
         used = self.used(now)
         self.rules = rules
         self._users = {}
@@ -3414,7 +3452,7 @@ class Books:
         self.changed[node.key] = node
 
 
-# Options of jobs that do not move to another node which has an idle CPU
+# Options of jobs that are not moved to another node with an idle CPU
 _FOR_ONE_NODE = frozenset(('node', 'resources'))
 
 
@@ -5010,24 +5048,26 @@ _EVENT_OF = {
 }
 
 # --------------------------------------------------------------------------------------------------
-# Modules of the user's: which travel, and their files. Nothing here imports a module or takes a
-# lock: finders and loaders that are asked may be the user's code. What is remembered is in
-# dictionaries, of which one entry is replaced at a time.
+# The user's modules: which of them travel, and their files. Nothing here imports a module or takes
+# a lock: finders and loaders that are asked may be the user's code. Caches are dictionaries in
+# which one entry at a time is replaced.
 # --------------------------------------------------------------------------------------------------
 
-PACKAGE_DATA = 20 << 20    # bytes of data files that travel with one package
-PACKAGE_FILES = 20000      # entries of its directories that are looked at to find them
-NAME_PARTS = 4             # of a dotted name that is followed from module to module, at most
-UNLOADED_TIME = 1.0        # s for which it is believed where a module is that is not loaded
+PACKAGE_DATA = 20 << 20    # limit in bytes of the data files of one package
+PACKAGE_FILES = 20000      # entries of its directories that are examined to find them
+NAME_PARTS = 4             # parts of a dotted name that is followed from module to module
+UNLOADED_TIME = 1.0        # s for which the location of a module that is not loaded is cached
 STABLE_READS = 3           # attempts to read a file that is written at the same time
-NOT_OWN = frozenset((      # top-level modules that are never the user's own, wherever they lie
-    'dispy', 'dispynode', 'dispyscheduler', 'dispy_httpd', 'cloudpickle', 'psutil'))
+NOT_OWN = frozenset((      # top-level modules that are never the user's own, wherever they are
+    'dispy', 'dispynode', 'dispyscheduler', 'dispy_httpd', 'cloudpickle', 'psutil',
+    # Each Python imports these when it starts. Debian has them in /etc
+    'sitecustomize', 'usercustomize'))
 _MAIN_NAMES = frozenset(('__main__', '__mp_main__'))
 SITE_DIRECTORIES = frozenset(('site-packages', 'dist-packages'))
 
 
 class ModuleKind(enum.Enum):
-    """Where a module comes from, which decides how a node gets it."""
+    """The origin of a module, which determines how a node gets it."""
     STANDARD = 'built in, frozen, or of the standard library'
     INSTALLED = 'of an installed distribution, or of dispy'
     OWN = "the user's own: its file travels"
@@ -5044,19 +5084,18 @@ class NameKind(enum.Enum):
 
 
 class NameBinding:
-    """A name that a source text binds. `value` is there only for what is bound once, to a
-    constant."""
+    """A name that a source text binds. It has a `value` only if it is bound once, to a constant."""
     __slots__ = ('kind', 'value', 'origin', 'origins', 'from_file')
     value: Any
 
     def __init__(self, kind: NameKind, origins: Tuple[str, ...] = ()) -> None:
         self.kind = kind
-        self.origins = origins      # modules that it is imported from, in the order of the text
+        self.origins = origins      # modules from which it is imported, in the order of the text
         if origins:
             self.origin = origins[0]
         else:
             self.origin = ''
-        self.from_file = False      # whether the value depends on where the module's file lies
+        self.from_file = False      # whether the value depends on the location of the module's file
 
     def __repr__(self) -> str:
         if hasattr(self, 'value'):
@@ -5078,15 +5117,16 @@ class ImportedModule(NamedTuple):
     """An import in a source text."""
     module: str               # absolute name
     names: Tuple[str, ...]    # what is imported from it; ('*',) for all
-    certain: bool             # whether it is done whenever the text is run
+    certain: bool             # whether it is always executed when the text is run
 
     def members(self) -> List[str]:
-        """What is imported from it, by the names that these have if they are modules."""
+        """Return the names that are imported from it, as the names that they have if they are
+        modules."""
         return ['%s.%s' % (self.module, name) for name in self.names if name != '*']
 
 
 _FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
-_BLOCKS = ('body', 'handlers', 'orelse', 'finalbody', 'cases')   # as they stand in a text
+_BLOCKS = ('body', 'handlers', 'orelse', 'finalbody', 'cases')   # in the order of a text
 _PLAIN_STATEMENTS = frozenset((
     ast.Assign, ast.AnnAssign, ast.AugAssign, ast.Expr, ast.Return, ast.Import, ast.ImportFrom,
     ast.Pass, ast.Raise, ast.Delete, ast.Assert, ast.Global, ast.Nonlocal, ast.Break, ast.Continue))
@@ -5097,9 +5137,9 @@ _ODD_ESCAPE = LazyPattern(rb'\\[^\\\'"abfnrtvxNuU0-7\r\n]')
 
 def _statements(body: Sequence[Any], inward: bool,
                 certain: bool = True) -> Iterator[Tuple[Any, bool]]:
-    """Statements of a block and of the blocks in it, each with whether it is run whenever the
-    block is. Those of functions and classes only with `inward`. Handlers of exceptions and cases
-    of `match` are among them."""
+    """Yield the statements of a block and of the blocks in it, each with whether it is always
+    executed when the block is. Statements of functions and classes are included only with `inward`.
+    Exception handlers and the cases of `match` are included."""
     for node in body:
         yield node, certain
         kind = type(node)
@@ -5117,7 +5157,7 @@ def _statements(body: Sequence[Any], inward: bool,
 
 
 def _names_in(target: Any) -> Iterator[str]:
-    """Names that an assignment to this target binds."""
+    """Yield the names that an assignment to this target binds."""
     if isinstance(target, ast.Name):
         yield target.id
     elif isinstance(target, (ast.Tuple, ast.List)):
@@ -5128,7 +5168,7 @@ def _names_in(target: Any) -> Iterator[str]:
 
 
 def _fits(target: Any, value: Any) -> bool:
-    """Whether the targets of `a, b = 1, 2` get one value each."""
+    """Return whether each target of `a, b = 1, 2` gets one value."""
     displays = (ast.Tuple, ast.List)
     if not isinstance(target, displays):
         return False
@@ -5141,7 +5181,8 @@ def _fits(target: Any, value: Any) -> bool:
 
 
 def _expressions_of(node: Any) -> Iterator[Any]:
-    """Expressions in one statement, without those of the blocks and of the lambdas in it."""
+    """Yield the expressions in one statement, without those of the blocks and of the lambdas in
+    it."""
     waiting: List[Any] = [part for part in ast.iter_child_nodes(node)
                           if isinstance(part, (ast.expr, ast.withitem))]
     while waiting:
@@ -5158,29 +5199,29 @@ def _is_constant(value: Any) -> bool:
 
 
 def _constant(node: Any) -> Tuple[Any, ...]:
-    """The value of a literal that cannot change, in a tuple of one; () if this is none."""
+    """Return the value of a literal that is immutable, in a tuple of one element; () for other
+    expressions."""
     if isinstance(node, ast.Constant):
         return (node.value,)
     if not isinstance(node, (ast.Tuple, ast.UnaryOp, ast.BinOp)):
         return ()
     try:
         value = ast.literal_eval(node)
-    except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):   # no literal
+    except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):  # it is not a literal
         return ()
     if _is_constant(value):
         return (value,)
     return ()
 
 
-# Python counts the depth of syntax trees for a whole process: two threads that make trees disturb
-# each other's count
-# (SystemError, "AST constructor recursion depth mismatch"). Nothing of the user's runs while it is
-# held.
+# Python counts the depth of syntax trees for a whole process: two threads that make trees would
+# corrupt each other's count (SystemError, "AST constructor recursion depth mismatch"). No code of
+# the user's runs while the lock is held.
 _tree_lock = threading.Lock()
 
 
 def _parse(text: Union[str, bytes]) -> ast.Module:
-    """Raises SyntaxError, ValueError, RecursionError or MemoryError."""
+    """Parse a source text. Raises SyntaxError, ValueError, RecursionError or MemoryError."""
     with _tree_lock:
         return _parse_alone(text)
 
@@ -5192,9 +5233,9 @@ def _parse_alone(text: Union[str, bytes]) -> ast.Module:
         raw = text.encode('utf-8', 'surrogatepass')
     if not _ODD_ESCAPE.search(raw):
         return ast.parse(text)
-    # Only the import of the module should warn of '\d', and `-W error` must not make an error of it
-    # here. What is done to the filters makes Python forget which warnings it has given, so other
-    # texts do without.
+    # Only the import of the module should warn of '\d', and `-W error` must not turn it into an
+    # error here. Changing the filters makes Python forget which warnings it has given; therefore
+    # this is avoided for other texts.
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')
         return ast.parse(text)
@@ -5205,7 +5246,7 @@ class _ScopeNames:
 
     def __init__(self, resolve: Callable[[Any], str]) -> None:
         self._resolve = resolve
-        # name -> how it is bound, in the order of the text: rows of (kind, constant in a tuple of
+        # Name -> how it is bound, in the order of the text: rows of (kind, constant in a tuple of
         # one, origin)
         self.rows: Dict[str, List[Tuple[NameKind, Tuple[Any, ...], str]]] = {}
         self.globals: Set[str] = set()
@@ -5314,8 +5355,8 @@ class _ScopeNames:
                 self.add(name, NameKind.COMPUTED)
 
     def _read_expressions(self, node: Any) -> None:
-        """Names bound by := in the expressions of one statement; blocks in it are read as
-        statements."""
+        """Collect the names that := binds in the expressions of one statement; the blocks in it are
+        read as statements."""
         for part in _expressions_of(node):
             if isinstance(part, ast.NamedExpr):
                 self._compute(part.target)
@@ -5331,7 +5372,7 @@ class _ScopeNames:
 
 
 _FILE_NAMES = frozenset(('__file__', '__spec__', '__path__', '__cached__', '__loader__'))
-_FILE_MODULES = frozenset((   # give paths beside a module
+_FILE_MODULES = frozenset((   # modules whose functions yield paths beside a module
     'importlib.resources', 'importlib_resources', 'pkg_resources'))
 _FILE_WORDS = (
     *_FILE_NAMES, 'import resources', 'importlib.resources', 'importlib_resources', 'pkg_resources')
@@ -5341,7 +5382,7 @@ _CALLERS = frozenset(('map', 'filter'))
 
 
 def _dotted(node: Any) -> str:
-    """'a.b.c' of an expression that is written so, otherwise ''."""
+    """Return 'a.b.c' for an expression of that form, otherwise ''."""
     parts: List[str] = []
     while isinstance(node, ast.Attribute):
         parts.append(node.attr)
@@ -5352,8 +5393,8 @@ def _dotted(node: Any) -> str:
 
 
 def _locals_of(function: Any) -> FrozenSet[str]:
-    """Names of parameters and of variables of a function or lambda. What it imports is not among
-    them: that is followed as if the module had imported it."""
+    """Return the names of the parameters and of the variables of a function or lambda. Names that
+    it imports are not included: these are followed as if the module had imported them."""
     rows = function.args
     parameters = rows.args + rows.kwonlyargs + rows.posonlyargs + [rows.vararg, rows.kwarg]
     found = set()
@@ -5371,8 +5412,8 @@ def _locals_of(function: Any) -> FrozenSet[str]:
 
 
 def _uses(node: Any, local: FrozenSet[str] = frozenset()) -> Set[str]:
-    """What the value of an expression, or what a call of a function, depends on: names, with their
-    attributes ('config', 'config.ROOT'), and what is called ('load()')."""
+    """Return what the value of an expression, or the result of a function, depends on: names, with
+    their attributes ('config', 'config.ROOT'), and what is called ('load()')."""
     found: Set[str] = set()
     waiting: List[Tuple[Any, FrozenSet[str]]] = [(node, local)]
     while waiting:
@@ -5383,8 +5424,8 @@ def _uses(node: Any, local: FrozenSet[str] = frozenset()) -> Set[str]:
                 if part.attr in _FILE_NAMES:
                     found.add('__file__')
             if name and name.partition('.')[0] not in local:
-                name_parts = name.split('.')
-                found.update(itertools.accumulate(name_parts, '{}.{}'.format))
+                path = name.split('.')
+                found.update(itertools.accumulate(path, '{}.{}'.format))
             elif not name:
                 waiting.append((part.value, local))
             continue
@@ -5412,15 +5453,16 @@ def _called(call: ast.Call, local: FrozenSet[str]) -> Iterator[str]:
 
 
 class _FileUse:
-    """Which names of a module depend on where files lie. `C.x` is attribute x of class C, `f()`
-    and `C.f()` are what calls of functions depend on, `C()` what an instance does."""
+    """Finds out which names of a module depend on the location of files. `C.x` is attribute x of
+    class C, `f()` and `C.f()` stand for what calls of functions depend on, `C()` for what an
+    instance depends on."""
 
     def __init__(self, tree: ast.Module, source: 'ModuleSource',
                  resolve: Callable[[Any], str]) -> None:
         self._classes = source.classes
         self._walrus = source.has(':=')
         self._resolve = resolve
-        self._users: Dict[str, Set[str]] = {}   # what is used -> what uses it
+        self._users: Dict[str, Set[str]] = {}   # what is used -> the names that use it
         # Imports: rows of (name here, module, name there or '').
         self.links: List[Tuple[str, str, str]] = []
         self._read_body(tree.body, '')
@@ -5428,7 +5470,7 @@ class _FileUse:
             self._read_link(node)
 
     def dependents(self, seeds: Sequence[str]) -> FrozenSet[str]:
-        """All names that depend on these, these included."""
+        """Return all names that depend on these, including these."""
         found = set(seeds)
         waiting = list(found)
         while waiting:
@@ -5439,7 +5481,8 @@ class _FileUse:
         return frozenset(found)
 
     def roots(self) -> List[str]:
-        """What gives paths of files, by the names that it has in this module."""
+        """Return the functions and variables that yield paths of files, by the names that they have
+        in this module."""
         found = [*_FILE_NAMES, *_FILE_MODULES]
         for here, module, there in self.links:
             if module in _FILE_MODULES or '%s.%s' % (module, there) in _FILE_MODULES:
@@ -5469,7 +5512,7 @@ class _FileUse:
             user.add(key)
 
     def _read_body(self, body: Sequence[Any], scope: str) -> None:
-        """The statements of a module, or of the class that `scope` names."""
+        """Read the statements of a module, or of the class that `scope` names."""
         for node, _ in _statements(body, False):
             if isinstance(node, _FUNCTIONS):
                 self._read_function(node, scope)
@@ -5500,8 +5543,8 @@ class _FileUse:
         used = _uses(value)
         while isinstance(target, ast.Subscript):   # a value in a container changes the container
             target = target.value
-        all_names = list(_names_in(target))
-        names = all_names or list(filter(None, [_dotted(target)]))
+        bound = list(_names_in(target))
+        names = bound or list(filter(None, [_dotted(target)]))
         for name in names:
             if scope:
                 key = '%s.%s' % (scope, name)
@@ -5515,7 +5558,7 @@ class _FileUse:
                 self._assign(part.target, part.value, scope)
 
     def _read_call(self, call: Any, scope: str) -> None:
-        """`paths.append(ROOT)` makes `paths` depend on ROOT."""
+        """Note that `paths.append(ROOT)` makes `paths` depend on ROOT."""
         method = getattr(call, 'func', None)
         if not isinstance(method, ast.Attribute):
             return
@@ -5528,7 +5571,7 @@ class _FileUse:
             key = '%s.%s()' % (scope, node.name)
         else:
             key = node.name + '()'
-        # The names of a class are no variables of its methods.
+        # The names of a class are not variables of its methods.
         self._note(key, _uses(node), '')
         if scope:
             user = self._users.setdefault(key, set())
@@ -5554,25 +5597,26 @@ class _FileUse:
 
 
 def _renamed(names: FrozenSet[str], there: str, here: str) -> Iterator[str]:
-    """'N', 'N.x' and 'N()' for what a module has imported as N."""
+    """Return 'N', 'N.x' and 'N()' for names that a module has imported as N."""
     for name in names:
         if name == there or name.startswith((there + '.', there + '()')):
             yield here + name[len(there):]
 
 
 class ModuleSource:
-    """What one source text says of its module: what it imports, and what gives its names their
-    values.
+    """What one source text reveals about its module: what it imports, and what gives its names
+    their values.
 
-    imports: what is imported anywhere in the text, in its order.
-    names: what the top level of the module binds.
-    classes: the same for the bodies of its classes, by qualified name, without those inside of
-        functions.
-    exports: `__all__`, if that is written as a literal.
-    stars: modules from which all is imported at the top level.
-    file_names: what depends on where the file of the module lies: names, those that only functions
-        assign included, 'C.x' for attribute x of class C, 'f()' for what a call of f depends on.
-    error: why the text could not be parsed; then there is nothing else.
+    imports - what is imported anywhere in the text, in its order
+    names - what the top level of the module binds
+    classes - the same for the bodies of its classes, by qualified name, without classes inside of
+        functions
+    exports - `__all__`, if it is written as a literal
+    stars - the modules from which everything is imported at the top level
+    file_names - what depends on the location of the module's file: names, including those that only
+        functions assign, 'C.x' for attribute x of class C, and 'f()' for what a call of f depends
+        on
+    error - why the text could not be parsed; in this case the other attributes are empty
     """
 
     def __init__(self, text: Union[str, bytes], name: str, is_package: bool = False) -> None:
@@ -5601,8 +5645,8 @@ class ModuleSource:
             self._read_file_use(tree)
 
     def file_names_with(self, others: Callable[[str], FrozenSet[str]]) -> FrozenSet[str]:
-        """`file_names` if other modules have names that depend on files as well, which `others`
-        says of each."""
+        """Return `file_names` if other modules have names that depend on files as well; `others`
+        returns these for a module."""
         if self.error:
             return self.file_names
         if self._file_use is None:
@@ -5619,7 +5663,7 @@ class ModuleSource:
                     seeds.append(seed)
             else:
                 seeds += [here + '.' + name for name in others(module)]
-        # Modules that import each other have a.X, b.a.X, a.b.a.X and so on without end.
+        # Modules that import each other have the names a.X, b.a.X, a.b.a.X and so on without end.
         return self._file_use.dependents([name for name in seeds if name.count('.') < NAME_PARTS])
 
     def _read_file_use(self, tree: ast.Module) -> None:
@@ -5633,7 +5677,7 @@ class ModuleSource:
                 binding.from_file = '%s.%s' % (qualified, name) in self.file_names
 
     def has(self, *words: str) -> bool:
-        """Whether any of these stands in the text."""
+        """Return whether any of these occurs in the text."""
         if isinstance(self._text, bytes):
             for word in words:
                 if word.encode() in self._text:
@@ -5657,7 +5701,7 @@ class ModuleSource:
         return self._absolute(node.level, node.module or '')
 
     def _absolute(self, level: int, module: str) -> str:
-        """'' for what leads out of the package."""
+        """Return the absolute name of an imported module; '' if it is outside of the package."""
         if not level:
             return module
         if self._package:
@@ -5699,8 +5743,8 @@ class ModuleSource:
             level = len(name) - len(stripped)
             absolute = self._absolute(level, stripped)
             if absolute:
-                imported_module = ImportedModule(absolute, (), call in direct)
-                self.imports.append(imported_module)
+                found = ImportedModule(absolute, (), call in direct)
+                self.imports.append(found)
 
     def _read_names(self, tree: ast.Module) -> None:
         walrus = self.has(':=')
@@ -5755,8 +5799,8 @@ class ModuleSource:
 class Whereabouts(NamedTuple):
     """What is known of a module without importing it."""
     kind: ModuleKind
-    path: str = ''                                # of its file, which may be in an archive
-    locations: Optional[Tuple[str, ...]] = None   # of a package: directories of its submodules
+    path: str = ''                                # the path of its file, which may be in an archive
+    locations: Optional[Tuple[str, ...]] = None   # for a package: the directories of its submodules
     loader: Any = None
 
 
@@ -5773,7 +5817,8 @@ def _as_roots(paths: Sequence[Optional[str]]) -> Tuple[str, ...]:
 
 @functools.lru_cache(maxsize=None)
 def _standard_roots() -> Tuple[str, ...]:
-    """Where the standard library is, that of the base installation of a venv included."""
+    """Return the directories of the standard library, including that of the base installation of a
+    venv."""
     paths: List[Optional[str]] = []
     for base in {sys.prefix, sys.base_prefix, sys.exec_prefix, sys.base_exec_prefix}:
         there = {'base': base, 'platbase': base, 'installed_base': base, 'installed_platbase': base}
@@ -5793,7 +5838,7 @@ def _standard_roots() -> Tuple[str, ...]:
 
 @functools.lru_cache(maxsize=None)
 def _site_roots() -> Tuple[str, ...]:
-    """Where distributions are installed, whatever these directories are called."""
+    """Return the directories in which distributions are installed, whatever their names are."""
     site = sys.modules.get('site')
     user = module_dict(site).get('USER_SITE')
     path = sysconfig.get_path('purelib')
@@ -5801,8 +5846,8 @@ def _site_roots() -> Tuple[str, ...]:
 
 
 def archive_of(path: str) -> Tuple[str, str]:
-    """(archive, name in it with '/') of the path of a file in an archive; ('', '') if it is in
-    none."""
+    """Return (archive, name in it with '/') for the path of a file in an archive; ('', '') if it is
+    in none."""
     archive = path
     while archive and not os.path.lexists(archive):
         shorter = os.path.dirname(archive)
@@ -5811,22 +5856,22 @@ def archive_of(path: str) -> Tuple[str, str]:
         archive = shorter
     if archive == path or not os.path.isfile(archive):
         return '', ''
-    short_path = path[len(archive) + 1:]
-    return archive, short_path.replace(os.sep, '/')
+    below = path[len(archive) + 1:]
+    return archive, below.replace(os.sep, '/')
 
 
 class Installations:
-    """What distributions say that they have put into a directory, or into an archive. Each is read
-    once, and again when it has changed."""
+    """The files that distributions say they have put into a directory, or into an archive. Each is
+    read once, and again when it has changed."""
 
     def __init__(self) -> None:
-        # directory -> (time of its last change, file below it -> metadata directory)
+        # Directory -> (time of its last change, file below it -> metadata directory)
         self._tables: Dict[str, Tuple[int, Dict[str, str]]] = {}
 
     def owner(self, holder: str, path: str) -> str:
-        """The metadata directory, such as 'numpy-1.26.4.dist-info', of the distribution that has
-        put a file, by its name below the directory and with '/', or the package that it is in,
-        into a directory; '' if none says so."""
+        """Return the metadata directory, such as 'numpy-1.26.4.dist-info', of the distribution that
+        has put a file, given by its name below the directory with '/', or the package that contains
+        it, into a directory; '' if there is none."""
         table = self._table(holder)
         found = table.get(path)
         if found is None:
@@ -5835,7 +5880,7 @@ class Installations:
         return found or ''
 
     def owner_of_name(self, holder: str, name: str) -> str:
-        """The same for a top-level module or package."""
+        """Return the same for a top-level module or package."""
         table = self._table(holder)
         for path in (name + '/__init__.py', name + '.py'):
             if path in table:
@@ -5883,7 +5928,7 @@ _METADATA_FILES = {'.dist-info': 'RECORD', '.egg-info': 'installed-files.txt'}
 
 
 def _directory_metadata(directory: str) -> Iterator[Tuple[str, str, str]]:
-    """(metadata directory, name of the list of files, its text) of each distribution."""
+    """Yield (metadata directory, name of the list of files, its text) of each distribution."""
     for name in sorted(os.listdir(directory)):
         _, suffix = os.path.splitext(name)
         file = _METADATA_FILES.get(suffix)
@@ -5908,24 +5953,24 @@ def _archive_metadata(archive: str, prefix: str) -> Iterator[Tuple[str, str, str
                 if not member.endswith(below):
                     continue
                 if expected == file:
-                    decoded = members.read(member).decode('utf-8', 'replace')
-                    yield name, file, decoded
+                    text = members.read(member).decode('utf-8', 'replace')
+                    yield name, file, text
     except (OSError, zipfile.BadZipFile) as exc:
         logger.debug('%s cannot be read as an archive: %s', archive, exc)
 
 
 class ModuleFinder:
-    """Says where a module is and of which kind it is. Loaded modules are asked first, then
+    """Finds out where a module is and of which kind it is. Loaded modules are asked first, then
     finders; nothing is imported."""
 
     def __init__(self) -> None:
         self.installations = Installations()
-        # name -> (what sys.modules had, time until which this is believed if that was nothing,
-        # what was found)
+        # Name -> (what sys.modules had, time until which the entry is valid if that was nothing,
+        # the result)
         self._kept: Dict[str, Tuple[Any, float, Whereabouts]] = {}
 
     def look(self, name: str) -> Whereabouts:
-        """Find out where a module is. Any thread."""
+        """Return what is known of a module. Any thread."""
         module = sys.modules.get(name, self)
         kept = self._kept.get(name)
         if kept is not None and kept[0] is module and self._is_valid(kept):
@@ -5945,8 +5990,8 @@ class ModuleFinder:
 
     @staticmethod
     def _is_by_value(name: str, module: Any) -> bool:
-        """What may change at any time: what the main module is, and what the user has
-        registered."""
+        """Return whether a module travels by value. The answer may change at any time: it depends
+        on what the main module is, and on what the user has registered."""
         if module is sys.modules.get('__main__') or name in _MAIN_NAMES:
             return name.partition('.')[0] not in NOT_OWN
         registered = cloudpickle.list_registry_pickle_by_value()
@@ -5968,7 +6013,7 @@ class ModuleFinder:
             found = self._look_at(name, module)
         else:
             found = self._look_for(name)
-            # A package has put it there.
+            # A package has added it there.
             if found.kind is ModuleKind.MISSING:
                 if module is not self:
                     found = Whereabouts(self._kind_without_file(name, None, None))
@@ -5977,7 +6022,7 @@ class ModuleFinder:
         return found
 
     def _look_at(self, name: str, module: Any) -> Whereabouts:
-        """A module that is loaded."""
+        """Return what is known of a module that is loaded."""
         spec = module_dict(module).get('__spec__')
         if not issubclass(type(spec), importlib.machinery.ModuleSpec):
             spec = None
@@ -6000,7 +6045,8 @@ class ModuleFinder:
         return Whereabouts(kind, path, locations, loader)
 
     def _look_for(self, name: str) -> Whereabouts:
-        """A module that is not loaded, or something else under its name."""
+        """Return what is known of a module that is not loaded, or of something else under its
+        name."""
         spec = self._search(name)
         if spec is None:
             return Whereabouts(ModuleKind.MISSING)
@@ -6035,9 +6081,9 @@ class ModuleFinder:
     def _as_locations(path: Any) -> Optional[Tuple[str, ...]]:
         if path is None:
             return None
-        try:   # of a namespace package: it asks finders if sys.path is another one now
+        try:   # a namespace package asks finders if sys.path has changed
             entries = tuple(path)
-        except Exception as exc:   # the user's own; no submodules of this can be found
+        except Exception as exc:   # raised by the user's code; no submodules can be found
             logger.debug('the __path__ of a package cannot be read: %s', describe_exception(exc))
             return ()
         chosen_entries = []
@@ -6048,8 +6094,8 @@ class ModuleFinder:
 
     def _kind_without_file(self, name: str, spec: Any,
                            locations: Optional[Tuple[str, ...]]) -> ModuleKind:
-        """Of a module that a package made while it was imported the kind is that of the package,
-        if every node that has the package makes it too."""
+        """Return the kind of a module without a file. A module that a package made while it was
+        imported has the kind of the package, if every node that has the package makes it too."""
         if spec is not None and locations:
             kind = self._kind_of_namespace(name, locations)
             if kind is not ModuleKind.OWN:
@@ -6070,11 +6116,11 @@ class ModuleFinder:
         return ModuleKind.BY_VALUE
 
     def _kind_of_namespace(self, name: str, locations: Tuple[str, ...]) -> ModuleKind:
-        """A part of it that is the user's own travels."""
+        """Return the kind of a namespace package: a part of it that is the user's own travels."""
         files = []
         for path in locations:
-            absolute_path = os.path.abspath(path)
-            files.append(os.path.join(absolute_path, '__init__.py'))
+            directory = os.path.abspath(path)
+            files.append(os.path.join(directory, '__init__.py'))
         kinds = set()
         for file in files:
             kinds.add(self._kind_of_file(name, file))
@@ -6091,14 +6137,14 @@ class ModuleFinder:
         return ModuleKind.OWN
 
     def _kind_of_file(self, name: str, path: str) -> ModuleKind:
-        """By its path, and where that leaves it open by the metadata beside its top-level
-        module."""
-        real_path = os.path.realpath(path)
-        real = os.path.normcase(real_path)
+        """Return the kind of a module by its path; if the path does not determine it, by the
+        metadata beside its top-level module."""
+        resolved = os.path.realpath(path)
+        real = os.path.normcase(resolved)
         if _is_below(real, _site_roots()):
             return ModuleKind.INSTALLED
-        real_parts = real.split(os.sep)
-        if SITE_DIRECTORIES & set(real_parts):
+        directories = real.split(os.sep)
+        if SITE_DIRECTORIES & set(directories):
             return ModuleKind.INSTALLED
         if _is_below(real, _standard_roots()):
             return ModuleKind.STANDARD
@@ -6106,19 +6152,21 @@ class ModuleFinder:
         holder = path
         for _ in range(levels):
             holder = os.path.dirname(holder)
-        short_path = path[len(holder):]
-        below = short_path.replace(os.sep, '/').lstrip('/')
+        rest = path[len(holder):]
+        below = rest.replace(os.sep, '/').lstrip('/')
         if holder.endswith('.egg'):
             if os.path.isdir(os.path.join(holder, 'EGG-INFO')):
                 return ModuleKind.INSTALLED
         if self.installations.owner(holder, below):
             return ModuleKind.INSTALLED
         if not path.endswith(tuple(importlib.machinery.all_suffixes())):
-            return ModuleKind.BY_VALUE   # a hook of the user's has loaded it; a node has none
+            # A hook of the user's has loaded it, which nodes do not have
+            return ModuleKind.BY_VALUE
         return ModuleKind.OWN
 
     def _leads_to(self, name: str, path: str) -> bool:
-        """Whether an import of this name, elsewhere and by the same rules, would load this file."""
+        """Return whether an import of this name, elsewhere and by the same rules, would load this
+        file."""
         if self._below_parent(name) is ModuleKind.BY_VALUE:
             return False
         spec = self._search(name)
@@ -6128,12 +6176,12 @@ class ModuleFinder:
             return False
         if spec.origin == path:
             return True
-        real_path = os.path.realpath(spec.origin)
-        return real_path == os.path.realpath(path)
+        found = os.path.realpath(spec.origin)
+        return found == os.path.realpath(path)
 
     def _search(self, name: str) -> Any:
-        """The spec of a module, by the finders. `importlib.util.find_spec` would import the
-        packages that it is in."""
+        """Return the spec of a module from the finders. `importlib.util.find_spec` would import the
+        packages that contain it."""
         parent = name.rpartition('.')[0]
         if not parent:
             return self._ask(sys.meta_path, name, None)
@@ -6142,19 +6190,19 @@ class ModuleFinder:
             return None
         if parent in sys.modules:
             below = self._ask([importlib.machinery.PathFinder], name, list(locations))
-        else:   # PathFinder would look for a loaded package that a namespace package is in
+        else:   # PathFinder would need the loaded parent of a namespace package
             below = self._ask_entries(name, locations)
-        # Finders of editable installs may know of submodules that lie elsewhere.
+        # Finders of editable installs may know submodules that are elsewhere.
         return below or self._ask(sys.meta_path, name, list(locations))
 
     @staticmethod
     def _ask_entries(name: str, locations: Sequence[str]) -> Any:
-        """Ask the entries of a path, as PathFinder does."""
+        """Return the spec from the entries of a path, as PathFinder does."""
         portions: List[str] = []
         for location in locations:
             try:
                 spec = pkgutil.get_importer(location).find_spec(name)   # type: ignore[union-attr]
-            except Exception as exc:   # the user's own finder, or none for this directory
+            except Exception as exc:   # the user's own finder, or there is none for this directory
                 text = describe_exception(exc)
                 logger.debug('%s was asked for module %s: %s', location, name, text)
                 continue
@@ -6176,7 +6224,7 @@ class ModuleFinder:
                 continue
             try:
                 spec = finder.find_spec(name, path)
-            except Exception as exc:   # the user's own finder; the others are asked still
+            except Exception as exc:   # the user's own finder; the others are still asked
                 text = describe_exception(exc)
                 logger.debug('%s was asked for module %s: %s', type(finder), name, text)
                 continue
@@ -6186,47 +6234,47 @@ class ModuleFinder:
 
 
 class FileStamp(NamedTuple):
-    """What tells a file from what it was before, without reading it."""
+    """Metadata that tells a file from an earlier version of it, without reading it."""
     mtime_ns: int
     size: int
     inode: int = 0
 
 
 class FileOfModule(NamedTuple):
-    """A file that travels: of a module, or of the data of a package."""
+    """A file that is sent to nodes: that of a module, or data of a package."""
     target: str        # its name on the node, with '/'
-    path: str          # where it is read from; inside of an archive `loader` reads it
+    path: str          # its path here; inside of an archive `loader` reads it
     loader: Any = None
 
     def read(self) -> bytes:
-        """Its content as it is now. Raises OSError."""
+        """Return its content as it is now. Raises OSError."""
         return _read_at_once(self.path, self.loader)[0]
 
     def stamp(self) -> FileStamp:
-        """Raises OSError."""
+        """Return its metadata. Raises OSError."""
         return _stamp_of(self.path)
 
 
 class ModuleFile(NamedTuple):
-    """A module that travels, and its file."""
+    """A module that is sent to nodes, and its file."""
     name: str
-    path: str                        # where it is read from; inside of an archive `loader` reads it
+    path: str                        # its path here; inside of an archive `loader` reads it
     target: str                      # its name on the node, with '/'
     is_package: bool
     is_extension: bool
-    source: Optional[ModuleSource]   # none of an extension module, and of one without source
+    source: Optional[ModuleSource]   # None for an extension module, and for one without source
     loader: Any = None
-    chain: Tuple[str, ...] = ()      # by whose imports it was reached, itself the last
+    chain: Tuple[str, ...] = ()      # the modules whose imports led to it, with itself as the last
 
     def file(self) -> FileOfModule:
         return FileOfModule(self.target, self.path, self.loader)
 
     def read(self) -> bytes:
-        """Its content as it is now. Raises OSError."""
+        """Return its content as it is now. Raises OSError."""
         return self.file().read()
 
     def stamp(self) -> FileStamp:
-        """Raises OSError."""
+        """Return its metadata. Raises OSError."""
         return self.file().stamp()
 
 
@@ -6242,8 +6290,8 @@ def _stamp_of(path: str) -> FileStamp:
 
 
 def _read_at_once(path: str, loader: Any) -> Tuple[bytes, Optional[FileStamp], int]:
-    """Content, stamp and mode of a file, all of one moment; no stamp if the file never kept still.
-    Raises OSError."""
+    """Return content, stamp and mode of a file, all from one moment; there is no stamp if the file
+    changed all the time. Raises OSError."""
     archive, member = archive_of(path)
     if archive:
         stamp = _stamp_of(path)
@@ -6254,21 +6302,22 @@ def _read_at_once(path: str, loader: Any) -> Tuple[bytes, Optional[FileStamp], i
             content = file.read()
             after = os.fstat(file.fileno())
             stamp = FileStamp(after.st_mtime_ns, after.st_size, after.st_ino)
-            file_stamp = FileStamp(before.st_mtime_ns, len(content), before.st_ino)
-            if stamp == file_stamp:
+            now = FileStamp(before.st_mtime_ns, len(content), before.st_ino)
+            if stamp == now:
                 return content, stamp, stat.S_IMODE(after.st_mode)
             file.seek(0)
     return content, None, stat.S_IMODE(after.st_mode)
 
 
 def _read_member(archive: str, member: str, path: str, loader: Any) -> bytes:
-    """A file in an archive, by the loader of its module if that can read it."""
+    """Return the content of a file in an archive, read by the loader of its module if that can do
+    it."""
     import zipfile
     try:
         if not zipfile.is_zipfile(archive):
             return bytes(loader.get_data(path))
         root = getattr(loader, 'archive', None)
-        # It knows where in the archive its files are, by the path that it has itself.
+        # The loader finds its files in the archive by its own path.
         if isinstance(root, str):
             if os.path.abspath(root) == archive:
                 data = loader.get_data(os.path.join(root, *member.split('/')))
@@ -6282,8 +6331,8 @@ def _read_member(archive: str, member: str, path: str, loader: Any) -> bytes:
 
 
 def _is_settled(stamp: FileStamp) -> bool:
-    """Whether a later change of the file would change its stamp too: file systems count time in
-    steps."""
+    """Return whether a later change of the file would change its stamp too: file systems count time
+    in steps."""
     if stamp.mtime_ns % 1_000_000_000:
         step = 50_000_000
     else:
@@ -6292,18 +6341,19 @@ def _is_settled(stamp: FileStamp) -> bool:
 
 
 class ModuleDigests:
-    """Digests of the files of modules; none is read twice while it is the same."""
+    """Digests of the files of modules; no file is read twice while it is unchanged."""
 
     def __init__(self) -> None:
-        # path -> stamp, (size, digest, mode)
+        # Path -> stamp, (size, digest, mode)
         self._kept: Dict[str, Tuple[FileStamp, Tuple[int, bytes, int]]] = {}
 
     def note(self, path: str, content: bytes, stamp: Optional[FileStamp], mode: int) -> None:
-        """What was read for another purpose."""
+        """Note the content of a file that was read for another purpose."""
         self._keep(path, stamp, (len(content), hashlib.sha256(content).digest(), mode))
 
     def of(self, file: FileOfModule) -> Tuple[FileStamp, Tuple[int, bytes, int]]:
-        """Stamp of a file, and its size, digest and mode, all of one read. Raises OSError."""
+        """Return the stamp of a file, and its size, digest and mode, all from one read. Raises
+        OSError."""
         path = file.path
         stamp = _stamp_of(path)
         kept = self._kept.get(path)
@@ -6381,7 +6431,8 @@ class _ModuleWalk:
         return False
 
     def _reach_members(self, imported: ImportedModule, chain: Tuple[str, ...]) -> None:
-        """What is imported from a package may be a module in it."""
+        """Follow the names that are imported from a package, each of which may be a module in
+        it."""
         module = imported.module
         where = self._finder.look(module)
         if where.kind is not ModuleKind.OWN:
@@ -6398,7 +6449,7 @@ class _ModuleWalk:
                 self._reach(full, chain)
 
     def _starred(self, package: str, where: Whereabouts) -> Sequence[str]:
-        """Names of submodules that `from package import *` may reach."""
+        """Return the names of submodules that `from package import *` may reach."""
         if where.path:
             source = self._file_of(package, where).source
         else:
@@ -6412,15 +6463,15 @@ class _ModuleWalk:
 
 
 class DataFiles:
-    """Finds the data files of packages: what lies beside the modules and is no code."""
+    """Finds the data files of packages: files beside the modules that are not code."""
 
     def __init__(self) -> None:
         self._warned: Set[str] = set()
-        # path -> stamp, whether it is an extension module
+        # Path -> stamp, whether it is an extension module
         self._extensions: Dict[str, Tuple[Tuple[int, int], bool]] = {}
 
     def of(self, package: ModuleFile) -> List[FileOfModule]:
-        """In the order of their names, as far as they are not too large together."""
+        """Return the data files of a package in the order of their names, up to a total size."""
         name = package.name
         archive, member = archive_of(package.path)
         if archive:
@@ -6448,8 +6499,8 @@ class DataFiles:
 
     @staticmethod
     def _warn(package: str, left: List[Tuple[str, int]], count: int) -> None:
-        total_size = sum(size for _, size in left)
-        size = total_size / 2**20
+        left_out = sum(size for _, size in left)
+        size = left_out / 2**20
         logger.warning(
             'package %s has more data files than the %d MB that travel with a package; not sent '
             'are %d of %d files (%.1f MB), the first of them %s: list those that jobs need in '
@@ -6457,14 +6508,14 @@ class DataFiles:
             package, PACKAGE_DATA >> 20, len(left), count, size, left[0][0])
 
     def _in_directory(self, root: str) -> Iterator[Tuple[str, str, int]]:
-        """(name below the package with '/', path, size)."""
+        """Yield (name below the package with '/', path, size)."""
         waiting = [('', root)]
         looked_at = 0
         while waiting:
             prefix, directory = waiting.pop()
             entries = self._entries(directory)
             if prefix and any(_is_package_file(entry.name) for entry in entries):
-                continue   # a package itself
+                continue   # the directory is a package itself
             looked_at += len(entries)
             if looked_at > PACKAGE_FILES:
                 self._warn_of_many(root)
@@ -6498,7 +6549,7 @@ class DataFiles:
         return sorted(shown, key=lambda entry: entry.name)
 
     def _is_data(self, entry: Any) -> bool:
-        """Of links it counts where they lead."""
+        """Return whether a file is data. For links, their target counts."""
         if entry.name.endswith(_CODE_SUFFIXES):
             return False
         if not _may_travel(entry.name):
@@ -6512,7 +6563,7 @@ class DataFiles:
             return False
 
     def _is_extension(self, entry: Any) -> bool:
-        """Whether this is an extension module, and no other shared library."""
+        """Return whether this is an extension module, and not another shared library."""
         suffix = next(filter(entry.name.endswith, importlib.machinery.EXTENSION_SUFFIXES), '')
         if suffix:
             stem = entry.name[:-len(suffix)]
@@ -6520,7 +6571,7 @@ class DataFiles:
             stem = ''
         if not stem.isidentifier():
             return False
-        if suffix not in ('.so', '.pyd'):   # has the name of this implementation in it
+        if suffix not in ('.so', '.pyd'):   # the name contains that of this implementation
             return True
         status = entry.stat()
         if status.st_size > PACKAGE_DATA:
@@ -6589,7 +6640,7 @@ def _is_shown(name: str) -> bool:
 
 
 def _may_travel(name: str) -> bool:
-    """Whether a node would take a file or directory of this name."""
+    """Return whether a node would take a file or directory of this name."""
     try:
         check_name(name)
     except ValueError as exc:   # a name that a node would refuse
@@ -6599,26 +6650,26 @@ def _may_travel(name: str) -> bool:
 
 
 def _of_files(names: FrozenSet[str]) -> FrozenSet[str]:
-    """Without what every module has."""
+    """Return the names that depend on files, without those that every module has."""
     return names - _FILE_NAMES - _FILE_MODULES
 
 
 class OwnModules:
-    """Which modules are the user's own, and what travels for them. One is enough for a process,
-    for it remembers what it has read. Any thread."""
+    """Determines which modules are the user's own, and what is sent for them. A process needs only
+    one instance, because it remembers what it has read. Any thread."""
 
     def __init__(self) -> None:
         self._finder = ModuleFinder()
         self._digests = ModuleDigests()
         self._data = DataFiles()
-        # name -> (module, its __spec__, stamp of the file if it was not loaded, what was found)
+        # Name -> (module, its __spec__, stamp of the file if it was not loaded, the result)
         self._files: Dict[str, Tuple[Any, Any, Optional[FileStamp], ModuleFile]] = {}
-        # path -> stamp and digest of the last row
+        # Path -> stamp and digest of the last row
         self._versions: Dict[str, str] = {}
 
     def distribution_of(self, module: str) -> str:
-        """The name by which pip knows what holds a module, with the module's where they differ:
-        'PyYAML (yaml)'."""
+        """Return the name by which pip knows the distribution that contains a module, with the name
+        of the module if they differ: 'PyYAML (yaml)'."""
         for directory in filter(os.path.isdir, sys.path):
             owner = self._finder.installations.owner_of_name(directory, module)
             name = owner.partition('-')[0]
@@ -6629,23 +6680,23 @@ class OwnModules:
         return module
 
     def kind(self, name: Any) -> ModuleKind:
-        """What decides how an object of this module goes to a node."""
+        """Return the kind of this module, which determines how its objects are sent to a node."""
         if isinstance(name, str):
             return self._finder.look(name).kind
         return ModuleKind.MISSING
 
     def closure(self, names: Sequence[str], shipped: Sequence[str] = ()) -> List[ModuleFile]:
-        """The user's own modules among these, with all that they import and the packages that they
-        are in, in the order in which they are reached. `shipped` are modules that travel
-        otherwise, with all below them."""
+        """Return those of these modules that are the user's own, with all that they import and the
+        packages that contain them, in the order in which they are reached. `shipped` are modules
+        that are sent in another way, with everything below them."""
         walk = _ModuleWalk(self._finder, self._file_of, shipped)
-        sorted_names = sorted(set(names))
-        walk.run(iter(sorted_names))
+        in_order = sorted(set(names))
+        walk.run(iter(in_order))
         return walk.found
 
     def files(self, closure: Sequence[ModuleFile]) -> Dict[str, FileOfModule]:
-        """What travels, by the names that it has on the node: code, and the data files of
-        packages."""
+        """Return the files that are sent, by the names that they have on the node: code, and the
+        data files of packages."""
         found = {module.target: module.file() for module in closure}
         for module in closure:
             if module.is_package:
@@ -6654,7 +6705,7 @@ class OwnModules:
         return found
 
     def rows(self, files: Dict[str, FileOfModule]) -> List[Tuple[str, int, bytes, int]]:
-        """(name, size, digest, mode) of each file. Raises OSError."""
+        """Return (name, size, digest, mode) of each file. Raises OSError."""
         rows = []
         for target, file in files.items():
             _, (size, digest, mode) = self._digests.of(file)
@@ -6662,8 +6713,8 @@ class OwnModules:
         return rows
 
     def digests(self, closure: Sequence[ModuleFile]) -> Dict[str, bytes]:
-        """The digest of each module's file as it is now, by its path. A file that cannot be read is
-        left out: there is no other text that could be sent."""
+        """Return the current digest of each module's file, by its path. A file that cannot be read
+        is left out: there is no other text that could be sent."""
         found = {}
         for module in closure:
             try:
@@ -6673,7 +6724,7 @@ class OwnModules:
         return found
 
     def changed(self, closure: Sequence[ModuleFile], before: Dict[str, bytes]) -> List[ModuleFile]:
-        """Modules whose files are not as they were when `before` was taken, as `digests`."""
+        """Return the modules whose files have changed since `before` was returned by `digests`."""
         now = self.digests(closure)
         modules: List[ModuleFile] = []
         for module in closure:
@@ -6684,7 +6735,7 @@ class OwnModules:
         return modules
 
     def _file_of(self, name: str, where: Whereabouts) -> ModuleFile:
-        """The file of a module of the user's. The text of a loaded module is read once."""
+        """Return the file of a module of the user's. The text of a loaded module is read once."""
         module = sys.modules.get(name)
         spec = module_dict(module).get('__spec__')
         kept = self._files.get(name)
@@ -6705,7 +6756,7 @@ class OwnModules:
             if stamp is None:
                 return False
             return stamp == _stamp_of(path)
-        except OSError:   # whoever reads it says so
+        except OSError:   # reading it will raise
             return False
 
     def _read_file(self, name: str, where: Whereabouts) -> Tuple[ModuleFile, Optional[FileStamp]]:
@@ -6737,7 +6788,8 @@ class OwnModules:
         return file, stamp
 
     def file_names(self, closure: Sequence[ModuleFile]) -> Dict[str, FrozenSet[str]]:
-        """`ModuleSource.file_names` of each, with what they import from each other."""
+        """Return `ModuleSource.file_names` of each module, including what the modules import from
+        each other."""
         sources = {}
         for module in closure:
             if module.source is not None:
@@ -6763,7 +6815,7 @@ class OwnModules:
         return found
 
     def uses_dispy(self, closure: Sequence[ModuleFile]) -> bool:
-        """Whether one of these imports a module of dispy."""
+        """Return whether one of these imports a module of dispy."""
         ours = NOT_OWN - {'cloudpickle', 'psutil'}
         for _, imported in self._imports(closure):
             if imported.module.partition('.')[0] in ours:
@@ -6779,8 +6831,9 @@ class OwnModules:
 
     def packages(self,
                  closure: Sequence[ModuleFile]) -> Dict[str, Tuple[str, bool, Tuple[str, ...]]]:
-        """The installed packages that these import: version here ('' if that is unknown), whether
-        an import of it is certain, and the chain of imports that leads to it."""
+        """Return the installed packages that these modules import: their version here ('' if it is
+        unknown), whether they are certainly imported, and the chain of imports that leads to
+        them."""
         found: Dict[str, Tuple[str, bool, Tuple[str, ...]]] = {}
         for module, imported in self._imports(closure):
             for name in self._installed(imported):
@@ -6792,7 +6845,7 @@ class OwnModules:
         return found
 
     def _installed(self, imported: ImportedModule) -> List[str]:
-        """Top-level packages. Below a namespace package these are what is in it, of which each may
+        """Return top-level packages. For a namespace package these are its parts, each of which may
         be installed or not."""
         parts = imported.module.split('.')
         if parts[0] in NOT_OWN:
@@ -6833,14 +6886,14 @@ own_modules = OwnModules()
 
 
 # --------------------------------------------------------------------------------------------------
-# What the program has set in its modules, and bundles: the modules that a pickle needs, with their
+# What the program has set in its modules; and bundles: the modules that a pickle needs, with their
 # state
 # --------------------------------------------------------------------------------------------------
 
-# Bytes of a pickled variable that a module's source computes, after which it stays at home
+# Limit in bytes of a pickled variable that a module's source computes; a larger one is not sent
 STATE_LIMIT = 1 << 20
-LOOK_EVERY = 1.0              # s between looks at whether files of modules have changed
-# This file, for modules that import it on a node that has only dispynode.py
+LOOK_EVERY = 1.0              # s between checks whether files of modules have changed
+# This file is for modules that import it on a node that has only dispynode.py
 BEHIND = 'behind/dispy.py'
 
 
@@ -6850,28 +6903,28 @@ class _CannotTravel(Exception):
 
 def _state_pickler(numbers: Dict[int, int]) -> Any:
     class StatePickler(client_pickler()):  # type: ignore[misc]
-        """Objects that keep their identity on the node go as numbers."""
+        """A pickler that replaces objects which keep their identity on the node by numbers."""
 
         def persistent_id(self, obj: Any) -> Optional[int]:
-            """Called by the pickler for every object."""
+            """Return the number of an object, or None. The pickler calls this for every object."""
             return numbers.get(id(obj))
     return StatePickler
 
 
 class StateCapture:
-    """Collects what the variables of modules hold. A module whose state cannot be carried whole is
-    left out whole, since what is left of it would not fit together."""
+    """Collects the values of the variables of modules. A module whose state cannot be sent
+    completely is left out, since a part of its state would be inconsistent."""
 
     def __init__(self) -> None:
         self.rows: List[StateRow] = []
         self.warnings: List[str] = []
-        self._objects: List[Any] = []              # those that keep their identity, by number
+        self._objects: List[Any] = []              # objects that keep their identity, by number
         self._numbers: Dict[int, int] = {}         # id -> number
         self._values: Dict[Tuple[str, str, str], Any] = {}
 
     def add(self, file: ModuleFile, placed: Iterable[str] = ()) -> None:
-        """A module that the client has loaded, if its source is known. `placed` are the names whose
-        values depend on where files lie: on the node these lie elsewhere."""
+        """Add a module that the client has loaded, if its source is known. `placed` are the names
+        whose values depend on the location of files, which differs on the node."""
         source = file.source
         module = sys.modules.get(file.name)
         if module is None:
@@ -6907,7 +6960,7 @@ class StateCapture:
                    found: List[Tuple[StateRow, Any]]) -> None:
         try:
             cls = find_named(source.name, owner)
-        except Exception:  # it is not there any more, or a __getattr__ of the user's raises
+        except Exception:  # it has been removed, or a __getattr__ of the user's raises
             return
         if not isinstance(cls, type):
             return
@@ -6920,7 +6973,7 @@ class StateCapture:
 
     def _consider(self, source: ModuleSource, key: Tuple[str, str, str], value: Any,
                   binding: Optional[NameBinding], found: List[Tuple[StateRow, Any]]) -> None:
-        """A variable, if the node's own import would not give it the same value."""
+        """Add a variable, if the import on the node would not give it the same value."""
         module, owner, name = key
         if name.startswith('__'):
             return
@@ -6928,11 +6981,12 @@ class StateCapture:
             return
         if self._is_as_imported(key, value, binding, source):
             return
-        given = binding is None or binding.kind is NameKind.CONSTANT   # then the program has set it
+        # In that case the program has set it
+        given = binding is None or binding.kind is NameKind.CONSTANT
         form = plain_form(value, sys.maxsize if given else STATE_LIMIT)
         if form is not None:
-            state_row = StateRow(module, owner, name, form, -1, not given)
-            found.append((state_row, value))
+            row = StateRow(module, owner, name, form, -1, not given)
+            found.append((row, value))
         elif given and (not owner or binding is not None):
             if not self._is_made_by_module(module, value):
                 raise _CannotTravel(name,
@@ -6966,8 +7020,8 @@ class StateCapture:
 
     @staticmethod
     def _is_made_by_module(module: str, value: Any) -> bool:
-        """Whether a function or class, which the source does not name, came of running the module
-        all the same."""
+        """Return whether a function or class that the source does not name was nevertheless made by
+        running the module."""
         if not isinstance(value, (type, types.FunctionType)):
             return False
         return value.__module__ == module
@@ -6979,11 +7033,11 @@ class StateCapture:
         return number
 
     def pickled(self) -> Tuple[List[Tuple[str, str]], bytes, AbstractSet[str]]:
-        """Classes of the numbered objects, the state, and the modules that opening it imports.
-        Raises what pickling raises."""
+        """Return the classes of the numbered objects, the state, and the modules that opening the
+        state imports. Raises what pickling raises."""
         if not self.rows:
             return [], b'', set()
-        # All there at once: their ids must differ
+        # They must exist at the same time, so that their ids differ
         contents = [contents_of(value) for value in self._objects]
         pickler = _state_pickler(self._numbers)
         sealed = dumps((contents, self._values), pickler)
@@ -6995,11 +7049,10 @@ class StateCapture:
 
 
 class Bundle(NamedTuple):
-    """Modules that travel together: their files, and how they were set when they first
-    travelled."""
+    """Modules that are sent together: their files, and their state when they were first sent."""
     number: int
     closure: Tuple[ModuleFile, ...]
-    files: Dict[str, FileOfModule]    # those that no earlier bundle has, by their names on the node
+    files: Dict[str, FileOfModule]    # files that no earlier bundle has, by their names on the node
     content: bytes                    # an envelope, for ModuleLoader
     texts: bytes                      # the same of KeptTexts
 
@@ -7010,7 +7063,7 @@ class Bundle(NamedTuple):
 
     @property
     def name(self) -> str:
-        """The name of its own file on the node."""
+        """Return the name of its own file on the node."""
         return BUNDLES + BUNDLE % self.number
 
 
@@ -7072,29 +7125,29 @@ class SentFiles:
 
 
 class ModuleBundles:
-    """The modules of one computation that have travelled, or will. Number 0 is what its code needs.
+    """The modules of one computation that were sent, or will be. Number 0 is what its code needs.
     Any thread; no lock is held while objects of the user's are pickled."""
 
     def __init__(self, name: str) -> None:
         self.name = name
-        self.shipped: List[str] = []               # modules that depends brings along as files
+        self.shipped: List[str] = []               # modules that are sent as files of `depends`
         self.known_globals: List[Dict[str, Any]] = []   # of the computation, setup and cleanup
-        # Whether the code holds no functions and classes by value
+        # Whether the code contains no functions and classes by value
         self.portable = False
         self._lock = threading.Lock()              # guards those below
         self._bundles: List[Bundle] = []
         self._number_of: Dict[str, int] = {}       # module -> bundle
-        self._plain: Set[str] = set()              # names of modules that need none
+        self._plain: Set[str] = set()              # modules that need no bundle
         self._sent = SentFiles()
-        # Path of a module's file -> its digest when it travelled
+        # Path of a module's file -> its digest when it was sent
         self._as_sent: Dict[str, bytes] = {}
         self._looked_at = time.monotonic()
         self._has_changed: List[str] = []
 
     def pack_code(self, computation: Any, setup: Any, cleanup: Any, objects: Dict[str,
                                                                                   Any]) -> bytes:
-        """The code of the computation, with bundle 0. One pickle for all, so that they share their
-        variables on the node."""
+        """Pickle the code of the computation, with bundle 0. All functions are in one pickle, so
+        that they share their variables on the node."""
         labels = [('the computation', computation), ('setup', setup), ('cleanup', cleanup)]
         for name, value in objects.items():
             labels.append(('depends, %s' % name, value))
@@ -7105,8 +7158,8 @@ class ModuleBundles:
 
     def packed(self, value: Any, labels: Iterable[Tuple[str, Any]], exact: bool = False,
                share: Optional[Callable[[list, list], Any]] = None) -> Any:
-        """A payload that says which bundles have to be there before it is opened; `share` as in
-        `dumps`. Raises what pickling raises."""
+        """Return a payload that says which bundles must be present before it is opened; `share` is
+        as in `dumps`. Raises what pickling raises."""
         sealed = pack(value, labels, exact, share)
         numbers = self.numbers(sealed.modules)
         if not numbers:
@@ -7117,7 +7170,8 @@ class ModuleBundles:
         return payload
 
     def numbers(self, modules: AbstractSet[str]) -> Set[int]:
-        """The bundles that have these modules, but for number 0. New modules make a new one."""
+        """Return the numbers of the bundles that contain these modules, except number 0. For new
+        modules, a bundle is made."""
         if modules <= self._plain:
             return set()
         new = set()
@@ -7145,7 +7199,7 @@ class ModuleBundles:
         return True
 
     def _make(self, number: int, modules: AbstractSet[str]) -> None:
-        """A bundle with these modules, unless another thread has just made one."""
+        """Make a bundle with these modules, unless another thread has just made one."""
         new, capture, kinds, state = self._capture(modules)
         closure = [file for file in new if self._is_own(file.name)]
         for text in capture.warnings:
@@ -7181,11 +7235,11 @@ class ModuleBundles:
     def _capture(
         self, modules: AbstractSet[str]
     ) -> Tuple[List[ModuleFile], StateCapture, List[Tuple[str, str]], bytes]:
-        """The modules with all that they import, and their state. The state may refer to more
-        modules, which may have state."""
+        """Return the modules with all that they import, and their state. The state may refer to
+        more modules, which may have state as well."""
         wanted = set(modules)
         while True:
-            # Modules that travel as files of depends have state like the others.
+            # Modules that are sent as files of `depends` have state like the others.
             closure = own_modules.closure(sorted(wanted))
             new = [file for file in closure if file.name not in self._number_of]
             capture = StateCapture()
@@ -7206,8 +7260,8 @@ class ModuleBundles:
     def _content(closure: List[ModuleFile], capture: StateCapture, kinds: List[Tuple[str, str]],
                  state: bytes) -> bytes:
         names = {file.name for file in closure}
-        chosen_modules = {row.module for row in capture.rows}
-        travelling = names | chosen_modules
+        with_state = {row.module for row in capture.rows}
+        travelling = names | with_state
         compiled = [file.name for file in closure if file.is_extension]
         packages = {
             name: version
@@ -7228,8 +7282,8 @@ class ModuleBundles:
     # -- what nodes get ----------------------------------------------------------------------------
 
     def rows(self, embedded: bool) -> List[Tuple[str, int, bytes, int]]:
-        """Rows of all files that a node gets: those of all bundles and, if it is not a part of this
-        program, of the modules. Raises OSError."""
+        """Return the rows of all files that a node gets: those of all bundles and, if the node is
+        not embedded in this program, those of the modules. Raises OSError."""
         with self._lock:
             bundles = list(self._bundles)
         rows = []
@@ -7260,8 +7314,8 @@ class ModuleBundles:
         return [(MODULES + name, size, digest, mode) for name, size, digest, mode in rows]
 
     def more(self, request: Any, embedded: bool) -> List[Tuple[str, int, bytes, int]]:
-        """Rows for what a job has asked for: a bundle by number, or a module by name. Raises
-        ModuleNotFoundError."""
+        """Return the rows of what a job has asked for: a bundle by its number, or a module by its
+        name. Raises ModuleNotFoundError."""
         if isinstance(request, int):
             with self._lock:
                 if 0 < request < len(self._bundles):
@@ -7280,8 +7334,8 @@ class ModuleBundles:
         return self._file_rows(files)
 
     def source_of(self, name: str) -> Any:
-        """Where a file that a node asks for is read from: its content, or a FileOfModule. None for
-        a name not offered."""
+        """Return the content of a file that a node asks for, or a FileOfModule from which it is
+        read; None for a name that was not offered."""
         with self._lock:
             if name == BEHIND:
                 return _THIS_FILE
@@ -7297,8 +7351,8 @@ class ModuleBundles:
     # -- files that change -------------------------------------------------------------------------
 
     def changed(self, every: float = LOOK_EVERY) -> List[str]:
-        """Names of modules whose files have changed since they travelled. Looks at most once in so
-        many seconds."""
+        """Return the names of modules whose files have changed since they were sent. Files are
+        examined at most once in this number of seconds."""
         now = time.monotonic()
         if now - self._looked_at >= every and not self._has_changed:
             self._looked_at = now
@@ -7324,17 +7378,18 @@ _CANNOT = (TypeError, AttributeError, ValueError, RuntimeError, NotImplementedEr
 
 
 def client_pickler() -> Any:
-    """The pickler of a program, a class: modules that a node can import go by their names."""
+    """Return the class of the pickler for arguments: modules that a node can import are pickled by
+    their names."""
     return _client_pickler(value_pickler())
 
 
 @functools.lru_cache(maxsize=2)
 def _client_pickler(base: Any) -> Any:
     class ClientPickler(base):  # type: ignore[misc, valid-type]
-        """Pickles arguments."""
+        """The pickler for arguments."""
 
         def importable(self, module: str) -> bool:
-            """Whether nodes have the module, or get its file."""
+            """Return whether nodes have the module, or get its file."""
             return own_modules.kind(module) not in _NOT_BY_NAME
 
         def _special(self, kind: type) -> Any:
@@ -7353,16 +7408,16 @@ def _client_pickler(base: Any) -> Any:
 @functools.lru_cache(maxsize=2)
 def _code_pickler(base: Any) -> Any:
     class CodePickler(base):  # type: ignore[misc, valid-type]
-        """Of code, whose variables are to be as they are in the program."""
+        """The pickler for code, whose variables are to be as they are in the program."""
         exact = True
     return CodePickler
 
 
 def pack(value: Any, labels: Iterable[Tuple[str, Any]], exact: bool = False,
          share: Optional[Callable[[list, list], Any]] = None) -> Sealed:
-    """Pickle what goes to a node. Where that fails the error names the path to the culprit;
-    `labels` are the parts of the value, with what they are called; `share` as in `dumps`. Raises
-    what pickling raises."""
+    """Pickle a value that is sent to a node. If that fails, the error names the path to the object
+    that cannot be pickled; `labels` are the parts of the value with their names; `share` is as in
+    `dumps`. Raises what pickling raises."""
     try:
         if exact:
             pickler = _code_pickler(client_pickler())
@@ -7377,8 +7432,8 @@ def pack(value: Any, labels: Iterable[Tuple[str, Any]], exact: bool = False,
 
 
 def explain_unpicklable(labels: Iterable[Tuple[str, Any]], exc: BaseException) -> str:
-    """Which part of a value cannot be pickled, and what can be done. Empty if no single part is to
-    blame."""
+    """Return which part of a value cannot be pickled, and what can be done. The text is empty if no
+    single part is the cause."""
     for label, value in labels:
         if not _can_be_packed(value):
             path, culprit, module = _find_culprit(label, value)
@@ -7399,14 +7454,14 @@ def _can_be_packed(value: Any) -> bool:
     try:
         dumps(value, client_pickler())
     except Exception:
-        # The user's __reduce__ may raise anything; what it is comes with the error that is told
+        # The user's __reduce__ may raise anything; the reported error contains the reason
         return False
     return True
 
 
 def _find_culprit(path: str, value: Any) -> Tuple[str, Any, str]:
-    """Follow the parts that cannot be pickled: (path, the last of them, module of the function or
-    class it was met in)."""
+    """Follow the parts that cannot be pickled. Returns (path, the last of them, module of the
+    function or class in which it was found)."""
     module = ''
     seen = {id(value)}
     for _ in range(30):
@@ -7430,7 +7485,7 @@ def _find_culprit(path: str, value: Any) -> Tuple[str, Any, str]:
 
 
 def _parts_of(value: Any) -> Iterator[Tuple[str, Any]]:
-    """What a pickle of a value would hold next, with names for it."""
+    """Yield the parts that a pickle of a value would contain next, with names for them."""
     if isinstance(value, functools.partial):
         yield 'function', value.func
         yield from (('argument %d' % number, part) for number, part in enumerate(value.args, 1))
@@ -7484,12 +7539,12 @@ class Value:
 
 
 class SharedPayload(bytes):
-    """Packed arguments, some parts of which are values. These stay in the program as long as it
-    does."""
+    """Packed arguments of which some parts are values. These stay in the program as long as the
+    payload does."""
     values: Tuple[Value, ...] = ()
 
     def rows(self) -> tuple:
-        """Size and digest of each value."""
+        """Return size and digest of each value."""
         return tuple(value.row for value in self.values)
 
     def total(self) -> int:
@@ -7498,10 +7553,10 @@ class SharedPayload(bytes):
 
 
 class SharedValues:
-    """The values of this program that nodes know by their digests, each once, as long as a job or a
-    ref needs it. A buffer that the program may change is compared with the copy that was made of
-    it; only another content is copied and digested. Any thread."""
-    # Places of a buffer, and bytes at each, by which the copy is found
+    """The values of this program that nodes know by their digests. Each is kept once, as long as a
+    job or a reference needs it. A buffer that the program may change is compared with the copy that
+    was made of it; only new content is copied and digested. Any thread."""
+    # Positions in a buffer, and bytes at each of them, by which its copy is found
     SAMPLES = 16
     SAMPLE = 64
 
@@ -7510,11 +7565,11 @@ class SharedValues:
         self._by_digest: 'weakref.WeakValueDictionary[bytes, Value]' = weakref.WeakValueDictionary()
         self._by_object: 'weakref.WeakValueDictionary[int, Value]' = weakref.WeakValueDictionary()
         self._by_sample: 'weakref.WeakValueDictionary[tuple, Value]' = weakref.WeakValueDictionary()
-        # In a job that uses clusters: what opens the job's own values
+        # In a job that uses clusters: the object that opens the job's own values
         self._others = dispynode.known_values
 
     def payload(self, pieces: Sequence[Any], buffers: Sequence[Any]) -> Optional[SharedPayload]:
-        """A payload of these; None if there are no values among them."""
+        """Return a payload of these pieces and buffers; None if there are no values among them."""
         values: List[Value] = []
 
         def known(part: Any) -> Any:
@@ -7533,13 +7588,13 @@ class SharedValues:
 
     @staticmethod
     def with_values(payload: bytes, values: Iterable[Value]) -> SharedPayload:
-        """A payload that keeps these values."""
+        """Return a payload that keeps these values alive."""
         found = SharedPayload(payload)
         found.values = tuple(dict.fromkeys(values))
         return found
 
     def _kept(self, part: Any) -> Optional[Value]:
-        """The value whose own memory this is, all of it."""
+        """Return the value that owns this memory entirely, or None."""
         if type(part) is memoryview:
             whole = part.obj
         else:
@@ -7551,17 +7606,17 @@ class SharedValues:
         return None
 
     def of(self, part: Any) -> Value:
-        """The value with this content."""
+        """Return the value with this content."""
         value = self._kept(part)
         if value is not None:
             return value
         sample = None
-        if type(part) is bytes:   # nobody can change it: no copy is needed
+        if type(part) is bytes:   # it is immutable: no copy is needed
             data: Union[bytes, bytearray] = part
         else:
             sample = self._sample(part)
             value = self._by_sample.get(sample)
-            # Of a bytearray, and not of a view, this is a comparison of memory.
+            # For a bytearray, unlike for a view, this compares memory.
             if value is not None and type(value.data) is bytearray:
                 if value.data == part:
                     return value
@@ -7577,7 +7632,7 @@ class SharedValues:
               digest: bytes,
               data: Union[bytes, bytearray],
               sample: Optional[tuple] = None) -> Value:
-        """The value with this digest; `data` is its content if it is new."""
+        """Return the value with this digest; `data` is its content if it is new."""
         with self._lock:
             value = self._by_digest.get(digest)
             if value is None:
@@ -7588,12 +7643,12 @@ class SharedValues:
             return value
 
     def find(self, digest: bytes) -> Optional[Value]:
-        """A value, while it is needed."""
+        """Return a value, as long as it is needed; else None."""
         with self._lock:
             return self._by_digest.get(digest)
 
     def open(self, size: int, digest: bytes) -> Any:
-        """A copy of a value. Raises LookupError."""
+        """Return a copy of a value. Raises LookupError."""
         value = self.find(digest)
         if value is not None:
             return bytearray(value.data)
@@ -7602,7 +7657,7 @@ class SharedValues:
         return self._others.open(size, digest)
 
     def after_fork(self) -> None:
-        """In a forked child: another thread of the parent may have held the lock."""
+        """Replace the lock in a forked child: another thread of the parent may have held it."""
         self._lock = threading.Lock()
 
 
@@ -7611,12 +7666,12 @@ dispynode.known_values = shared_values
 
 
 class ValueRef:
-    """A value that `JobCluster.put` has taken. Where it stands in the arguments of a job, the job
-    gets the value, opened anew. It stays in the program as long as this object, or a job that has
-    it, is there."""
+    """A value that `JobCluster.put` has taken. If it is an argument of a job, or a part of one, the
+    job gets the value, opened anew. The value stays in the program as long as this object exists,
+    or a job that uses it."""
 
     def __init__(self, value: Any, labels: Iterable[Tuple[str, Any]]) -> None:
-        """Raises what pickling raises."""
+        """Pack the value. Raises what pickling raises."""
         parts: List[Any] = []
 
         def take(pieces: list, buffers: list) -> bytes:
@@ -7624,7 +7679,7 @@ class ValueRef:
             return b''
         sealed = pack(value, labels, share=take)
         parts = parts or [in_one_piece(sealed.payload)]
-        # Values are known by their own memory; what is small goes along with each job.
+        # Values are recognized by their own memory; small ones are sent with each job.
         self._values = [
             shared_values.of(part) if len(part) >= OUT_OF_BAND else None for part in parts
         ]
@@ -7636,11 +7691,11 @@ class ValueRef:
 
     @property
     def size(self) -> int:
-        """Bytes of the value, packed."""
+        """The size of the packed value in bytes."""
         return sum(map(len, self._parts))
 
     def get(self) -> Any:
-        """The value, opened anew here. Raises what opening it raises."""
+        """Return the value, opened anew here. Raises what opening it raises."""
         return open_pieces(*self._parts[:1], *map(bytearray, self._parts[1:]))
 
     def _reduced(self) -> tuple:
@@ -7656,9 +7711,9 @@ class ValueRef:
 
 def pack_arguments(args: tuple, kwargs: dict, bundles: 'ModuleBundles',
                    depends: Sequence[Any] = (), returns: tuple = ()) -> Any:
-    """Arguments as they are now: what the caller changes later does not reach the job. Raises what
-    pickling raises. `depends` are files and objects for this job alone; files are read now.
-    `returns` as of WantedOutput.of."""
+    """Pack the current arguments: what the caller changes later does not reach the job. Raises what
+    pickling raises. `depends` are files and objects for this job alone; the files are read now.
+    `returns` is as in WantedOutput.of."""
     if not depends and not kwargs:
         if ATOMS.issuperset(map(type, args)):
             return pickle.dumps((args, kwargs), 5)
@@ -7679,31 +7734,33 @@ def pack_arguments(args: tuple, kwargs: dict, bundles: 'ModuleBundles',
 
 
 def own_memory(payload: Any) -> Any:
-    """A payload no part of which is the caller's own memory."""
+    """Return a payload that contains none of the caller's own memory."""
     if type(payload) is tuple:
         return tuple(piece if type(piece) is bytes else bytes(piece) for piece in payload)
     return payload
 
 
 class JobFile(NamedTuple):
-    """A file of a job, and what the job knows it by: a path below its directory."""
+    """A file of a job, and its name for the job: a path below its directory."""
     path: str
     name: str
 
 
 class OwnDirectory(List[JobFile]):
-    """The files of a job that has a directory of its own, also if it has no files."""
+    """The files of a job that has a directory of its own; there may be no files."""
 
     def __bool__(self) -> bool:
         return True
 
 
 class WantedOutput:
-    """Which files of a program's jobs come back, and where to: `returns` and `dest`."""
+    """Which files of a program's jobs are returned, and where they are put: `returns` and
+    `dest`."""
     ID = '{id}'
 
     def __init__(self, patterns: Sequence[str], dest: Optional[str], directory: str) -> None:
-        """`directory` is the program's. What `dest` names is made. Raises OSError."""
+        """`directory` is that of the program. The directory that `dest` names is created. Raises
+        OSError."""
         self._patterns = patterns
         start, mark, end = (dest or '').partition(self.ID)
         root, _, begin = start.rpartition('/') if mark else (start, '', '')
@@ -7713,14 +7770,14 @@ class WantedOutput:
         if dest:
             os.makedirs(self.root, exist_ok=True)
         self._before = begin + mark + end
-        # Names of files that have come, and of which jobs, where two jobs may have the same
+        # Names of files that have come, and their jobs, if two jobs may have the same name
         self._came: Dict[str, Any] = {}
         self._may_clash = not mark and any(self.ID not in pattern for pattern in patterns)
         self._has_told = False
 
     @staticmethod
     def checked(returns: Any, dest: Any) -> Tuple[str, ...]:
-        """The patterns. Raises TypeError or ValueError."""
+        """Return the patterns. Raises TypeError or ValueError."""
         if isinstance(returns, str):
             raise TypeError("returns=%.80r must be a list of names, such as ['out_*.dat']"
                             % returns)
@@ -7740,11 +7797,12 @@ class WantedOutput:
         return patterns
 
     def of(self, number: Any) -> tuple:
-        """What the node is told of the job with this id: what stands before the names that its
-        files have here, and patterns of them. Nothing if none come back."""
+        """Return what the node is told of the job with this id: the prefix of the names that its
+        files have here, and patterns for the files. The result is empty if no files are
+        returned."""
         if not self._patterns:
             return ()
-        # Signs that no name of a file has, on whatever system
+        # Characters that are not permitted in names of files on any system
         name = re.sub(r'[/\\:*?"<>|\x00-\x1f]', '_', str(number))[:200]
         if name in ('', '.', '..'):
             name = '_' + name
@@ -7754,7 +7812,8 @@ class WantedOutput:
         return before, [pattern.replace(self.ID, glob.escape(name)) for pattern in self._patterns]
 
     def note(self, job: DispyJob, name: str) -> None:
-        """A file of a job comes. Warn, once, if one of another job is replaced."""
+        """Note that a file of a job comes. A warning is logged once if it replaces a file of
+        another job."""
         if not self._may_clash or self._has_told:
             return
         other = self._came.setdefault(name, job.id)
@@ -7767,7 +7826,7 @@ class WantedOutput:
 def _job_depends(
         depends: Sequence[Any],
         globals_: Sequence[Dict[str, Any]]) -> Tuple[List[Tuple[str, int, bytes]], Dict[str, Any]]:
-    """(name, mode, content) of files, and objects by their names."""
+    """Return (name, mode, content) of files, and objects by their names."""
     if not isinstance(depends, (list, tuple)):
         raise TypeError('dispy_job_depends must be a list, not %s' % type(depends).__name__)
     paths: Dict[str, str] = {}
@@ -7783,15 +7842,15 @@ def _job_depends(
     for name, path in paths.items():
         check_name(name)
         with open_regular(path) as file:
-            st_mode = os.stat(path).st_mode
-            files.append((name, stat.S_IMODE(st_mode) & 0o755 | 0o600, file.read()))
+            mode = os.stat(path).st_mode
+            files.append((name, stat.S_IMODE(mode) & 0o755 | 0o600, file.read()))
     return files, objects
 
 
 def _names_of(item: Any, globals_: Sequence[Dict[str, Any]], where: str) -> Dict[str, Any]:
-    """An object of depends with the names by which jobs find it: its own, or those that it has in
-    the global variables of the computation and of the main module. An instance brings its class
-    along, as in dispy 4. Raises TypeError."""
+    """Return an object of `depends` with the names by which jobs find it: its own, or those that it
+    has in the global variables of the computation and of the main module. An instance comes
+    together with its class, as in dispy 4. Raises TypeError."""
     if isinstance(item, types.ModuleType):
         return {item.__name__.rpartition('.')[2]: item}
     if isinstance(item, (type, types.FunctionType, types.BuiltinFunctionType)) or (
@@ -7813,18 +7872,19 @@ def _names_of(item: Any, globals_: Sequence[Dict[str, Any]], where: str) -> Dict
 
 
 class PackedComputation(NamedTuple):
-    """A computation, packed: the spec of `Compute` but for what depends on the node, and where its
-    files lie."""
+    """A packed computation: the spec of `Compute` except for what depends on the node, and the
+    paths of its files."""
     spec: dict
     paths: Dict[str, str]
     is_program: bool
-    # See pack_source; called when a node of another version of Python is met
+    # See pack_source; it is called when a node with another version of Python connects
     source: Callable[[], Tuple[bytes, str]]
 
 
 def _sort_depends(depends: Sequence[Any], paths: Dict[str, str],
                   globals_: Sequence[Dict[str, Any]]) -> Tuple[Dict[str, Any], List[str]]:
-    """Objects by name, and names of modules that travel as files; files go into `paths`."""
+    """Return objects by name, and the names of modules that are sent as files; the files are added
+    to `paths`."""
     objects: Dict[str, Any] = {}
     shipped: List[str] = []
     for item in depends:
@@ -7840,8 +7900,8 @@ def _sort_depends(depends: Sequence[Any], paths: Dict[str, str],
 def pack_computation(computation: Any, depends: Sequence[Any], setup: Any, cleanup: Any,
                      dest_path: Optional[str], max_jobs: Optional[int], name: str,
                      bundles: 'ModuleBundles') -> PackedComputation:
-    """Raises TypeError, ValueError, FileNotFoundError or what pickling raises, naming what was
-    wrong."""
+    """Pack a computation. Raises TypeError, ValueError, FileNotFoundError or what pickling raises,
+    and names what is wrong."""
     paths: Dict[str, str] = {}
     program, code, objects, cleaner = '', b'', {}, cleanup if callable(
         cleanup) else None   # type: Tuple[str, bytes, Dict[str, Any], Any]
@@ -7899,15 +7959,15 @@ def _file_rows(paths: Dict[str, str], program: str = '') -> List[Tuple[str, int,
     for name, path in paths.items():
         check_name(name)
         size, digest = file_digest(path)
-        st_mode = os.stat(path).st_mode
-        row = (name, size, digest, stat.S_IMODE(st_mode) | (0o500 if name == program else 0))
+        mode = os.stat(path).st_mode
+        row = (name, size, digest, stat.S_IMODE(mode) | (0o500 if name == program else 0))
         rows.append(row)
     return rows
 
 
 def is_executable(path: str, start: bytes) -> bool:
-    """Whether the system runs a file that begins so. Windows tells by its name and beginning: all
-    files are executable there."""
+    """Return whether the system executes a file with this beginning. Windows decides by its name
+    and beginning: all files are executable there."""
     if os.name != 'nt':
         return os.access(path, os.X_OK)
     pathext = os.environ.get('PATHEXT', '.COM;.EXE;.BAT;.CMD')
@@ -7942,12 +8002,12 @@ def _program_path(program: str) -> str:
 
 
 def _module_files(module: types.ModuleType, paths: Dict[str, str]) -> List[str]:
-    """A module's file, or a package's files below the name that it is imported by. Returns the
-    modules' names."""
+    """Add a module's file, or a package's files below the name that the package is imported by.
+    Returns the names of the modules."""
     origin = module_dict(module).get('__file__')
     if not isinstance(origin, str) or not origin.endswith('.py') or not os.path.isfile(origin):
         if own_modules.kind(module.__name__) in (ModuleKind.OWN, ModuleKind.BY_VALUE):
-            return []   # in an archive, compiled or made at run time: it travels by itself
+            return []   # in an archive, compiled or made at run time: it is sent separately
         raise TypeError('depends: module %s has no Python file that could be sent' %
                         module.__name__)
     parts = module.__name__.split('.')
@@ -7974,12 +8034,13 @@ def _add_path(path: str, paths: Dict[str, str]) -> None:
         for directory, _, names in os.walk(root):
             for name in names:
                 full = os.path.join(directory, name)
-                # As locks of editors are
+                # For example locks of editors
                 if os.path.islink(full):
                     if not os.path.exists(full):
                         logger.debug('depends: %s is a link to nothing and is left out', full)
                         continue
-                if not os.path.isfile(full):   # opening a FIFO would wait, and a device has no end
+                # Opening a FIFO would wait, and a device may be endless
+                if not os.path.isfile(full):
                     raise ValueError('depends: %s is not a regular file' % full)
                 paths['/'.join([os.path.basename(root)] +
                                os.path.relpath(full, root).split(os.sep))] = full
@@ -7992,7 +8053,8 @@ def _add_path(path: str, paths: Dict[str, str]) -> None:
 
 @functools.lru_cache(maxsize=None)
 def _support_files() -> Dict[str, bytes]:
-    """cloudpickle itself, for nodes that have none or another version. It may lie in an archive."""
+    """Return the files of cloudpickle, for nodes that have no cloudpickle or another version. It
+    may be in an archive."""
     import importlib.resources
     found = {}
     if hasattr(importlib.resources, 'files'):
@@ -8008,49 +8070,47 @@ def _support_files() -> Dict[str, bytes]:
 
 
 # --------------------------------------------------------------------------------------------------
-# Source, for nodes with another version of Python: the statements that a computation needs, and no
-# others
+# Source code for nodes with another version of Python: only the statements that a computation needs
 # --------------------------------------------------------------------------------------------------
 
 def _refer_depend(picker: 'SourcePicker', name: str, obj: Any) -> Tuple[str, str]:
-    """(module, name) of an object of depends."""
+    """Return (module, name) of an object of depends."""
     if isinstance(obj, types.ModuleType):
         return obj.__name__, ''
     return picker.refer(obj, name + ' in depends')
 
 
 def _is_named(obj: Any, module: str, name: str) -> bool:
-    """Whether an object is what its module has under a qualified name. A bound method is made anew
-    by each look."""
+    """Return whether a module has this object under its qualified name. Each look-up of a bound
+    method makes a new object."""
     if isinstance(obj, types.MethodType):
         try:
-            name_parts = name.split('.')
-            return bool(functools.reduce(getattr, name_parts, sys.modules[module]) == obj)
+            path = name.split('.')
+            return bool(functools.reduce(getattr, path, sys.modules[module]) == obj)
         except (AttributeError, KeyError):
             return False
     return is_named(obj, module, name)
 
 
 class NoSource(Exception):
-    """What stands in the way, in words."""
+    """A function cannot be sent as source; the text says why."""
 
 
 class SourcePicker:
-    """Finds functions and classes in their files, and all that they use there. `shipped` are
-    modules that travel as files."""
+    """Finds functions and classes in their files, and everything that they use there. `shipped` are
+    modules that are sent as files."""
 
     def __init__(self, shipped: Sequence[str] = ()) -> None:
         self._shipped = frozenset(shipped)
-        # module -> name there -> lines of its statement (a range), value (in a tuple of one), or
-        # links: rows of (name,
-        # module, name there) that stand for imports
+        # Module -> name there -> lines of its statement (a range), value (in a tuple of one), or
+        # links: rows of (name, module, name there) that stand for imports
         self._taken: Dict[str, Dict[str, Any]] = {}
         self._read = functools.lru_cache(maxsize=None)(self._read_file)   # of (module, cell)
         self._cell_of = functools.lru_cache(maxsize=None)(cell_of)        # of (module, name)
 
     def refer(self, obj: Any, what: str) -> Tuple[str, str]:
-        """(module, name) by which a node will find a function or class. `what` it is begins the
-        text of NoSource."""
+        """Return (module, name) by which a node will find a function or class. `what` describes it
+        at the beginning of the text of NoSource."""
         module = getattr(obj, '__module__', None)
         name = getattr(obj, '__qualname__', None)
         if not isinstance(module, str) or not isinstance(name, str):
@@ -8073,8 +8133,8 @@ class SourcePicker:
         return module, name
 
     def classes(self) -> List[Tuple[str, str, list]]:
-        """The other classes of the files, for arguments of jobs: rows of (module, class, rows as of
-        `rows`)."""
+        """Return the other classes of the files, for arguments of jobs: rows of (module, class,
+        rows as in `rows`)."""
         found = []
         for module in list(self._taken):
             for node in self._statements(module):
@@ -8090,14 +8150,15 @@ class SourcePicker:
                     continue
                 try:
                     self.refer(obj, node.name)
-                except NoSource:   # a job that has one as argument is told
+                except NoSource:   # a job with such an argument gets the error
                     self._taken = before
                 else:
                     found.append((module, node.name, self.rows(before)))
         return found
 
     def _statements(self, module: str) -> List[Any]:
-        """Those at the top level of a module's file, and of the cells that define its classes."""
+        """Yield the top-level statements of a module's file, and of the cells that define its
+        classes."""
         classes = []
         for name, obj in vars(sys.modules[module]).items():
             if not isinstance(obj, type):
@@ -8107,7 +8168,7 @@ class SourcePicker:
         found: List[Any] = []
         cells = {self._cell_of(module, name) for name in classes}
         for cell in ['', *sorted(cells - {''})]:
-            with contextlib.suppress(NoSource):   # a job that has one as argument is told
+            with contextlib.suppress(NoSource):   # a job with such an argument gets the error
                 contents = self._read(module, cell)
                 found += contents[1].body
         return found
@@ -8115,8 +8176,8 @@ class SourcePicker:
     def rows(
             self,
             without: Dict[str, Dict[str, Any]]) -> List[Tuple[str, str, str, Dict[str, Any], list]]:
-        """What was taken, but for what is in `without`: rows of (module, file, text, values,
-        links), in the order in which they can be run."""
+        """Return everything that was taken, except what is in `without`: rows of (module, file,
+        text, values, links), in the order in which they can be run."""
         order: List[str] = []
 
         def visit(module: str) -> None:
@@ -8144,8 +8205,8 @@ class SourcePicker:
 
     def _rows_of(self, module: str, taken: Dict[str, Any]
                  ) -> List[Tuple[str, str, str, Dict[str, Any], list]]:
-        """One row for the file, if there is one; one for each cell, in the order in which they were
-        run. Values come first."""
+        """Return one row for the file, if there is one, and one for each cell, in the order in
+        which the cells were run. Values come first."""
         parts: Dict[str, Dict[str, Any]] = {'': {}}
         for name, what in taken.items():
             if isinstance(what, range):
@@ -8166,7 +8227,7 @@ class SourcePicker:
         lines, _, future = self._read(module, cell)
         wanted = {line for node in future for line in range(node.lineno, node.end_lineno + 1)}
         wanted.update(*(statement for statement in taken.values() if isinstance(statement, range)))
-        # What is not taken is left empty, so that the others keep their numbers
+        # Lines that are not taken are left empty, so that the others keep their numbers
         kept = []
         highest_wanted = max(wanted, default=0)
         for number, line in enumerate(lines[:highest_wanted], 1):
@@ -8184,7 +8245,8 @@ class SourcePicker:
 
     @staticmethod
     def _read_file(module: str, cell: str) -> Tuple[List[str], ast.Module, List[Any]]:
-        """Lines, tree and imports from __future__ of a module's file, or of one of its cells."""
+        """Return lines, tree and the imports from __future__ of a module's file, or of one of its
+        cells."""
         try:
             if cell:
                 lines = linecache.getlines(cell)
@@ -8204,7 +8266,7 @@ class SourcePicker:
         return lines, tree, nodes
 
     def _take(self, module: str, name: str, what: str) -> None:
-        """A function or class, with all that it uses."""
+        """Take a function or class, with everything that it uses."""
         cell = self._cell_of(module, name)
         _, tree, future = self._read(module, cell)
         taken = self._taken.setdefault(module, {})
@@ -8232,8 +8294,8 @@ class SourcePicker:
             raise NoSource(
                 '%s: %s in the file of module %s is not what runs: was the file changed?' %
                 (what, name, module))
-        decorator_list = found[-1].decorator_list
-        linenos = [node.lineno for node in (found[-1], *decorator_list)]
+        decorators = found[-1].decorator_list
+        linenos = [node.lineno for node in (found[-1], *decorators)]
         first = min(linenos)
         taken[name] = range(first, found[-1].end_lineno + 1)  # type: ignore[operator]
         useds = {used for code in codes for used in _names_used(code)}
@@ -8264,12 +8326,12 @@ class SourcePicker:
             raise NoSource(message)
 
     def _imports(self, module: str, name: str, value: Any) -> Iterator[Tuple[str, str, str]]:
-        """Links for the import statements of a file, also of those within `if` and `try`, that have
-        given a name its value."""
+        """Add links for those import statements of a file that have given a name its value,
+        including those within `if` and `try`."""
         try:
             content = self._read(module, '')[1]
             nodes: List[Any] = [content]
-        except NoSource:   # cells: what they import is known by its own module and name
+        except NoSource:   # cells: their imports are known by module and name
             return
         while nodes:
             node = nodes.pop()
@@ -8283,7 +8345,7 @@ class SourcePicker:
 
     def _links_of_import(self, node: ast.Import, name: str,
                          value: Any) -> Iterator[Tuple[str, str, str]]:
-        """Links for `import a`, `import a.b` and `import a.b as c`."""
+        """Return links for `import a`, `import a.b` and `import a.b as c`."""
         for alias in node.names:
             first = alias.name.partition('.')[0]
             if name != (alias.asname or first):
@@ -8302,7 +8364,7 @@ class SourcePicker:
 
     def _links_of_import_from(self, module: str, node: ast.ImportFrom, name: str,
                               value: Any) -> Iterator[Tuple[str, str, str]]:
-        """Links for `from a import b`, `from a import b as c` and `from a import *`."""
+        """Return links for `from a import b`, `from a import b as c` and `from a import *`."""
         origin = self._origin_of(module, node)
         for alias in node.names:
             if alias.name == '*':
@@ -8320,7 +8382,7 @@ class SourcePicker:
 
     @staticmethod
     def _origin_of(module: str, node: ast.ImportFrom) -> str:
-        """The module that `from ... import` names; relative ones are resolved."""
+        """Return the module that `from ... import` names; relative names are resolved."""
         if not node.level:
             return node.module or ''
         package = sys.modules[module].__package__ or ''
@@ -8328,14 +8390,14 @@ class SourcePicker:
 
 
 def _attribute_of(module: str, name: str) -> Any:
-    """An attribute of a module that has been imported; an object that nothing else is if there is
-    none."""
+    """Return an attribute of a module that was imported; if it does not exist, an object that is
+    equal to nothing else."""
     missing = object()
     return getattr(sys.modules.get(module), name, missing)
 
 
 def _values_and_links(taken: Dict[str, Any]) -> Tuple[Dict[str, Any], list]:
-    """Of what a SourcePicker has taken of a module."""
+    """Return the values and links of what a SourcePicker has taken of a module."""
     values = {}
     links = []
     for name, found in taken.items():
@@ -8347,9 +8409,9 @@ def _values_and_links(taken: Dict[str, Any]) -> Tuple[Dict[str, Any], list]:
 
 
 def cell_of(module: str, name: str) -> str:
-    """The name by which linecache has the cell of a notebook, or what was typed at a prompt, that
-    defines a function or class; '' for one of a file. A class without methods is looked for in
-    all of them, the latest first."""
+    """Return the name by which linecache knows the cell of a notebook, or the text typed at a
+    prompt, that defines a function or class; '' for one of a file. A class without methods is
+    looked for in all of them, the latest first."""
     obj = vars(sys.modules[module]).get(name)
     functions = [obj, *(vars(obj).values() if isinstance(obj, type) else ())]
     files = []
@@ -8392,15 +8454,15 @@ def _names_used(code: types.CodeType) -> Iterator[str]:
 
 def _is_plain(value: Any) -> bool:
     try:
-        open_plain(pickle.dumps(value, 5))   # as the node will
+        open_plain(pickle.dumps(value, 5))   # as the node will do
     except Exception:  # whatever pickle cannot do, __reduce__ of the user's among it
         return False
     return True
 
 
 def _is_as_written(obj: Any, file: Optional[str], codes: List[types.CodeType]) -> bool:
-    """Whether a function, or the methods of a class, can have come of these code objects. They need
-    not be equal: test and coverage tools write more into what runs."""
+    """Return whether a function, or the methods of a class, can have resulted from these code
+    objects. They need not be equal: test and coverage tools modify the code that runs."""
     functions = [inspect.unwrap(obj), *(vars(obj).values() if isinstance(obj, type) else ())]
     for function in functions:
         if not isinstance(function, types.FunctionType):
@@ -8414,13 +8476,13 @@ def _is_as_written(obj: Any, file: Optional[str], codes: List[types.CodeType]) -
 
 
 def _may_have_become(code: types.CodeType, running: types.CodeType) -> bool:
-    """Whether the code object of a function that runs can have come of another."""
+    """Return whether the code object of a function that runs can have resulted from another one."""
     if code.co_name != running.co_name:
         return False
     if code.co_firstlineno != running.co_firstlineno:
         return False
-    co_names = set(code.co_names)
-    if not co_names <= set(running.co_names):
+    names = set(code.co_names)
+    if not names <= set(running.co_names):
         return False
     constants = set()
     for const in code.co_consts:
@@ -8431,8 +8493,8 @@ def _may_have_become(code: types.CodeType, running: types.CodeType) -> bool:
 
 def pack_source(computation: Any, setup: Any, cleanup: Any, objects: Dict[str, Any],
                 shipped: Sequence[str]) -> Tuple[bytes, str]:
-    """A computation of functions as arguments of `load_source`, or what stands in the way of
-    that."""
+    """Return a computation of functions as arguments for `load_source`, or the text that says why
+    this is impossible."""
     if isinstance(computation, Calls):
         return b'', 'the functions of an executor travel pickled'
     picker = SourcePicker(shipped)
@@ -8451,18 +8513,19 @@ def pack_source(computation: Any, setup: Any, cleanup: Any, objects: Dict[str, A
 
 
 # --------------------------------------------------------------------------------------------------
-# Which nodes: what the user wrote, parsed
+# Which nodes: the parameter `nodes`, parsed
 # --------------------------------------------------------------------------------------------------
 
 LOCAL = 'local'
 
 
 class NodeAllocate:
-    """An element of `nodes` with a say of its own: subclass it and override `allocate`.
+    """An element of `nodes` that decides itself how a node is used: subclass it and override
+    `allocate`.
 
-    host, port - as in `nodes`; cpus - as there; depends - more files, modules, functions and
-        classes for that node;
-    setup_args - arguments of `setup` and `cleanup` there.
+    host, port, cpus - as in `nodes`
+    depends - further files, modules, functions and classes for that node
+    setup_args - the arguments of `setup` and `cleanup` on that node
     """
 
     def __init__(
@@ -8475,7 +8538,7 @@ class NodeAllocate:
     ) -> None:
         self.host = host
         self.setup_args = setup_args
-        # A list of its own, to which `allocate` may add. What is no list is refused later.
+        # It is a new list, to which `allocate` may add. Other types are refused later.
         if isinstance(depends, (list, tuple, set)):
             self.depends: Any = list(depends)
         else:
@@ -8491,13 +8554,14 @@ class NodeAllocate:
 
     @property
     def ip_addr(self) -> Optional[str]:
-        """The address of `host`; None if the name is not known. A pattern is returned as it is."""
+        """The address of `host`; None if the name is not known. A pattern is returned unchanged."""
         if not hasattr(self, '_ip_addr'):
             self._ip_addr = address_of(self.host)
         return self._ip_addr
 
     @ip_addr.setter
     def ip_addr(self, address: Optional[str]) -> None:
+        """The address of `host`; None if the name is not known. A pattern is returned unchanged."""
         self._ip_addr = address
 
     def allocate(self,
@@ -8507,16 +8571,17 @@ class NodeAllocate:
                  cpus: int,
                  avail_info: Any = None,
                  platform: str = '') -> int:
-        """How many jobs to run there at once: 0 refuses the node, more than `cpus`, the number it
-        offers, is allowed, a negative number leaves so many free. May set self.depends and
-        self.setup_args. Called once a connection of the node, in a thread of the cluster's. If it
-        is not overridden, `cpus` of the constructor counts as in `nodes`."""
+        """Return how many jobs to run on the node at once: 0 refuses the node; more than `cpus`,
+        the number that it offers, is permitted; a negative number leaves so many free. The method
+        may set self.depends and self.setup_args. It is called once for each connection of the node,
+        in a thread of the cluster. If it is not overridden, `cpus` of the constructor counts as in
+        `nodes`."""
         return limited(cpus, self.cpus)
 
 
 def address_of(host: str) -> Optional[str]:
-    """An address of a host, IPv4 before IPv6; None for a name that is not known. Waits for the
-    resolver."""
+    """Return an address of a host, IPv4 before IPv6; None for a name that is not known. This waits
+    for the resolver."""
     if '*' in host:
         return host
     try:
@@ -8529,17 +8594,17 @@ def address_of(host: str) -> Optional[str]:
 
 
 def limited(offered: int, cpus: int) -> int:
-    """CPUs to use of those that a node offers: at most so many; if that is negative, all but so
-    many; if it is 0, all."""
+    """Return how many of the CPUs that a node offers are to be used: at most `cpus`; if that is
+    negative, all but so many; if it is 0, all."""
     if cpus > 0:
         return min(offered, cpus)
     return max(0, offered + cpus)
 
 
 def matches(pattern: str, word: str) -> bool:
-    """Whether a word fits a pattern in which `*` stands for any characters. Each part is looked for
-    once, where it comes first: a regular expression could try for hours."""
-    if '\n' in word:   # no name has one
+    """Return whether a word matches a pattern in which `*` stands for any characters. Each part is
+    searched once, at its first occurrence: a regular expression could take hours."""
+    if '\n' in word:   # names contain none
         return False
     first, *parts = pattern.split('*')
     if not parts:
@@ -8567,15 +8632,15 @@ class NodeSpec(NamedTuple):
     port: int       # TCP; with wildcards UDP
     cpus: int = 0   # > 0: at most; < 0: leave so many free
     allocator: Optional[NodeAllocate] = None
-    scheduler: bool = False   # no node, but a scheduler, which has some
+    scheduler: bool = False   # not a node, but a scheduler
 
     @property
     def wild(self) -> bool:
-        """Whether this means all nodes that answer and fit."""
+        """Return whether this means all nodes that answer and match."""
         return '*' in self.host
 
     def fits(self, *words: str) -> bool:
-        """Whether one of these is what is meant: `*` stands for any characters, all else for
+        """Return whether one of these matches: `*` stands for any characters, everything else for
         itself."""
         wanted = _plain_host(self.host)
         if not self.wild:
@@ -8587,7 +8652,7 @@ class NodeSpec(NamedTuple):
         return False
 
     def may_fit(self, address: str) -> bool:
-        """Whether a node at this address may be meant; it may also be meant by its name, which is
+        """Return whether a node at this address may match; it may also match by its name, which is
         not known yet."""
         if self.fits(address):
             return True
@@ -8596,7 +8661,7 @@ class NodeSpec(NamedTuple):
 
 
 def _plain_host(word: str) -> str:
-    """Names and addresses in the one form in which they are compared."""
+    """Return a name or an address in the form in which they are compared."""
     try:
         address = ipaddress.ip_address(word.partition('%')[0])
         return str(address)
@@ -8605,7 +8670,7 @@ def _plain_host(word: str) -> str:
 
 
 class Allocation(NamedTuple):
-    """What a NodeAllocate has said, packed."""
+    """What a NodeAllocate has decided, packed."""
     cpus: int
     setup_args: bytes
     files: List[Tuple[str, int, bytes, int]]
@@ -8614,8 +8679,8 @@ class Allocation(NamedTuple):
 
 def ask_allocator(allocator: NodeAllocate, cluster: Any, peer: Union['NodeConnection',
                                                                      'NodeInfo']) -> Allocation:
-    """Ask the user's allocator for a JobCluster. Raises what it raises, and TypeError if what it
-    returns is no number."""
+    """Ask the user's allocator on behalf of a JobCluster. Raises what it raises, and TypeError if
+    it does not return a number."""
     fact = peer.facts.get('available', {})
     available = DispyNodeAvailInfo(*map(fact.get, DispyNodeAvailInfo._fields))
     cpus = allocator.allocate(cluster,
@@ -8646,7 +8711,7 @@ def ask_allocator(allocator: NodeAllocate, cluster: Any, peer: Union['NodeConnec
 
 
 def check_setup_args(size: int, remote: bool) -> None:
-    """Raise ValueError for setup_args that are too large; a scheduler takes less of them."""
+    """Raise ValueError for setup_args that are too large; the limit of a scheduler is lower."""
     if remote:
         most = SHARED_ARGS_MOST
     else:
@@ -8658,8 +8723,8 @@ def check_setup_args(size: int, remote: bool) -> None:
 
 
 def parse_nodes(nodes: Any, port: int, elsewhere: bool = False) -> List[NodeSpec]:
-    """What was written as `nodes`, not None; `elsewhere`: wildcards are not for this process to
-    look for. Raises TypeError or ValueError naming the element."""
+    """Parse the parameter `nodes`, which is not None; `elsewhere` says that another process looks
+    for wildcards. Raises TypeError or ValueError, naming the element."""
     if _is_one_node(nodes):
         nodes = [nodes]
     if not isinstance(nodes, collections.abc.Iterable):
@@ -8673,7 +8738,7 @@ def parse_nodes(nodes: Any, port: int, elsewhere: bool = False) -> List[NodeSpec
 
 
 def any_node(nodes: Any) -> bool:
-    """Whether no nodes are named: None, or, as in dispy 4, an empty list."""
+    """Return whether no nodes are named: the parameter is None or, as in dispy 4, an empty list."""
     if nodes is None:
         return True
     if not isinstance(nodes, (list, tuple, set)):
@@ -8682,8 +8747,8 @@ def any_node(nodes: Any) -> bool:
 
 
 def _is_one_node(nodes: Any) -> bool:
-    """Whether this is an element of `nodes` and no list of them. A tuple may be either: ('host',
-    port) or ('host1', 'host2')."""
+    """Return whether this is an element of `nodes` and not a list of elements. A tuple may be
+    either: ('host', port) or ('host1', 'host2')."""
     if not isinstance(nodes, tuple):
         return isinstance(nodes, (str, dict, DispyNode, NodeAllocate))
     if not nodes:
@@ -8698,7 +8763,8 @@ def _is_one_node(nodes: Any) -> bool:
 
 
 def _allocator_of(node: Any) -> Optional[NodeAllocate]:
-    """Of an element with `depends` or `setup_args`, as dispy 4 took it; None for another."""
+    """Return the allocator for an element with `depends` or `setup_args`, as dispy 4 permitted;
+    None for another element."""
     if isinstance(node, (tuple, list)):
         if 4 <= len(node) <= 5:
             return NodeAllocate(*node)
@@ -8735,7 +8801,7 @@ def _parse_node(node: Any, port: int, elsewhere: bool) -> NodeSpec:
 
 
 def _parts_of_node(node: Any, port: int) -> Sequence[Any]:
-    """Host and, where they are given, port and CPUs of an element of `nodes`."""
+    """Return host and, if they are given, port and CPUs of an element of `nodes`."""
     if isinstance(node, NodeAllocate):
         return node.host, node.port, node.cpus
     if isinstance(node, str):
@@ -8766,7 +8832,7 @@ def _is_one_word(text: Any) -> bool:
 
 
 def _check_host(host: Any, elsewhere: bool) -> str:
-    """The host of an element of `nodes`. Raises ValueError."""
+    """Return the host of an element of `nodes`. Raises ValueError."""
     if not _is_one_word(host):
         raise ValueError('nodes: %.80r is not a host; give several hosts as a list' % (host,))
     host = plain_text(host)
@@ -8786,12 +8852,12 @@ def _check_host(host: Any, elsewhere: bool) -> str:
 
 
 # --------------------------------------------------------------------------------------------------
-# Journal: what a cluster with a recover_file has submitted, sent and got back
+# Journal: the jobs that a cluster with a recover_file has submitted and sent, and their results
 # --------------------------------------------------------------------------------------------------
 
 def check_own_file(path: str, what: str) -> None:
-    """Raise DispyError for a file that is there and that others can have written: what is in it may
-    be code."""
+    """Raise DispyError for an existing file that other users can have written: its contents may be
+    code."""
     try:
         status = os.lstat(path)
     except FileNotFoundError:
@@ -8821,12 +8887,12 @@ def _check_status(status: os.stat_result, path: str, what: str) -> None:
 
 
 def open_own_file(path: str, what: str, flags: int = 0, make: bool = True) -> int:
-    """Open a file of this user's for reading and writing, or `make` it; no link of anybody's is
-    followed. Returns the descriptor. Raises DispyError, OSError."""
+    """Open a file of this user for reading and writing, or `make` it; links are not followed.
+    Returns the descriptor. Raises DispyError or OSError."""
     flags |= os.O_RDWR
     if make:
         flags |= os.O_CREAT
-    for name in ('O_NOFOLLOW', 'O_NONBLOCK', 'O_BINARY'):   # as far as this system has them
+    for name in ('O_NOFOLLOW', 'O_NONBLOCK', 'O_BINARY'):   # those that this system has
         flags |= getattr(os, name, 0)
     check_own_file(path, what)
     is_new = make and not os.path.exists(path)
@@ -8842,14 +8908,14 @@ def open_own_file(path: str, what: str, flags: int = 0, make: bool = True) -> in
 
 
 def own_process() -> Tuple[str, int, str]:
-    """This process for others on the same machine, who may ask whether it has ended: machine, PID,
-    when it began."""
+    """Return the identity of this process for other processes on the same machine, which may check
+    whether it has ended: machine, PID, start time."""
     return _machine(), os.getpid(), start_of(os.getpid())
 
 
 def has_ended(process: Tuple[str, int, str]) -> Optional[bool]:
-    """Whether a process of this machine, as of `own_process`, has ended. None if that cannot be
-    known: it is of another machine or another container."""
+    """Return whether a process of this machine, as returned by `own_process`, has ended. Returns
+    None if this cannot be determined: the process is of another machine or another container."""
     machine, pid, start = process
     if not start:
         return None
@@ -8860,25 +8926,25 @@ def has_ended(process: Tuple[str, int, str]) -> Optional[bool]:
 
 @functools.lru_cache(maxsize=None)
 def _machine() -> str:
-    """This machine, since it was started; of containers each is one of its own."""
+    """Return the identity of this machine since its boot; each container has one of its own."""
     try:
         return '%s %s' % (machine(), os.readlink('/proc/self/ns/pid'))
-    except OSError:   # no Linux
+    except OSError:   # not Linux
         return '%x %s' % (uuid.getnode(), socket.gethostname())
 
 
 class Database:
-    """A SQLite file in WAL mode, held by one process at a time. What happens is noted, and written
-    in one transaction a turn, statement after statement in the order of STATEMENTS."""
+    """A SQLite file in WAL mode that one process at a time holds. Changes are noted, and written in
+    one transaction for each turn, statement after statement in the order of STATEMENTS."""
     MARK = VERSION = 0         # SQLite's application_id and user_version
     TABLES = ''
     STATEMENTS: Sequence[str] = ()
-    # What a transaction wrote outlives the process; a power cut may cost the last of them
+    # Transactions survive the process; a power failure may lose the last of them
     SYNC = 'NORMAL'
 
     def __init__(self, path: str, what: str) -> None:
-        """Raises DispyError for a file that is in use, or none of ours; OSError. `what` is its name
-        for people."""
+        """`what` is the name of the file for people. Raises DispyError for a file that is in use,
+        or that is not of this kind; OSError."""
         self.path = os.path.abspath(path)
         self._what = what
         if os.path.islink(self.path) and hasattr(os, 'geteuid'):
@@ -8886,8 +8952,8 @@ class Database:
             if owner in (0, os.geteuid()):
                 self.path = os.path.realpath(self.path)   # the user's own link, or the system's
         self._notes: List[List[tuple]] = [[] for _ in self.STATEMENTS]
-        self.broken = False    # the last transaction failed; its notes are still here
-        import sqlite3   # 10 ms that only those pay who need it
+        self.broken = False    # the last transaction failed; its notes are kept
+        import sqlite3   # takes 10 ms, which only its users need to spend
         self._error = sqlite3.Error
         try:
             for end in ('-wal', '-shm', '-journal'):
@@ -8910,7 +8976,7 @@ class Database:
                 '%s %s cannot be used: %s; if it is not a file of dispy or is damaged, move it '
                 'away' %
                 (what, path, exc)) from exc
-        except UnicodeError as exc:   # an error text of SQLite with bytes of a file that is damaged
+        except UnicodeError as exc:   # an error text of SQLite with bytes of a damaged file
             self._db.close()
             raise DispyError('%s %s is damaged: move it away' % (what, path)) from exc
         except BaseException:
@@ -8940,13 +9006,13 @@ class Database:
 
     @contextlib.contextmanager
     def damages(self) -> Iterator[None]:
-        """What is read within this may be damaged: whatever is raised then becomes a DispyError,
-        and the file is left alone."""
+        """Turn all exceptions in the `with` block into DispyError, because what is read there may
+        be damaged; the file is not touched then."""
         try:
             yield
         except OSError:
             raise
-        except Exception as exc:  # of SQLite, pickle, struct, enums: by the bytes that are wrong
+        except Exception as exc:  # of SQLite, pickle, struct or enums, because of damaged bytes
             if isinstance(exc, DispyError):
                 if not isinstance(exc, PeerError):
                     raise
@@ -8955,19 +9021,19 @@ class Database:
             raise DispyError(message) from exc
 
     def note(self, statement: int, *row: Any) -> None:
-        """A row for a statement of the next transaction."""
+        """Note a row for a statement of the next transaction."""
         self._notes[statement].append(row)
 
     def commit(self) -> bool:
-        """Write all that was noted; whether that went well. A failure is told once, and tried again
-        with the next."""
+        """Write all that was noted. Returns whether this succeeded. A failure is logged once, and
+        the next transaction tries again."""
         if not any(self._notes):
             return True
         try:
             self._write(range(len(self.STATEMENTS)))
         except self._error as exc:
             return self._failed(exc)
-        except Exception as exc:  # a row that can never be written; without it the others can
+        except Exception as exc:  # a row that can never be written; the others can be
             self._drop_unfit(exc)
             return self.commit()
         if self.broken:
@@ -8978,7 +9044,7 @@ class Database:
         return True
 
     def _write(self, statements: Sequence[int]) -> None:
-        """The rows of some statements in one transaction, all or none of them."""
+        """Write the rows of some statements in one transaction, all or none of them."""
         try:
             self._db.execute('BEGIN')
             for number in statements:
@@ -8991,8 +9057,8 @@ class Database:
             raise
 
     def _drop_unfit(self, exc: Exception) -> None:
-        """Forget the rows that SQLite does not take, such as of texts that are not Unicode. At
-        least one goes."""
+        """Forget the rows that SQLite does not accept, such as those with texts that are not
+        Unicode. At least one is forgotten."""
         logger.error('%s %s: a row cannot be written and is left out: %s', self._what, self.path,
                      exc)
         for number, rows in enumerate(self._notes):
@@ -9002,13 +9068,13 @@ class Database:
                     message = 'SELECT %s' % ', '.join('?' * len(row))
                     self._db.execute(message, row)
                 except self._error:
-                    fit.append(row)   # of the file, not of the row
-                except Exception:  # of this row: UnicodeEncodeError, OverflowError
+                    fit.append(row)   # the error concerns the file, not the row
+                except Exception:  # the error concerns the row: UnicodeEncodeError, OverflowError
                     continue
                 else:
                     fit.append(row)
             is_last = number == len(self._notes) - 1
-            # Nothing was found: better without them than never again
+            # No unfit row was found: without these rows, later ones can be written
             if rows and len(fit) == len(rows):
                 if is_last and not any(self._notes[:number]):
                     fit = []
@@ -9022,8 +9088,8 @@ class Database:
 
 
 def _is_end(found: Any) -> bool:
-    """Whether an object is what a Journal says of a job that has ended: a text, or most of a row of
-    Results."""
+    """Return whether an object is what a Journal has for a job that has ended: a text, or most of a
+    row of Results."""
     if isinstance(found, str):
         return True
     if found is None:
@@ -9034,18 +9100,18 @@ def _is_end(found: Any) -> bool:
 
 
 class Journal(Database):
-    """A row a job; and beside the file, in FILE-new, the jobs whose rows are not in a transaction
-    yet: `submit` itself writes them there, so that a job is not lost that it has returned. The loop
-    commits what happened in a turn before anything of the turn is sent. No secret is in it.
-
-    A job is known by its number, which is its serial without the attempt. What it holds is pickled:
-    arguments and results as they travel, and the user's ids; it is opened only by the user's
-    program.
+    """The recover_file of a cluster. It has one row for each job. Beside it, the file FILE-new has
+    the jobs whose rows are not in a transaction yet: `submit` itself writes them there, so that no
+    job is lost that it has returned. The loop commits the events of a turn before it sends anything
+    of the turn. The file contains no secret.
+    A job is known by its number, which is its serial without the attempt. The contents are pickled:
+    arguments and results as they are sent, and the user's ids; only the user's program opens
+    them.
     """
     MARK = 0x64735035
     VERSION = 3
     WAITING, SENT, ENDED = range(3)
-    TRIM = 1 << 20             # bytes after which FILE-new is emptied when it may be
+    TRIM = 1 << 20             # bytes after which FILE-new is emptied, if that is permitted
     TABLES = """
         CREATE TABLE comps (comp TEXT PRIMARY KEY, name TEXT, reentrant INTEGER, program INTEGER,
             host TEXT, key BLOB);
@@ -9053,7 +9119,7 @@ class Journal(Database):
             options BLOB, submitted REAL, arguments TEXT, state INTEGER, serial INTEGER,
             node TEXT, status INTEGER, result BLOB, delivered INTEGER DEFAULT 0);
         """
-    # Values that jobs which have not ended have in their arguments; each is here once.
+    # Values in the arguments of jobs that have not ended; each is stored once
     VALUES = 'CREATE TABLE IF NOT EXISTS vals (digest BLOB PRIMARY KEY, data BLOB)'
     # Second attempts of jobs that run, and the directories of their files
     SECONDS = ('CREATE TABLE IF NOT EXISTS seconds (number INTEGER PRIMARY KEY, serial INTEGER, '
@@ -9068,21 +9134,22 @@ class Journal(Database):
         'DELETE FROM vals WHERE digest = ?', 'INSERT OR IGNORE INTO vals VALUES (?, ?)',
         'INSERT OR REPLACE INTO seconds VALUES (?, ?, ?, ?)',
         'DELETE FROM seconds WHERE number = ? AND serial = ?')
-    NEW_MARK = b'dispy5n\2'     # begins FILE-new
+    NEW_MARK = b'dispy5n\2'     # the beginning of FILE-new
     # INSERT or RENAME, number, submitted, lengths of id, payload, options and arguments
     _HEAD = struct.Struct('>BQdIIII')
     _LOG = RecordLog(_HEAD, 4)
 
     def __init__(self, path: str, must_exist: bool = False) -> None:
-        """As Database; FileNotFoundError if it must be there."""
+        """The parameters are those of Database. Raises FileNotFoundError if the file must exist and
+        does not."""
         if must_exist and not os.path.exists(path):
             message = 'recover_file: there is no file %s (in %s)' % (path, os.getcwd())
             raise FileNotFoundError(message)
-        # What is in FILE-new and not noted, by any thread: pairs of a statement and its row
+        # What is in FILE-new and was not noted, from any thread: pairs of a statement and its row
         self._rows: Deque[Tuple[int, tuple]] = collections.deque()
-        self._guard = threading.Lock()           # guards FILE-new, and what it is behind
-        self.last = 0                            # number of a job
-        # Rows that came into FILE-new, that were noted, that are in the database
+        self._guard = threading.Lock()           # guards FILE-new and the figures about it
+        self.last = 0                            # the last number of a job
+        # Numbers of rows that were written to FILE-new, that were noted, that are in the database
         self._added = self._noted = self._committed = 0
         # Digest of a value -> how many jobs that have not ended need it; and those that are written
         self._needed: 'collections.Counter[bytes]' = collections.Counter()
@@ -9103,11 +9170,11 @@ class Journal(Database):
             raise
 
     def _check_new(self) -> None:
-        """FILE-new is ours if it begins so, or was made now. Raises DispyError for a file of the
-        user's, which is left alone."""
-        os.lseek(self._new, 0, os.SEEK_SET)   # what is written is added at the end all the same
+        """Check that FILE-new has the right beginning, or create it. Raises DispyError for a file
+        of the user, which is not touched."""
+        os.lseek(self._new, 0, os.SEEK_SET)   # new records are appended in any case
         head = os.read(self._new, len(self.NEW_MARK))
-        # Made now, or torn when it was made
+        # It is new, or was truncated when it was made
         if len(head) < len(self.NEW_MARK) and self.NEW_MARK.startswith(head):
             os.ftruncate(self._new, 0)
             os.write(self._new, self.NEW_MARK)
@@ -9117,8 +9184,8 @@ class Journal(Database):
                 % self.path)
 
     def _take_new(self) -> None:
-        """Jobs that had been submitted and were in no transaction when the program ended; a torn
-        one was never returned."""
+        """Take the jobs that had been submitted and were in no transaction when the program ended;
+        a truncated one was never returned by `submit`."""
         with open(self.path + '-new', 'rb') as file:
             file.seek(len(self.NEW_MARK))
             contents = self._LOG.read(file)
@@ -9148,16 +9215,16 @@ class Journal(Database):
               program: bool,
               host: Optional[Tuple[str, int]],
               key: bytes = b'') -> None:
-        """A computation whose jobs come now."""
+        """Note a computation whose jobs follow."""
         with self.damages():
             self._db.execute(
                 'INSERT OR REPLACE INTO comps VALUES (?, ?, ?, ?, ?, ?)',
                 (comp, name, reentrant, program, '%s:%d' % host if host else None, key))
 
     def submitted(self, job: KeptJob) -> None:
-        """A job, before `submit` returns; gives it its number. The user's thread, with the
-        cluster's lock held. Raises OSError, and what pickling its id raises; the job is not
-        submitted then."""
+        """Record a job before `submit` returns, and give it its number. The user's thread calls
+        this with the cluster's lock held. Raises OSError, and what pickling its id raises; in that
+        case the job is not submitted."""
         number = self.last + 1
         ident = pickle.dumps(job.id)
         payload = in_one_piece(job.payload)
@@ -9182,7 +9249,8 @@ class Journal(Database):
         job.journal = self
 
     def _keep_values(self, values: Sequence[Value]) -> None:
-        """Values come before the first job that needs them. With `_guard` held. Raises OSError."""
+        """Record values before the first job that needs them. `_guard` must be held. Raises
+        OSError."""
         for value in values:
             if value.digest not in self._written:
                 self._append(self.VALUE, 0, 0.0, value.digest, value.data)
@@ -9191,7 +9259,7 @@ class Journal(Database):
         self._needed.update(value.digest for value in values)
 
     def _free_values(self) -> None:
-        """Note that those go that no job needs."""
+        """Note that values which no job needs are to be removed."""
         with self._guard:
             free = {digest for digest in self._written if not self._needed.get(digest)}
             self._written -= free
@@ -9199,11 +9267,11 @@ class Journal(Database):
             self.note(self.FREE, digest)
 
     def renamed(self, job: KeptJob) -> None:
-        """A job has got another id. What cannot be pickled is told, and then the one before
-        counts. Any thread."""
+        """Note that a job has another id. An id that cannot be pickled is reported, and the
+        previous one remains. Any thread."""
         try:
             ident = pickle.dumps(job.id)
-        except Exception as exc:  # of the user's object
+        except Exception as exc:  # raised by the user's object
             logger.warning('the id %.80r of a job cannot be written into the recover_file: %s',
                            job.id, exc)
             return
@@ -9212,13 +9280,14 @@ class Journal(Database):
                 try:
                     number = job_number(job.serial)
                     self._append(self.RENAME, number, 0.0, ident)
-                except OSError as exc:   # no room; `commit` tells that
+                except OSError as exc:   # no room; `commit` reports that
                     logger.debug('the id of a job will be written later: %s', exc)
                 row = (ident, job_number(job.serial))
                 self._add(self.RENAME, row)
 
     def _append(self, kind: int, number: int, submitted: float, *parts: Any) -> None:
-        """A record into FILE-new, whole or not at all. With `_guard` held. Raises OSError."""
+        """Write a record to FILE-new, completely or not at all. `_guard` must be held. Raises
+        OSError."""
         part_lengths = [len(part) for part in parts]
         sizes = part_lengths + [0] * (4 - len(parts))
         head = self._HEAD.pack(kind, number, submitted, *sizes)
@@ -9229,27 +9298,28 @@ class Journal(Database):
             while data:
                 data = data[os.write(self._new, data):]
         except OSError:
-            os.ftruncate(self._new, start)   # what comes behind a torn one is not found
+            os.ftruncate(self._new, start)   # records after a truncated one are not found
             raise
 
     def sent(self, works: Sequence[ScheduledJob], node: str, memory: str = '') -> None:
-        """Jobs on their way to a node, and what its memory is known by."""
+        """Note that jobs are sent to a node, and the identifier of the node's memory."""
         where = '%s#%s' % (node, memory[:8])
         for work in works:
             self.note(self.MOVE, work.comp, self.SENT, work.serial, where, job_number(work.serial))
 
     def second_sent(self, second: SecondAttempt, node: str, memory: str, files: str) -> None:
-        """A second attempt is on its way to a node; the directory is where its files are kept."""
+        """Note that a second attempt is sent to a node; the directory is where its files are
+        kept."""
         where = '%s#%s' % (node, memory[:8])
         self.note(self.SECOND, job_number(second.serial), second.serial, where, files)
 
     def second_over(self, second: SecondAttempt) -> None:
-        """A second attempt counts no more, or is that of its job."""
+        """Note that a second attempt is discarded, or is that of its job now."""
         self.note(self.SECOND_OVER, job_number(second.serial), second.serial)
 
     def seconds(self) -> Dict[int, Tuple[int, str, str]]:
-        """Number of a job that was sent -> serial, node and directory of its second attempt. Raises
-        DispyError for a file that is damaged."""
+        """Return serial, node and directory of the second attempt of each job that was sent, by the
+        number of the job. Raises DispyError for a file that is damaged."""
         with self.damages():
             rows = self._db.execute(
                 'SELECT number, serial, node, files FROM seconds WHERE number IN '
@@ -9257,12 +9327,13 @@ class Journal(Database):
         return {number: (serial, node, files) for number, serial, node, files in rows}
 
     def waits(self, work: ScheduledJob) -> None:
-        """It came back without having been started, or may be run again."""
+        """Note that a job came back without having been started, or may be run again."""
         self.note(self.MOVE, work.comp, self.WAITING, work.serial, None, job_number(work.serial))
 
     def ended(self, work: ScheduledJob, result: Any) -> None:
-        """A row of Results, or the text of one that ended without. A result that is too large for
-        the file is known until this program ends, and not to the next."""
+        """Note the end of a job: a row of Results, or the text of one that ended without a result.
+        A result that is too large for the file is known until this program ends, and not to the
+        next one."""
         state = work.state
         if not isinstance(result, str) and size_of(result[4]) > JOURNAL_MOST:
             size = size_of(result[4])
@@ -9279,7 +9350,7 @@ class Journal(Database):
         self.note(self.END, self.ENDED, int(state), pickle.dumps(plain, 5), job_number(work.serial))
 
     def _needs_no_more(self, work: ScheduledJob) -> None:
-        """Forget what a job needs, which has ended."""
+        """Forget what a job needs, because it has ended."""
         if work.options:
             rows = work.options.get('values', ())
         else:
@@ -9291,7 +9362,7 @@ class Journal(Database):
                     del self._needed[digest]
 
     def commit(self) -> bool:
-        """As Database, with what was submitted."""
+        """Write all that was noted, as Database does, and what was submitted."""
         if len(self._written) > len(self._needed):
             self._free_values()
         while self._rows:
@@ -9304,7 +9375,7 @@ class Journal(Database):
         return done
 
     def trim(self) -> None:
-        """Empty FILE-new if all in it is in the database. Any thread."""
+        """Empty FILE-new if everything in it is in the database. Any thread."""
         with self._guard:
             if self._committed == self._added:
                 status = os.fstat(self._new)
@@ -9314,35 +9385,35 @@ class Journal(Database):
     # -- after a crash -----------------------------------------------------------------------------
 
     def comps(self) -> List[tuple]:
-        """Rows (comp, name, reentrant, program, host, key) of computations of which nodes may have
-        something."""
+        """Return rows (comp, name, reentrant, program, host, key) of the computations of which
+        nodes may have something."""
         return self._db.execute(
             'SELECT * FROM comps WHERE comp IN (SELECT comp FROM jobs WHERE node IS NOT NULL)'
         ).fetchall()
 
     def holders(self) -> Set[str]:
-        """Nodes that may keep results which have been noted: that they need not was perhaps not
-        said any more."""
+        """Return the nodes that may keep results which have been recorded: possibly they were not
+        told that they may forget these."""
         rows = self._db.execute(
             'SELECT DISTINCT node FROM jobs WHERE state = ? AND node IS NOT NULL AND NOT delivered',
             (self.ENDED, ))
         return {node.rpartition('#')[0] for node, in rows}
 
     def is_program(self) -> bool:
-        """Whether the jobs are runs of a program."""
+        """Return whether the jobs are runs of a program."""
         cursor = self._db.execute('SELECT max(program) FROM comps')
         return bool(cursor.fetchone()[0])
 
     def known(self) -> List[Tuple[KeptJob, int, str, Any]]:
-        """All of `jobs`. Raises DispyError for a file that is damaged."""
+        """Return all of `jobs` as a list. Raises DispyError for a file that is damaged."""
         with self.damages():
             found = list(self.jobs())
             self._written.update(digest for digest, in self._db.execute('SELECT digest FROM vals'))
         return found
 
     def jobs(self) -> Iterator[Tuple[KeptJob, int, str, Any]]:
-        """(job, state, node, result) of all jobs that have not been handed to the user since a
-        crash."""
+        """Yield (job, state, node, result) of all jobs that have not been handed to the user since
+        a crash."""
         cursor = self._db.execute(
             'SELECT number, comp, id, payload, options, submitted, arguments, state, '
             'serial, node, status, result FROM jobs WHERE NOT delivered')
@@ -9372,8 +9443,8 @@ class Journal(Database):
             yield job, state, node or '', found
 
     def _with_values(self, payload: bytes, rows: Sequence[Tuple[int, bytes]]) -> SharedPayload:
-        """Arguments of a job that has not ended, with their values. Raises ValueError if one is not
-        here."""
+        """Return the arguments of a job that has not ended, with their values. Raises ValueError if
+        a value is missing."""
         values = []
         for size, digest in rows:
             value = shared_values.find(digest)
@@ -9389,7 +9460,7 @@ class Journal(Database):
         return SharedValues.with_values(payload, values)
 
     def delivered(self, jobs: Sequence[DispyJob]) -> None:
-        """These were handed to the user; not again."""
+        """Note that these jobs were handed to the user, so that they are not handed out again."""
         with self.damages():
             self._db.execute('BEGIN')
             self._db.executemany('UPDATE jobs SET delivered = 1, result = NULL WHERE number = ?',
@@ -9397,8 +9468,8 @@ class Journal(Database):
             self._db.execute('COMMIT')
 
     def close(self, remove: bool = False) -> None:
-        """Let go of the file; with `remove`, or if no job is left in it, remove it. One that is
-        damaged is left alone."""
+        """Close the file; with `remove`, or if it has no jobs, remove it. A damaged file is left
+        alone."""
         left = 1
         try:
             self.commit()
@@ -9411,7 +9482,7 @@ class Journal(Database):
             os.close(self._new)
             self._new = -1
         if remove or not left:
-            # Alone, FILE-new would be taken for new jobs
+            # Without the file itself, FILE-new would be taken for new jobs
             paths = [self.path + end for end in ('-new', '', '-wal', '-shm')]
             for path in paths + BegunNotes.all_of(self):
                 with contextlib.suppress(FileNotFoundError):
@@ -9419,24 +9490,25 @@ class Journal(Database):
 
 
 class BegunNotes:
-    """Which attempts of a computation had begun in the node that was a part of a program, when that
-    was killed: in FILE-begun-COMPUTATION beside the recover_file. While the program runs, the
-    computation's directory stands there. When it is killed the runner, which has seen what began,
-    replaces that by the attempts, before it removes the directory.
-
-    A runner that is killed as well leaves no notes, and then all that was sent may have begun.
+    """Notes of which attempts of a computation had begun on the node embedded in a program when the
+    program was killed: the file FILE-begun-COMPUTATION beside the recover_file. While the program
+    runs, the file contains the directory of the computation. When the program is killed, the
+    runner, which knows which attempts began, replaces that by the attempts before it removes the
+    directory.
+    A runner that is killed as well leaves no notes, and then all attempts that were sent may have
+    begun.
     """
     PATIENCE = 5.0      # s that a runner may take to end workers, and to write
     EVERY = 0.02        # s between two looks
 
     @staticmethod
     def path_of(journal: Journal, comp: str) -> str:
-        """Where they are."""
+        """Return the path of the notes."""
         return '%s-begun-%s' % (journal.path, comp)
 
     @classmethod
     def all_of(cls, journal: Journal) -> List[str]:
-        """Those of all computations of a recover_file."""
+        """Return the paths for all computations of a recover_file."""
         start = cls.path_of(journal, '')
         directory = os.path.dirname(start)
         paths = [os.path.join(directory, name) for name in os.listdir(directory)]
@@ -9444,7 +9516,8 @@ class BegunNotes:
 
     @classmethod
     def begin(cls, journal: Journal, comp: str, directory: str) -> str:
-        """Jobs of a computation are sent from now on. Returns the path. Raises OSError."""
+        """Begin the notes, because jobs of a computation will be sent. Returns the path. Raises
+        OSError."""
         path = cls.path_of(journal, comp)
         with open(open_own_file(path, 'recover_file', os.O_TRUNC), 'w') as file:
             json.dump({'directory': directory}, file)
@@ -9452,7 +9525,8 @@ class BegunNotes:
 
     @classmethod
     def wait(cls, journal: Journal, comp: str) -> AttemptHistory:
-        """What is known of a computation when its runner has ended. An opener."""
+        """Wait until the runner of a computation has ended, and return what is known of it. An
+        opener."""
         path = cls.path_of(journal, comp)
         until = time.monotonic() + cls.PATIENCE
         found: Any = {}
@@ -9463,12 +9537,13 @@ class BegunNotes:
                     found = json.load(file)
                 if 'directory' not in found or is_last:
                     break
-                # What it has written before its directory went may be newer than what was read
+                # What it has written before its directory was removed may be newer than what was
+                # read
                 is_there = os.path.isdir(found['directory'])
                 is_last = not is_there or time.monotonic() > until
                 if not is_last:
                     time.sleep(cls.EVERY)
-        except (OSError, ValueError, TypeError) as exc:   # as a rule there is no such file
+        except (OSError, ValueError, TypeError) as exc:   # usually there is no such file
             logger.debug('nobody knows what had begun: %s', exc)
         unknown = AttemptHistory(whole=False)
         if not isinstance(found, dict):
@@ -9482,35 +9557,36 @@ class BegunNotes:
 
 
 # --------------------------------------------------------------------------------------------------
-# Trail: the small file by which what a program leaves on nodes is found when it ends before its
+# Trail: the small file with which jobs and results on nodes are found if a program ends before its
 # jobs
 # --------------------------------------------------------------------------------------------------
 
-TRAIL_END = '.recover'        # ends the names of these files
-TRAIL_MARK = b'{"dispy": '    # begins what is in them
-TRAIL_KEPT = 30 * 86400.0     # s after which one is removed, whatever it says
-TRAIL_MOST = 1 << 20          # bytes of one that are read: 20,000 nodes
-REACH_TIME = 10.0             # s for which nodes are tried that a dead program had
+TRAIL_END = '.recover'        # the suffix of these files
+TRAIL_MARK = b'{"dispy": '    # the beginning of their contents
+TRAIL_KEPT = 30 * 86400.0     # s after which one is removed, whatever it contains
+TRAIL_MOST = 1 << 20          # bytes of one that are read: enough for 20,000 nodes
+REACH_TIME = 10.0             # s for which nodes of a program that has ended are tried
 CANCEL_LOST = '`python -m dispy --cancel-lost`'
 
 
 def state_directory() -> str:
-    """Where files of this user lie that outlive a program."""
+    """Return the directory for files of this user that outlive a program."""
     if os.name == 'nt':
         localappdata = os.environ.get('LOCALAPPDATA')
         base = localappdata or os.path.expanduser('~')
     elif os.environ.get('XDG_STATE_HOME'):
         base = os.environ['XDG_STATE_HOME']
     elif sys.platform == 'darwin':
-        expanded_path = os.path.expanduser('~')
-        base = os.path.join(expanded_path, 'Library', 'Application Support')
+        home = os.path.expanduser('~')
+        base = os.path.join(home, 'Library', 'Application Support')
     else:
         base = os.path.join(os.path.expanduser('~'), '.local', 'state')
     return os.path.join(base, 'dispy')
 
 
 def _make_state_directory() -> str:
-    """The same, made if need be. Raises DispyError, OSError."""
+    """Return the same directory, which is created if it does not exist. Raises DispyError or
+    OSError."""
     path = state_directory()
     if not has_place(path):
         raise DispyError('this user has no home')
@@ -9524,8 +9600,8 @@ def _make_state_directory() -> str:
 
 
 def own_script() -> str:
-    """The path of the program that runs here; empty at a prompt and with `python -c`. It is not
-    known any more when the program has come to its end."""
+    """Return the path of the program that runs here; empty at a prompt and with `python -c`. When
+    the program has come to its end, the path is not known any more."""
     module = sys.modules.get('__main__')
     path = getattr(module, '__file__', None)
     if isinstance(path, str):
@@ -9534,10 +9610,11 @@ def own_script() -> str:
 
 
 class ComputationNotes:
-    """The file of one cluster: whose jobs they are, the key by which nodes give their results, and
-    after that a line for each node that may have some. Made with the first such node, so that a
-    cluster without one has none; locked while the program lives; removed when the cluster is
-    closed. Nothing is written for a job. The driver's thread."""
+    """The trail file of one cluster: it identifies the program, has the key by which nodes give out
+    their results, and then has a line for each node that may have some. It is created for the first
+    such node, so that a cluster without nodes has none; locked while the program lives; and removed
+    when the cluster is closed. Nothing is written for a job. The driver's thread uses this
+    class."""
 
     def __init__(self, head: 'weakref.WeakMethod[Any]', name: str, comp: str) -> None:
         self._head = head
@@ -9547,10 +9624,10 @@ class ComputationNotes:
         self._file: Any = None
         self._places: Set[str] = set()
         self._told = False
-        self.path = ''         # while there is one
+        self.path = ''         # its path, while the file exists
 
     def add(self, place: str) -> bool:
-        """A node is about to get jobs. Whether the file was made now."""
+        """Note a node that is about to get jobs. Returns whether the file was created now."""
         if place in self._places:
             return False
         self._places.add(place)
@@ -9571,7 +9648,7 @@ class ComputationNotes:
         return is_new
 
     def _make(self) -> bytes:
-        """Raises OSError, DispyError."""
+        """Create the file. Raises OSError or DispyError."""
         path = os.path.join(_make_state_directory(), '%s-%s%s' % (
             time.strftime('%Y%m%d-%H%M%S'), self._comp[:12], TRAIL_END))
         own_file = open_own_file(path, 'recovery file', os.O_APPEND)
@@ -9582,17 +9659,17 @@ class ComputationNotes:
             script = os.path.realpath(self.script)
         else:
             script = ''
-        describe = self._head()   # a method of the cluster, which must not be kept alive by that
+        describe = self._head()   # a method of the cluster, which must not be kept alive by this
         if describe is not None:
             head = describe()
         else:
             head = {}
-        dumped = json.dumps(dict(head, script=script))
-        return dumped.encode()
+        line = json.dumps(dict(head, script=script))
+        return line.encode()
 
     def end(self, untold: Set[str]) -> None:
-        """The cluster is closed. If some nodes could not be told so, the file stays, so that they
-        are told when somebody looks for what programs have left."""
+        """Note that the cluster is closed. If some nodes could not be told so, the file remains, so
+        that they are told when a program looks for what others have left."""
         is_needed = self._file is not None and not self._places.isdisjoint(untold)
         if is_needed:
             try:
@@ -9602,13 +9679,13 @@ class ComputationNotes:
         self.close(remove=not is_needed)
 
     def leave(self, untold: Set[str]) -> None:
-        """A cluster that had a recovery file, and no other one, is closed: the same."""
+        """Do the same for a cluster that had a recovery file and no trail file."""
         for place in sorted(untold):
             self.add(place)
         self.end(untold)
 
     def close(self, remove: bool = True) -> None:
-        """Let go of the file. Without `remove` it says that nodes may have something."""
+        """Close the file. Without `remove` it says that nodes may have something."""
         file = self._file
         path = self.path
         self._file = None
@@ -9617,23 +9694,24 @@ class ComputationNotes:
             _close_trail(file, path, remove)
 
     def after_fork(self) -> None:
-        """In a forked child: the lock is the parent's, and ends with that."""
+        """Close the file in a forked child: the lock belongs to the parent, and ends with the
+        parent."""
         self.close(remove=False)
 
 
-# In a trail: nobody wants what the nodes have, which could not be told so
+# A line of a trail: nobody wants what the nodes have, and they could not be told so
 _OVER = {'over': True}
 OVER_LINE = b'\n' + json.dumps(_OVER).encode()
 
 
 def _close_trail(file: Any, path: str, remove: bool) -> None:
-    if remove and os.name == 'nt':   # what is open cannot be removed there
+    if remove and os.name == 'nt':   # open files cannot be removed there
         file.close()
     if remove:
         try:
             os.unlink(path)
         except OSError as exc:
-            if exc.errno != errno.ENOENT:   # otherwise somebody else has removed it
+            if exc.errno != errno.ENOENT:   # otherwise another process has removed it
                 logger.info('%s cannot be removed: %s', path, exc)
     file.close()
 
@@ -9653,15 +9731,17 @@ class _RecoverableFields(NamedTuple):
 
 class Recoverable(_RecoverableFields, metaclass=Listed):
     """A cluster without `recover_file` whose program has ended before its jobs. `recover_jobs`
-    takes it, or its `path`.
+    accepts it, or its `path`.
 
-    path - of the file that says so; name - of the computation; script - path of the program, empty
-        for a prompt; host, pid - where and with which number it ran; began - when the cluster was
-        made, seconds since the epoch
-    code - the digest of its code; nodes - that may have something of it, as HOST:PORT, with @
-        before a scheduler
-    jobs - how many jobs and results of it they say they have; None if none of them has answered
-    unreached - those that have not answered
+    path - the path of the file that describes the cluster
+    name - the name of the computation
+    script - the path of the program, empty for a prompt
+    host, pid - the host on which it ran, and its process ID there
+    began - when the cluster was made, in seconds since the epoch
+    code - the digest of its code
+    nodes - the nodes that may have jobs or results of it, as HOST:PORT, with @ before a scheduler
+    jobs - how many jobs and results these nodes have reported; None if none of them has answered
+    unreached - the nodes that have not answered
     """
     __slots__ = ()
 
@@ -9689,25 +9769,27 @@ _HEAD_KINDS: Dict[str, Any] = {
 
 
 class RecoverableFiles:
-    """A trail of a program that has ended, with its lock, which keeps others off until `close`."""
+    """A trail file of a program that has ended. It is locked until `close`, so that no other
+    process uses it."""
 
     def __init__(self, file: Any, path: str, head: Dict[str, Any], places: Sequence[str],
                  over: bool) -> None:
         self._file = file
         self.path = path
-        self.over = over        # its results are told, or nobody wants them
+        self.over = over        # its results were delivered, or nobody wants them
         self.places = tuple(places)
         self.comp, self.key = head['comp'], bytes.fromhex(head['key'])
         self.is_program = head['program']
         self.listen = head['listen']
-        self.files = str(head.get('files', ''))    # below which the files of jobs come
+        self.files = str(head.get('files', ''))    # the directory for the files of jobs
         self.process = tuple(head['process'])
         nodes = tuple(where.strip() for where in self.places)
         self.row = Recoverable(path, head['name'], head['script'], head['host'], head['pid'],
                                head['began'], head['code'], nodes)
 
     def note_over(self) -> None:
-        """Its results are told; nodes that could not be told so may have them still."""
+        """Note that its results were delivered; nodes that could not be told so may have them
+        still."""
         try:
             file = open_own_file(self.path, 'recovery file', os.O_APPEND, make=False)
             with os.fdopen(file, 'ab', 0) as end:
@@ -9716,7 +9798,7 @@ class RecoverableFiles:
             logger.info('%s cannot be written: %s', self.path, exc)
 
     def close(self, remove: bool = False) -> None:
-        """Let go of it; with `remove` nothing is left of it on the nodes."""
+        """Close it; with `remove` nothing of it is left on the nodes."""
         file = self._file
         self._file = None
         if file is not None:
@@ -9724,14 +9806,14 @@ class RecoverableFiles:
 
     @classmethod
     def find(cls, path: str) -> Optional['RecoverableFiles']:
-        """What such a file says; None if its program lives, or another collects it. What is old,
-        or says nothing of any node, is removed. Raises DispyError for a file that others can have
-        written, or that is damaged; OSError."""
+        """Return the contents of such a file; None if its program lives, or another one collects
+        the results. A file that is old, or that names no node, is removed. Raises DispyError for a
+        file that other users can have written, or that is damaged; OSError."""
         own_file = open_own_file(path, 'recovery file', make=False)
         file = os.fdopen(own_file, 'rb', 0)
         try:
             lock_file(file)
-        except OSError:   # it lives, here or on another host with the same home
+        except OSError:   # its program is alive, here or on another host with the same home
             file.close()
             return None
         try:
@@ -9740,7 +9822,7 @@ class RecoverableFiles:
             is_old = time.time() - os.fstat(file.fileno()).st_mtime > TRAIL_KEPT
             head = _json(lines[0])
             if not _is_head(head):
-                if not is_old:   # it may be in the making
+                if not is_old:   # it may be being written
                     raise DispyError('recovery file %s is damaged, or of another version of dispy'
                                      % path)
                 _close_trail(file, path, True)
@@ -9759,15 +9841,15 @@ class RecoverableFiles:
             if is_old or not places:
                 _close_trail(file, path, True)
                 return None
-            sorted_places = sorted(set(places))
-            return cls(file, path, head, sorted_places, _OVER in rows)
+            in_order = sorted(set(places))
+            return cls(file, path, head, in_order, _OVER in rows)
         except BaseException:
             file.close()
             raise
 
 
 def _json(line: bytes) -> Any:
-    """A line of a trail; None for one that is torn."""
+    """Return a line of a trail file; None for a truncated line."""
     try:
         return json.loads(line.decode())
     except ValueError:
@@ -9802,7 +9884,8 @@ def _paths_of_trails() -> List[str]:
 
 
 def programs_left() -> List[RecoverableFiles]:
-    """All that dead programs of this user have left, newest first; each is to be closed."""
+    """Return all trail files that programs of this user which have ended have left, newest first;
+    each must be closed."""
     found = []
     for path in _paths_of_trails():
         try:
@@ -9816,7 +9899,7 @@ def programs_left() -> List[RecoverableFiles]:
 
 
 def remove_old_trails() -> None:
-    """Done once by a program that makes such a file."""
+    """Remove old trail files. A program that creates such a file does this once."""
     for path in _paths_of_trails():
         with contextlib.suppress(OSError, DispyError):
             if time.time() - os.lstat(path).st_mtime > TRAIL_KEPT:
@@ -9826,17 +9909,17 @@ def remove_old_trails() -> None:
 
 
 def remedy_for_source(spec: dict) -> str:
-    """What to do about a computation that does not go to nodes as source."""
+    """Return what to do about a computation that cannot be sent to nodes as source."""
     same = 'un dispynode there with %s' % python_of(spec['python'])
-    if 'most' in spec:   # of an executor
+    if 'most' in spec:   # the call of an executor
         return 'R' + same
     return ('Put the function into a file, at its top level, with def, and give it all '
             'that it needs as arguments; or r' + same)
 
 
 def how_to_share(holder: Holder) -> str:
-    """Return what a program can do that wants a node which another process has, to be appended to
-    what the node says."""
+    """Return what a program can do to use a node which another process holds, to be appended to the
+    message of the node."""
     if holder.port:
         if holder.port == SCHEDULER_PORT:
             port = ''
@@ -9851,8 +9934,8 @@ def how_to_share(holder: Holder) -> str:
 
 
 def who_holds(holder: Holder, place: str) -> str:
-    """Return which program of this user it was that has a node and has ended, and what to do about
-    it; empty if it is another's, or has not ended. `place` is that of the node."""
+    """Return which program of this user holds a node although it has ended, and what to do about
+    it; empty if the program is another user's, or has not ended. `place` is that of the node."""
     if not holder.is_away:
         return ''
     for left in programs_left():
@@ -9869,12 +9952,12 @@ def who_holds(holder: Holder, place: str) -> str:
 
 
 # --------------------------------------------------------------------------------------------------
-# Driver: one thread that owns links and Schedule. Its helpers: dial threads, openers, callback
-# threads.
+# Driver: one thread that owns the links and the Schedule. Its helpers are dial threads, openers and
+# callback threads.
 # --------------------------------------------------------------------------------------------------
 
 class ConnectionSettings(NamedTuple):
-    """How a driver speaks to nodes; clusters with the same share a driver."""
+    """How a driver connects to nodes; clusters with the same settings share a driver."""
     secret: bytes
     certfile: Optional[str]
     keyfile: Optional[str]
@@ -9884,13 +9967,13 @@ class ConnectionSettings(NamedTuple):
 
 
 class Pool:
-    """A few daemon threads for what may block. Unlike concurrent.futures' they do not hold up the
-    interpreter's exit.
+    """A few daemon threads for tasks that may block. Unlike those of concurrent.futures they do not
+    delay the exit of the interpreter.
 
-    With `patience`, one thread does all as long as nothing takes longer than so many seconds, and
-    others begin, for what waits now, only then: short callbacks are called one after the other, as
-    dispy 4 called all of them, and programs whose callbacks share variables without a lock, or
-    hold one of its thread, rely on that.
+    With `patience`, one thread does all tasks as long as none of them takes longer than so many
+    seconds; only then other threads begin with the tasks that wait. So short callbacks are called
+    one after the other, as dispy 4 called all of them. Programs whose callbacks share variables
+    without a lock, or hold a lock of their thread, rely on that.
     """
 
     def __init__(self, name: str, most: int, patience: float = 0.0) -> None:
@@ -9903,12 +9986,12 @@ class Pool:
         self._guard = threading.Lock()   # guards those below
         self._done = 0              # tasks
         self._count = 0             # threads
-        self._looks = False         # a thread looks whether another is needed
+        self._looks = False         # a thread checks whether another one is needed
         self._closed = False
 
     def run(self, call: Callable[..., Any], *args: Any) -> None:
-        """Call it in one of the threads. One thread only (the driver's)."""
-        self._tasks.put((call, args))   # before the look at who is there, see `_help`
+        """Call a function in one of the threads. Only one thread (the driver's) may call this."""
+        self._tasks.put((call, args))   # before the number of threads is read, see `_help`
         with self._guard:
             self._given += 1
             if self._given - self._done <= self._count:
@@ -9924,7 +10007,7 @@ class Pool:
             self._looks = False   # the next task tries again
 
     def _start(self, target: Callable[[], None], name: str) -> bool:
-        """Whether there is a thread to be had."""
+        """Start a thread if it is needed. Returns whether there is any thread."""
         try:
             thread = threading.Thread(target=target, name='%s-%s' % (self.name, name), daemon=True)
             thread.start()
@@ -9933,7 +10016,7 @@ class Pool:
         return True
 
     def _begin(self) -> None:
-        """Another thread. If there is none to be had, those that there are do it; raises
+        """Start another thread. If none can be started, the existing threads do the work; raises
         RuntimeError if there are none."""
         with self._guard:   # it may end at once
             self._count += 1
@@ -9949,8 +10032,8 @@ class Pool:
                 raise RuntimeError('no thread can be started')
 
     def _look(self) -> None:
-        """While tasks wait: begin another thread when those that there are have got on with
-        none."""
+        """Start another thread while tasks wait and the existing threads have finished none since
+        the last look."""
         while True:
             done = self._done
             time.sleep(self._patience)
@@ -9971,15 +10054,15 @@ class Pool:
             del task
 
     def _help(self) -> None:
-        """As `_work`, until nothing waits."""
+        """Do as `_work` does, until no task waits."""
         while True:
-            with self._guard:   # what `run` puts from here on has somebody else
+            with self._guard:   # another thread handles what `run` adds from here on
                 if self._closed or self._tasks.empty():
                     self._count -= 1
                     return
             with contextlib.suppress(queue.Empty):
                 task = self._tasks.get_nowait()
-                if task is None:   # for another thread
+                if task is None:   # this is for another thread
                     self._tasks.put(None)
                 else:
                     self._do(*task)
@@ -9989,7 +10072,7 @@ class Pool:
         try:
             call(*args)
         except BaseException as exc:
-            # The user's callback, sys.exit in it too; the next one is served all the same
+            # The user's callback may raise anything, even SystemExit; the next one must be served
             about = ''
             for arg in args:
                 if isinstance(arg, DispyJob):
@@ -10000,7 +10083,7 @@ class Pool:
             self._done += 1
 
     def close(self) -> None:
-        """Let threads end when they have done what is queued."""
+        """Let the threads end when they have done what is queued."""
         with self._guard:
             self._closed = True
             if not self._patience:
@@ -10015,8 +10098,8 @@ _OUR_FILES = frozenset((__file__, dispynode.__file__))
 
 
 def report_callback(call: Any, about: str, exc: BaseException) -> None:
-    """A function of the user's that was called by a thread of ours has raised: log it without
-    frames of ours."""
+    """Log the exception that a function of the user has raised in one of dispy's threads, without
+    dispy's own frames."""
     trace = exc.__traceback__
     func = getattr(call, '__func__', call)
     code = getattr(func, '__code__', None)
@@ -10037,14 +10120,14 @@ def report_callback(call: Any, about: str, exc: BaseException) -> None:
 
 
 class RunInDriver(NamedTuple):
-    """Call this in the driver's thread; posted by `Driver.ask`, who waits for `future`, or by a
-    helper, without one."""
+    """A function is to be called in the driver's thread. `Driver.ask`, which waits for `future`,
+    posts this, or a helper without a future."""
     call: Callable[[], Any]
     future: Optional['concurrent.futures.Future[Any]']
 
 
 class StatusCallback(NamedTuple):
-    """Posted for cluster_status: a node or a job has changed."""
+    """cluster_status is to be called, because a node or a job has changed."""
     callbacks: 'UserCallbacks'
     status: int
     peer: 'Union[NodeConnection, NodeInfo, None]'
@@ -10052,26 +10135,26 @@ class StatusCallback(NamedTuple):
 
 
 class JobCallback(NamedTuple):
-    """Posted when a job with a callback has ended."""
+    """A job with a callback has ended."""
     callbacks: 'UserCallbacks'
     job: DispyJob
 
 
 class NodeInfo(NamedTuple):
-    """A node and a cluster as they are told to others."""
+    """A node and a cluster in the form in which other threads and processes get them."""
     key: Any
     ip_addr: str
     port: int
     name: str
     state: str
     reason: str
-    cpus: int      # that the cluster may use
-    busy: int      # jobs of the cluster
-    offered: int   # CPUs by the node
+    cpus: int      # CPUs that the cluster may use
+    busy: int      # running jobs of the cluster
+    offered: int   # CPUs that the node offers
     facts: dict
 
     def facts_now(self) -> dict:
-        """Return what is known of the node, as a NodeConnection does."""
+        """Return the facts of the node, as NodeConnection does."""
         return self.facts
 
 
@@ -10082,31 +10165,32 @@ def describe_node(peer: 'Union[NodeConnection, NodeInfo]',
                   busy: int,
                   done: int = 0,
                   seconds: float = 0.0) -> DispyNode:
-    """A node as users get it."""
+    """Return a node in the form that users get."""
     return DispyNode(peer.ip_addr, peer.name, cpus, peer.port, state, reason, peer.offered, busy,
                      done, seconds, peer.facts_now())
 
 
 class Monitor:
-    """Who watches a cluster, see `LiveOutput.add_monitor`. Called by the driver's thread and its
-    openers: must be quick."""
-    page = ''   # the link to where it shows the cluster
+    """An observer of a cluster, see `LiveOutput.add_monitor`. The driver's thread and its openers
+    call these methods, which must be quick."""
+    page = ''   # the link to the page that shows the cluster
 
     def failed(self, job: DispyJob, payload: Any) -> None:
-        """A job has ended without a result; `payload` are its arguments, packed."""
+        """Take note that a job has ended without a result; `payload` are its packed arguments."""
 
     def ended(self, jobs: List[Tuple[DispyJob, Any]], peer: Any) -> None:
-        """Jobs have ended, each with its packed arguments; `peer` is the node that they were at,
-        None if they were at none."""
+        """Take note that jobs have ended, each with its packed arguments; `peer` is the node on
+        which they were, None if they were on none."""
 
     def printed(self, job: DispyJob, stream: int, offset: int, data: bytes) -> None:
-        """A running job has printed, to stdout (1) or stderr (2), from byte `offset` of it."""
+        """Take note that a running job has printed something to stdout (1) or stderr (2), from byte
+        `offset` on."""
 
 
 class Outgoing:
-    """Jobs of clusters with a journal on their way to nodes: they leave when it has been noted that
-    they do. While that cannot be noted they wait again, no more are sent, and results are not
-    acknowledged. The driver's thread."""
+    """Jobs of clusters with a journal that are to be sent to nodes: they are sent when the journal
+    has recorded that they are. While that cannot be recorded they wait again, no more jobs are
+    sent, and results are not acknowledged. The driver's thread uses this class."""
     AGAIN = 1.0   # s between attempts to write to a disk that was full
 
     def __init__(self) -> None:
@@ -10115,16 +10199,17 @@ class Outgoing:
         self.held_up: Set[str] = set()           # computations whose journals cannot be written
 
     def has(self, comp: str) -> bool:
-        """Whether a computation has a journal."""
+        """Return whether a computation has a journal."""
         return comp in self.journals
 
     def add(self, comp: str, peer: 'NodeConnection', frames_: Iterable[Any]) -> None:
-        """Frames of jobs for a node."""
+        """Add frames of jobs for a node."""
         waiting = self._frames.setdefault(comp, [])
         waiting.extend((peer, frame, [row[0] for row in frame.rows]) for frame in frames_)
 
     def drop(self, peer: 'NodeConnection') -> List[Tuple[str, List[int]]]:
-        """The link to a node has ended: computations and serials of what has not left."""
+        """Drop what was not sent, because the link to a node has ended. Returns the computations
+        and serials."""
         dropped = []
         for comp, frames_ in self._frames.items():
             dropped += [(comp, serials) for other, _, serials in frames_ if other is peer]
@@ -10132,7 +10217,7 @@ class Outgoing:
         return dropped
 
     def forget(self, comp: str) -> None:
-        """A computation is over."""
+        """Forget a computation, because it has ended."""
         self.journals.pop(comp, None)
         self._frames.pop(comp, None)
         self.held_up.discard(comp)
@@ -10140,8 +10225,8 @@ class Outgoing:
     def commit(
         self
     ) -> Tuple[List[Tuple['NodeConnection', Any]], List[Tuple['NodeConnection', str, List[int]]]]:
-        """The end of a turn: what may leave now, and what may not, as (node, computation, serials).
-        Sets `held_up`."""
+        """Return, at the end of a turn, what may be sent now, and what may not, as (node,
+        computation, serials). Sets `held_up`."""
         leaving: List[Tuple['NodeConnection', Any]] = []
         staying: List[Tuple['NodeConnection', str, List[int]]] = []
         for comp, journal in self.journals.items():
@@ -10157,7 +10242,7 @@ class Outgoing:
 
 
 class NodeAssignment:
-    """A node and a cluster. Driver thread only."""
+    """The relation of a node and a cluster. Driver thread only."""
     __slots__ = ('state', 'spec', 'reason', 'allocation', 'wanted', 'acks', 'then', 'told',
                  'passes', 'unloadable', 'seat_told', 'holder_hint')
 
@@ -10165,24 +10250,24 @@ class NodeAssignment:
         self.state = AssignmentState.WAITING
         self.spec = spec
         self.reason = ''                             # why it was refused
-        self.seat_told = False                       # to who submitted jobs to it
+        self.seat_told = False                       # whether those who submit jobs to it were told
         self.passes = False                          # the reason may pass: it is tried again
-        self.allocation: Optional[Allocation] = None   # what the user's NodeAllocate said
+        self.allocation: Optional[Allocation] = None   # the decision of the user's NodeAllocate
         self.wanted: Optional[int] = None            # CPUs by set_node_cpus; 0: deallocated
         self.acks: List[int] = []                    # serials to be acknowledged
-        self.then = ''                               # when it has drained: 'close' or 'open'
+        self.then = ''   # what to do when it has drained: 'close' or 'open'
         self.told: Set[str] = set()                  # reasons that were logged
         # A row of Holder, and what to do about that
         self.holder_hint: Tuple[tuple, str] = ((), '')
-        self.unloadable = False                      # the node cannot load the code, and said why
+        self.unloadable = False   # the node cannot load the code, and has given the reason
 
     def move(self, event: str) -> None:
-        """The one place where its state changes."""
+        """Change the state; this is the only place that does so."""
         self.state = ASSIGNMENT_TABLE[self.state, event]
 
     @property
     def offered(self) -> bool:
-        """Whether the node has been told of the computation."""
+        """Return whether the computation was offered to the node."""
         return self.state in (AssignmentState.SETTING_UP, AssignmentState.READY)
 
 
@@ -10200,9 +10285,9 @@ class NodeConnection:
         self.port = port
         self.embedded = embedded
         self.scheduler = scheduler
-        # Named by the user, not found; kept while it cannot be reached
+        # It was named by the user and not found, so that it is kept while it cannot be reached
         self.listed = listed
-        # Looked for on this machine, where nobody has said that it is
+        # It is looked for on this machine although nobody has said that it is here
         self.probed = False
         if embedded:
             self.key: Any = LOCAL
@@ -10215,14 +10300,14 @@ class NodeConnection:
         self.linked_at = 0.0
         self.trip = 0.0                            # s from ClientHello to NodeHello
         self.instance = b''
-        # It could not use what was sent: it is not reached again at once
+        # It could not use what was sent, so that it is not reached again at once
         self.wrong = False
-        # Another process than before; told when it says NodeHello
+        # It is another process than before; the log says so when it sends NodeHello
         self.restarted = False
-        # What its memory is known by, see dispynode.Memory
+        # The identifier of its memory, see dispynode.Memory
         self.memory = ''
-        self.aliases: Set[str] = set()             # places of other names that it was dialled by
-        # Its memory is the one that was there when jobs were sent
+        self.aliases: Set[str] = set()             # places of other names by which it was dialled
+        # Its memory is still the one of the time when jobs were sent
         self.whole = True
         self.second = SecondConnection(self)                 # connection, while the first is silent
         self.replacing = False                     # the first is being replaced by it
@@ -10230,17 +10315,17 @@ class NodeConnection:
         self.name = ''
         self.ip_addr = host
         self.facts: Dict[str, Any] = {}
-        # What the schedule's jobs have of its resources there
+        # What the schedule's jobs use of its resources
         self.taken: Dict[str, int] = {}
         self.offered = 0
         self.reason = 'not reached yet'
-        self.unreached = Unreached.UNREACHABLE     # what came of the last attempt that failed
-        # Bytes that packets may carry; 0: as many as the system says
+        self.unreached = Unreached.UNREACHABLE     # the result of the last attempt that failed
+        # Limit in bytes of packets; 0: that of the system
         self.segment = 0
         self.dialling = Reconnector(REDIAL_FIRST, redial)
         self.failures = 0                          # in a row
         self.heard = 0.0                           # when it was last found by UDP
-        # Of links before this one
+        # Bytes of earlier links
         self.tx = 0
         self.rx = 0
         self.heard_last = 0.0
@@ -10248,24 +10333,24 @@ class NodeConnection:
         self.retry_wait = RETRY_FIRST
         self.told: Set[Any] = set()                # reasons that were logged: Failing, or texts
         self.uses: Dict[str, NodeAssignment] = {}             # computation -> use
-        # Computations that wait here for another that wants the node alone
+        # Computations that wait because another one has the node exclusively
         self.blocked: Set[str] = set()
-        # CPUs of it that each computation may use at most: who runs a scheduler decides
+        # How many of its CPUs each computation may use: the operator of a scheduler decides this
         self.most = sys.maxsize
-        # (computation, file or '') -> who asked
+        # (computation, file or '') -> futures of those who asked
         self.answers: Dict[Tuple[str, str], 'concurrent.futures.Future[Any]'] = {}
-        # The embedded node; where it is a process of its own, that and its directory
+        # The embedded node; if it is a process of its own, the process and its directory
         self.local: Optional[EmbeddedNode] = None
         self.process: Optional['subprocess.Popen[bytes]'] = None
         self.directory = ''
 
     def move(self, event: str) -> None:
-        """The one place where a node's state changes."""
+        """Change the state of the node; this is the only place that does so."""
         self.state = NODE_TABLE[self.state, event]
 
     def is_better_called(self, host: str) -> bool:
-        """Whether a node that was found by its IPv6 address, and not dialled yet, is dialled at
-        this IPv4 address instead."""
+        """Return whether a node that was found by its IPv6 address, and was not dialled yet, is to
+        be dialled at this IPv4 address instead."""
         if self.state is not NodeState.FOUND:
             return False
         if self.listed:
@@ -10281,10 +10366,11 @@ class NodeConnection:
 
     @property
     def state_word(self) -> str:
-        """Its state for people: for one that was not reached, why, also while it is tried again."""
+        """Return its state for people: for a node that was not reached the reason, even while
+        another attempt is made."""
         if self.state is NodeState.UNREACHED or (self.state is NodeState.DIALLING
                                                  and self.failures):
-            # Lost: it has been connected before
+            # It is lost: it has been connected before
             if self.offered:
                 return NodeState.LOST.value
             return str(self.unreached)
@@ -10303,8 +10389,8 @@ class NodeConnection:
             self.directory = ''
 
     def facts_now(self) -> dict:
-        """What is known of it, with the bytes that went over its links and when it was heard
-        last."""
+        """Return its facts, with the bytes that its links have carried and when it was last
+        heard."""
         link = self.link
         used = {name: self.taken.get(name, 0) for name in resources_of(self.facts)}
         if link is None:
@@ -10318,14 +10404,14 @@ class NodeConnection:
                     resources_used=used)
 
     def count_link(self) -> None:
-        """Its link has ended, or ends now."""
+        """Add the bytes of a link that has ended, or ends now."""
         facts = self.facts_now()
         self.tx = facts['tx']
         self.rx = facts['rx']
         self.heard_last = facts['heard']
 
     def is_meant(self, node: Any) -> bool:
-        """Whether a user's word for a node means this one."""
+        """Return whether a user's word for a node means this one."""
         if node == self.key:
             return True
         if isinstance(node, DispyNode):
@@ -10354,16 +10440,17 @@ class NodeConnection:
         return ''
 
     def limit(self, comp: str) -> int:
-        """CPUs that a computation may use here."""
+        """Return how many CPUs a computation may use here."""
         if comp in self.blocked:
             return 0
         return min(self.allowed(comp), self.most)
 
     def allowed(self, comp: str) -> int:
-        """The same, were no other computation alone here."""
+        """Return how many CPUs a computation might use if no other computation used the node
+        exclusively."""
         use = self.uses[comp]
         if use.wanted is not None:
-            # The program's own may have more processes than CPUs
+            # The embedded node may have more processes than CPUs
             if self.embedded:
                 most = use.wanted
             else:
@@ -10379,7 +10466,8 @@ class NodeConnection:
 
     @property
     def place(self) -> str:
-        """Where it is reached, for a journal; one that dials us is known by its name."""
+        """Return how it is reached, for a journal; a node that dials this program is identified by
+        its name."""
         if self.port:
             return '@' * self.scheduler + format_address(self.host, self.port)
         return ' %s' % self.name
@@ -10394,15 +10482,16 @@ class NodeConnection:
         return where
 
 
-# Whether the embedded node runs in the program. Its runners are given descriptors, which takes
+# Whether the embedded node runs in the program. Its runners inherit descriptors, which requires
 # POSIX (see RunnerProcess); elsewhere it is a process of its own.
 IN_PROGRAM = hasattr(os, 'fork')
-LOCAL_PREFIX = 'dispy-local-'    # of the names of directories of such nodes
+LOCAL_PREFIX = 'dispy-local-'    # the prefix of the directories of such nodes
 
 
 def offer_here() -> Offer:
-    """What the embedded node offers beside CPUs: what DISPY_RESOURCES in the environment says, such
-    as 'gpu=2 licence=1', and otherwise the devices of this machine. Raises StartError."""
+    """Return what the embedded node offers besides CPUs: the contents of the environment variable
+    DISPY_RESOURCES, such as 'gpu=2 licence=1', and otherwise the devices of this machine. Raises
+    StartError."""
     words = os.environ.get('DISPY_RESOURCES')
     if words is None:
         return find_offer(['gpu=auto'], quick=True)
@@ -10424,7 +10513,7 @@ class EmbeddedNode:
         self._driver = driver
         self._is_whole = True      # the last turn did not fail
         if dispynode.logger.level == logging.NOTSET:
-            # What a node tells its operator is nothing to the user of a program
+            # Messages for the operator of a node do not concern the user of a program
             dispynode.logger.setLevel(logging.ERROR)
         options = Options(available_cpus(),
                           prefix=root,
@@ -10489,17 +10578,17 @@ class EmbeddedNode:
     def close(self) -> None:
         """End its processes and remove its directory."""
         self._driver.detach(self._end)
-        for _ in range(2):   # the second says: at once
+        for _ in range(2):   # the second call ends it at once
             self._host.guard(None, self._host.tell, Stop())
         self._host.close()
 
 
 def remove_abandoned_directories() -> None:
-    """Remove directories of nodes whose programs were killed together with all their runners, which
-    would have removed them."""
+    """Remove directories of embedded nodes whose programs were killed together with all their
+    runners, which would have removed them."""
     import tempfile
     above = tempfile.gettempdir()
-    with contextlib.suppress(OSError):   # somebody else has removed one of them
+    with contextlib.suppress(OSError):   # another process has removed one of them
         for entry in os.scandir(above):
             if not entry.name.startswith(LOCAL_PREFIX):
                 continue
@@ -10511,57 +10600,60 @@ def remove_abandoned_directories() -> None:
 
 
 class SecondsOfUser:
-    """What a NodeUser does about second attempts of its jobs; see NodeUser for the methods."""
+    """What a NodeUser does about second attempts of its jobs; see NodeUser for the rules of these
+    methods."""
 
     def send(self, peer: 'NodeConnection', seconds: Sequence[SecondAttempt]) -> None:
         """Send these to a node."""
 
     def counts(self, peer: 'NodeConnection', second: SecondAttempt, ran: float) -> None:
-        """One that is at a node and has run for so many seconds is that of its job from now on."""
+        """Note that one which is on a node and has run for so many seconds is that of its job from
+        now on."""
 
     def over(self, second: SecondAttempt) -> None:
-        """One counts no more."""
+        """Note that one is discarded."""
 
     def files_of(self, second: SecondAttempt) -> 'HeldFiles':
-        """Return where the files are kept that one sends."""
+        """Return where the files are kept that a second attempt sends."""
         raise PeerError('a file that was not asked for')
 
 
 class NodeUser:
-    """What a driver uses nodes for: a cluster, or something that only looks at nodes. The driver
+    """What a driver uses nodes for: a cluster, or an object that only examines nodes. The driver
     reads these attributes, and calls these methods when something has happened. They are called in
-    the driver's thread, must be quick, and do nothing here unless the docstring says what."""
+    the driver's thread, must be quick, and do nothing here unless the docstring says so."""
     comp = ''                                   # the name of its computation, to nodes
     name = ''                                   # for people
-    client = ''                                 # whose claims on CPUs it shares
-    user_name = ''                              # whose limits and share it has, at a scheduler
-    program = ''                                # whose it is, for people, if a scheduler knows that
-    key = b''                                   # who has it may take the results
-    cargo: Optional[PackedComputation] = None               # the computation; None: it only looks
-    source: Optional[Tuple[bytes, str]] = None  # what pack_source gave
-    specs: List[NodeSpec] = []                  # the nodes that are meant, replaced as a whole
-    port = NODE_PORT                            # of nodes for which none is given
-    hosts: Sequence[Tuple[str, int]] = ()       # where nodes may connect to this program
-    hosts_may_fail = False                      # a port of those that is taken is no error
+    client = ''                                 # the client with which it shares claims to CPUs
+    user_name = ''   # the user whose limits and share apply, for a scheduler
+    program = ''                                # its owner, for people, if a scheduler knows that
+    key = b''                                   # it authorizes to take the results
+    cargo: Optional[PackedComputation] = None   # the computation; None: it only observes
+    source: Optional[Tuple[bytes, str]] = None  # what pack_source returned
+    specs: List[NodeSpec] = []                  # the matching nodes, replaced as a whole
+    port = NODE_PORT                            # the port of nodes for which none is given
+    hosts: Sequence[Tuple[str, int]] = ()       # addresses where nodes may connect to this program
+    hosts_may_fail = False                      # one of these ports that is in use is not an error
     callers: Collection[str] = ()               # names of nodes that will connect to this program
     multicast = False                           # nodes are looked for by IPv4 multicast, too
-    searches = True                             # nodes that a wildcard means are looked for by UDP
-    warns = True                                # when no node is ready for a while
+    searches = True                             # nodes that match a wildcard are searched by UDP
+    warns = True                                # whether to warn if no node is ready for a while
     reentrant = False                           # jobs of a lost node are run again elsewhere
     speculate = False                           # its last jobs are started a second time
     seconds = SecondsOfUser()
     remote = False                              # jobs go to a scheduler
-    journal: Optional[Journal] = None           # where its jobs are written down
+    journal: Optional[Journal] = None           # where its jobs are recorded
     closed = False                              # nothing can be submitted any more
 
     def cpus_in_all(self) -> Optional[int]:
-        """CPUs that it may use over all nodes; a scheduler sees to that itself."""
+        """Return how many CPUs it may use over all nodes; a scheduler enforces this itself."""
         if self.remote or self.cargo is None:
             return None
         return self.cargo.spec.get('most') or None
 
     def spec_of(self, peer: 'NodeConnection') -> Optional[NodeSpec]:
-        """What of `specs` means a node. One that has dialled us has no port."""
+        """Return the element of `specs` that matches a node, or None. A node that has dialled this
+        program has no port."""
         if not peer.port:
             if peer.name in self.callers:
                 return NodeSpec(peer.host, 0)
@@ -10577,70 +10669,74 @@ class NodeUser:
     # -- whether the program still needs it --------------------------------------------------------
 
     def is_idle(self) -> bool:
-        """Whether it is a cluster that has no jobs."""
+        """Return whether it is a cluster that has no jobs."""
         return False
 
     def is_replaced(self, others: Iterable['NodeUser']) -> bool:
-        """Whether a cluster of the same function was made later."""
+        """Return whether a cluster of the same function was made later."""
         return False
 
     # -- for monitors; any thread ------------------------------------------------------------------
 
     def jobs_counted(self) -> Tuple[int, int, int, int]:
-        """How many jobs were submitted, have ended as they should, have failed, were cancelled."""
+        """Return how many jobs were submitted, have succeeded, have failed, and were cancelled."""
         return 0, 0, 0, 0
 
     def jobs_at_nodes(self) -> Dict[str, Tuple[Any, int, float]]:
-        """ADDRESS:NAME -> the node, the jobs that have ended there, the seconds that they ran."""
+        """Return by ADDRESS:NAME the node, the number of jobs that have ended there, and the
+        seconds that they ran."""
         return {}
 
     # -- nodes -------------------------------------------------------------------------------------
 
     def node_connected(self, peer: 'NodeConnection') -> None:
-        """A node is connected, and has told what it is. Called if this only looks."""
+        """Note that a node is connected, and has sent its facts. This is called for an object that
+        only examines nodes."""
 
     def node_ready(self, peer: 'NodeConnection') -> None:
-        """The computation is set up at a node."""
+        """Note that the computation is set up on a node."""
 
     def node_changed(self, status: int, peer: 'NodeConnection') -> None:
-        """A node is ready, has told what is free there, or is used no more, by the status, which is
-        one of DispyNode."""
+        """Note that a node is ready, has reported its free resources, or is not used any more; the
+        status is one of DispyNode's."""
 
     def node_unreachable(self, peer: 'NodeConnection', text: str) -> None:
-        """A node cannot be reached, for this reason."""
+        """Note that a node cannot be reached, for this reason."""
 
     def node_told(self, status: int, row: 'NodeInfo') -> None:
-        """As `node_changed`, of a node of the scheduler."""
+        """Do as `node_changed`, for a node of the scheduler."""
 
     def warn(self, text: str) -> None:
-        """Something that the user should know. It is logged here."""
+        """Tell the user something. It is logged here."""
         logger.warning('%s', text)
 
     # -- setting up a node -------------------------------------------------------------------------
 
     def ask_source(self, peer: 'NodeConnection', link: Link) -> None:
-        """Find out what the source of the computation is, and call `ComputationSetup.source_found`
-        or `source_missing`."""
+        """Find the source of the computation, and call `ComputationSetup.source_found` or
+        `source_missing`."""
 
     def ask_allocator(self, allocator: Any, peer: 'NodeConnection', link: Link) -> None:
         """Ask the user's allocator, and call `ComputationSetup.allocated`."""
 
     def support_for(self, peer: 'NodeConnection') -> Dict[str, bytes]:
-        """cloudpickle, if the node does not have the same."""
+        """Return cloudpickle, if the node does not have the same version."""
         return {}
 
     def modules_for(self, peer: 'NodeConnection') -> Dict[str, Any]:
-        """What a node gets of the program's modules."""
+        """Return what a node gets of the program's modules."""
         return {}
 
     def module_source(self, name: str) -> Any:
-        """Where a file of a module is read from: a path, a FileOfModule, its content, or None."""
+        """Return where a file of a module is read from: a path, a FileOfModule, its content, or
+        None."""
 
     def value_source(self, digest: bytes) -> Any:
-        """Where a value is read from: its content, or a path."""
+        """Return where a value is read from: its content, or a path."""
 
     def asked(self, peer: 'NodeConnection', message: Call) -> None:
-        """A node or scheduler asks what only the program can tell; it gets a Return."""
+        """Answer a question of a node or scheduler that only the program can answer; the answer is
+        a Return."""
 
     # -- jobs --------------------------------------------------------------------------------------
 
@@ -10648,50 +10744,51 @@ class NodeUser:
         """Send these to a node."""
 
     def jobs_started(self, peer: 'NodeConnection', pairs: Sequence[Tuple[Any, float]]) -> None:
-        """Jobs run at a node, each since so many seconds."""
+        """Note that jobs run on a node, each since so many seconds."""
 
     def jobs_ended(self, peer: 'NodeConnection', pairs: List[Tuple[Any, tuple]]) -> None:
-        """Jobs and their rows of Results; also those that are provisional."""
+        """Take jobs and their rows of Results, including provisional ones."""
 
     def job_ended(self, work: Any, text: str) -> None:
-        """A job has ended without a row of Results."""
+        """Note that a job has ended without a row of Results."""
 
     def job_waits(self, work: Any) -> None:
-        """A job that was sent waits again."""
+        """Note that a job that was sent waits again."""
 
     def jobs_held(self, text: str) -> None:
-        """Jobs wait because of a limit of their user, for this reason."""
+        """Note that jobs wait because of a limit of their user, for this reason."""
 
     def job_parked(self, work: Any, text: str) -> None:
-        """A job waits for a node that is large enough."""
+        """Note that a job waits for a node that is large enough."""
 
     def job_moved(self, work: Any, node: tuple) -> None:
-        """A scheduler says where a job is."""
+        """Note that a scheduler has reported where a job is."""
         raise PeerError('a node is no scheduler')
 
     def job_goes_on(self, work: Any) -> None:
-        """A job that was to be cancelled if it has not begun has begun, or has ended."""
+        """Note that a job which was to be cancelled if it had not begun has begun, or has ended."""
 
     def output(self, peer: 'NodeConnection', work: Any, message: Output) -> None:
-        """What a running job prints or logs."""
+        """Take what a running job prints or logs."""
 
     def file_piece(self, peer: 'NodeConnection', work: Any, message: FilePiece) -> None:
-        """A piece of a file that a running job sends."""
+        """Take a piece of a file that a running job sends."""
 
     # -- faults ------------------------------------------------------------------------------------
 
     def jobs_owed(self) -> List[Any]:
-        """Jobs for whose end the driver answers."""
+        """Return the jobs for whose end the driver is responsible."""
         return []
 
     def fail_job(self, work: Any, text: str) -> None:
-        """End a job that is nowhere any more."""
+        """End a job that is neither in the queue nor on a node any more."""
 
     def call_back(self, job: Any) -> None:
-        """Call the user's function for a job that has ended. In a thread of the driver's pool."""
+        """Call the user's function for a job that has ended. This runs in a thread of the driver's
+        pool."""
 
     def driver_failed(self, text: str) -> None:
-        """The driver's thread is ending for a fault of ours."""
+        """Note that the driver's thread ends because of a fault of dispy."""
 
 
 START_NODE = ('Run `python dispynode.py` on a host that has the same secret, and list that host in '
@@ -10699,51 +10796,53 @@ START_NODE = ('Run `python dispynode.py` on a host that has the same secret, and
 
 
 class NodePolicy:
-    """What whoever runs a driver says to the use of nodes, and is told of it. This one, that of a
-    program, lets everything happen. The driver's thread."""
-    start_node = START_NODE   # what to do where no node answers
+    """What the owner of a driver decides about the use of nodes, and learns of it. This class,
+    which is that of a program, permits everything. The driver's thread calls its methods."""
+    start_node = START_NODE   # what to do if no node answers
 
     def introduction(self) -> str:
-        """Who this is, for those who run the node and for others who want it."""
+        """Return who this is, for those who run the node and for others who want to use it."""
         return '%s@%s PID %d' % (_user_name(), socket.gethostname(), os.getpid())
 
     def process(self) -> tuple:
-        """Return the same for programs: a row of ClientHello."""
+        """Return the same for programs: a row as in ClientHello."""
         return socket.gethostname(), os.getpid(), 0
 
     def about_holder(self, holder: Holder, place: str) -> str:
-        """Return what to do about a node that serves another, to be appended to what it says.
-        `place` is that of the node."""
+        """Return what to do about a node that serves another client, to be appended to the node's
+        message. `place` is that of the node."""
         return who_holds(holder, place) or how_to_share(holder)
 
     def addresses_of(self, peer: 'NodeConnection') -> Optional[Callable[[str], bool]]:
-        """Which addresses of a node may be connected to; None: all. A dial thread."""
+        """Return the addresses of a node to which connections may be made; None means all. A dial
+        thread calls this."""
         return None
 
     def may_set_up(self, peer: 'NodeConnection', comp: str) -> bool:
-        """Whether a computation may be offered to a node."""
+        """Return whether a computation may be offered to a node."""
         return True
 
     def node_met(self, peer: 'NodeConnection') -> None:
-        """A node is connected, and has told what it is."""
+        """Note that a node is connected, and has sent its facts."""
 
     def becomes_ready(self, peer: 'NodeConnection', comp: str) -> None:
-        """A computation is about to be ready at a node."""
+        """Note that a computation is about to be ready on a node."""
 
     def node_drained(self, peer: 'NodeConnection') -> None:
-        """The last job of a computation that sends no more has ended there."""
+        """Note that the last job of a computation that sends no more jobs has ended on a node."""
 
     def node_freed(self, peer: 'NodeConnection') -> None:
-        """A computation has left a node, or was refused there."""
+        """Note that a computation has left a node, or was refused there."""
 
 
 def new_comp() -> str:
-    """Return a name for a computation, which no other has."""
+    """Return a unique name for a computation."""
     return uuid.uuid4().hex
 
 
 def _specs_of_places(places: Iterable[str]) -> List[NodeSpec]:
-    """Nodes to dial, of places as `NodeConnection.place` has them; not those that will dial us."""
+    """Return the nodes to dial, from places as in `NodeConnection.place`, without those that will
+    dial this program."""
     specs = []
     for where in sorted(places):
         if where.startswith(' '):
@@ -10755,22 +10854,22 @@ def _specs_of_places(places: Iterable[str]) -> List[NodeSpec]:
 
 
 class Collector(NodeUser):
-    """Asks nodes for what they have of computations whose program has ended. To the driver it is a
-    cluster that only looks. The driver's thread.
+    """Asks nodes which jobs and results they have of computations whose program has ended. For the
+    driver it is a cluster that only examines nodes. The driver's thread uses this class.
 
     met - the nodes that have been connected
     """
     client = 'recovery'
-    acknowledges = True    # results, when they come
+    acknowledges = True    # whether results are acknowledged when they come
 
     def __init__(self,
                  places: Iterable[str],
                  calling: Iterable[str],
                  listens: Sequence[str],
                  new_name: Callable[[], str] = new_comp) -> None:
-        """`places` are those of the nodes, as `NodeConnection.place` has them. Among `calling` are
-        the nodes that will dial us, where a program has listened: one of `listens`, HOST:PORT.
-        `new_name` names what is a cluster to the driver."""
+        """`places` are those of the nodes, as in `NodeConnection.place`. If nodes that will dial
+        this program are among `calling`, it listens where their program has listened: at one of
+        `listens`, HOST:PORT. `new_name` returns a name for what is a cluster to the driver."""
         self.comp = new_name()
         self.port = NODE_PORT
         self.specs = _specs_of_places(places)
@@ -10787,40 +10886,41 @@ class Collector(NodeUser):
         driver.open(self, False)
 
     def node_connected(self, peer: NodeConnection) -> None:
-        """Note a node, to be asked for what it has."""
+        """Note a node that is to be asked."""
         if peer not in self.met:
             self.met.append(peer)
 
     def held(self, peer: NodeConnection, comp: str, serials: Sequence[int],
              past: AttemptHistory) -> None:
-        """A node has told what it knows."""
+        """Take the report of a node about the attempts that it knows."""
         raise NotImplementedError
 
     def where(self, comp: str, serials: Sequence[int], node: tuple) -> None:
-        """A scheduler says which jobs are on a node, or wait."""
+        """Take the report of a scheduler about which jobs are on a node, or wait."""
         raise NotImplementedError
 
     def returned(self, peer: NodeConnection, comp: str, serials: Sequence[int]) -> None:
-        """A node gives back what has not begun."""
+        """Take jobs that a node returns because they have not begun."""
         raise NotImplementedError
 
     def results(self, peer: NodeConnection, comp: str, rows: Sequence[tuple]) -> None:
-        """Results came; some perhaps for the second time."""
+        """Take results, some of which may have come before."""
         raise NotImplementedError
 
     def refused(self, peer: NodeConnection, comp: str, text: str) -> None:
-        """The program is connected to a node still, or again."""
+        """Note that the program itself is still connected to the node, or is connected again."""
         raise NotImplementedError
 
     def cancel(self, job: DispyJob) -> None:
-        """End a job that runs."""
+        """End a running job."""
         raise NotImplementedError
 
 
 class Recovery(Collector):
-    """Collects what nodes have of jobs that are written down in a journal. `done(job, row, peer)`
-    is told a result, `lost(job, text)` a job that has begun and is lost, `again(job)` one that has
-    not begun and waits again, `over()` that none is left. The driver's thread."""
+    """Collects from nodes the results of jobs that are recorded in a journal. `done(job, row,
+    peer)` is called for a result, `lost(job, text)` for a job that has begun and is lost,
+    `again(job)` for one that has not begun and waits again, and `over()` when none is left. The
+    driver's thread uses this class."""
 
     def __init__(self,
                  journal: Journal,
@@ -10832,7 +10932,7 @@ class Recovery(Collector):
                  over: Callable[[], None],
                  cancel: bool = False,
                  parts: Optional['DriverParts'] = None) -> None:
-        """`parts` are those of the driver that it will have, where they are not the usual ones."""
+        """`parts` are those of its driver, if they are not the usual ones."""
         parts = parts or DriverParts()
         rows = journal.comps()
         self._journal = journal
@@ -10842,7 +10942,7 @@ class Recovery(Collector):
         for _, other, _ in journal.seconds().values():
             place, _, _ = other.rpartition('#')
             places.add(place)
-        self._unmet = holders - places   # they may keep results that are noted
+        self._unmet = holders - places   # they may keep results that are recorded
         listens = [row[4] for row in rows if row[4]]
         super().__init__(places | self._unmet, places, listens, parts.new_comp)
         self.name = 'the recovery of %s' % ', '.join(sorted({row[1] for row in rows}))
@@ -10857,7 +10957,7 @@ class Recovery(Collector):
         self._cancel = cancel
 
     def node_connected(self, peer: NodeConnection) -> None:
-        """It is asked for what it has."""
+        """Ask a node that is connected for what it has."""
         super().node_connected(peer)
         self._unmet.discard(peer.place)
         self.driver.recoveries.reclaim(peer, self, self.old)
@@ -10865,15 +10965,15 @@ class Recovery(Collector):
 
     def held(self, peer: NodeConnection, comp: str, serials: Sequence[int],
              past: AttemptHistory) -> None:
-        """A node has told what it knows. That of this program knows nothing: what its predecessor
-        had begun is in a file, which may still be written."""
+        """Take the report of a node. The embedded node of this program knows nothing: which
+        attempts its predecessor had begun is in a file, which may still be written."""
         if peer.embedded:
             self.driver.openers.run(self._read_notes, peer, comp)
             return
         self._settle(peer, comp, serials, past)
 
     def _read_notes(self, peer: NodeConnection, comp: str) -> None:
-        """An opener."""
+        """Read the notes of a predecessor of the embedded node. An opener."""
         past = BegunNotes.wait(self._journal, comp)
         self.driver.call_soon(self._settle, peer, comp, [], past)
 
@@ -10901,7 +11001,7 @@ class Recovery(Collector):
         self._check()
 
     def _attempts(self) -> List[Tuple[DispyJob, int, str]]:
-        """Jobs, and serial and node of an attempt of theirs that has not ended."""
+        """Yield the jobs with serial and node of each of their attempts that has not ended."""
         found = []
         for number, (job, node) in self._jobs.items():
             found.append((job, job.serial, node))
@@ -10911,7 +11011,8 @@ class Recovery(Collector):
         return found
 
     def _other_goes_on(self, serial: int) -> bool:
-        """An attempt counts no more. Returns whether its job has another, which counts then."""
+        """Discard an attempt. Returns whether its job has another one, which counts from then
+        on."""
         number = job_number(serial)
         if number not in self._seconds:
             return False
@@ -10927,7 +11028,7 @@ class Recovery(Collector):
         return True
 
     def _end_other(self, serial: int) -> None:
-        """An attempt has finished: that beside it is ended."""
+        """End the other attempt of a job, because one has finished."""
         number = job_number(serial)
         if number not in self._seconds:
             return
@@ -10946,10 +11047,10 @@ class Recovery(Collector):
                 cancel = Cancel(comp, [serial])
                 self.driver.send(peer.link, cancel)
         if not any(peer.place == place for peer in self.met):
-            self._unmet.add(place)   # it is told that the computation is over
+            self._unmet.add(place)   # it must be told that the computation has ended
 
     def where(self, comp: str, serials: Sequence[int], node: tuple) -> None:
-        """A scheduler says which jobs are on a node, or wait."""
+        """Take the report of a scheduler about which jobs are on a node, or wait."""
         for serial in serials:
             job, _ = self._jobs.get(job_number(serial), (None, ''))
             if job is not None:
@@ -10959,7 +11060,7 @@ class Recovery(Collector):
                     job.status = DispyJob.Created
 
     def returned(self, peer: NodeConnection, comp: str, serials: Sequence[int]) -> None:
-        """A node gives back what has not begun."""
+        """Take jobs that a node returns because they have not begun."""
         for job, serial, node in self._attempts():
             if serial not in serials:
                 continue
@@ -10970,7 +11071,7 @@ class Recovery(Collector):
         self._check()
 
     def results(self, peer: NodeConnection, comp: str, rows: Sequence[tuple]) -> None:
-        """Results came; some perhaps for the second time."""
+        """Take results, some of which may have come before."""
         for row in rows:
             job, _ = self._jobs.get(job_number(row[0]), (None, ''))
             if job is None:
@@ -10991,20 +11092,20 @@ class Recovery(Collector):
         self._check()
 
     def cancel(self, job: DispyJob) -> None:
-        """End a job that runs."""
+        """End a running job."""
         for other, serial, node in self._attempts():
             if other is job:
                 self._cancel_at(node, job.comp, serial)
 
     def left(self) -> List[DispyJob]:
-        """Those of which nothing has been heard."""
+        """Return the jobs of which nothing has been heard."""
         jobs: List[DispyJob] = []
         for job, _ in self._jobs.values():
             jobs.append(job)
         return jobs
 
     def refused(self, peer: NodeConnection, comp: str, text: str) -> None:
-        """The program is connected to the node still, or again."""
+        """Note that the program itself is still connected to the node, or is connected again."""
         logger.warning('node %s: nothing can be recovered: %s', peer, text)
 
     def _check(self) -> None:
@@ -11014,8 +11115,8 @@ class Recovery(Collector):
                 self._over()
 
     def wait(self, over: threading.Event, timeout: Optional[float]) -> None:
-        """Until all has been collected, and a little longer for nodes that may forget what they
-        keep."""
+        """Wait until everything has been collected, and a little longer for nodes that may forget
+        what they keep."""
         clock = self.driver.clock
         if timeout is None:
             until = math.inf
@@ -11026,7 +11127,7 @@ class Recovery(Collector):
 
 
 class Collecting(enum.Enum):
-    """What has been done about a computation at a node."""
+    """The progress of collecting a computation from a node."""
     ASKED = 'it was asked what it has, and has not told'
     TOLD = 'it has told what it has'
     WANTED = 'it is to give what it has'
@@ -11038,13 +11139,13 @@ class Collecting(enum.Enum):
 
 
 class ResultCollection(Collector):
-    """Asks nodes what they have of computations of which no jobs were written down, and collects
-    it. Nodes are asked first; what is to be had is then taken, unless their program is connected to
-    any of them. The driver's thread, but for `wait`."""
+    """Asks nodes what they have of computations of which no jobs were recorded, and collects it.
+    Nodes are asked first; then their results are taken, unless the program is connected to any of
+    them. The driver's thread uses this class, except for `wait`."""
     warns = False
-    acknowledges = False    # at the end, when the user has them
+    acknowledges = False    # results are acknowledged at the end, when the user has them
     name = 'the recovery of programs that have ended'
-    # What is asked once more on a new link
+    # The question that is repeated on a new link
     _ASKED_ANEW = frozenset((Collecting.ASKED, Collecting.TAKING, Collecting.COMING))
 
     def __init__(self, lefts: Sequence[RecoverableFiles], cancel: bool = False) -> None:
@@ -11062,15 +11163,17 @@ class ResultCollection(Collector):
         self.taken: Set[Tuple[str, str]] = set()
         self.alive: Set[str] = set()        # computations whose programs are connected to a node
         self.there: Dict[Tuple[str, str], Set[int]] = {}   # serials that are not in `rows`
-        # (computation, number) -> its result and where from; what became of it if none will come
+        # (computation, number) -> its result and the source of it; or what became of it if none
+        # will come
         self.rows: Dict[Tuple[str, int], Tuple[tuple, str]] = {}
         self.gone: Dict[Tuple[str, int], Tuple[JobState, str]] = {}
-        self.placed: Dict[Tuple[str, int], bool] = {}   # a scheduler has them on a node
+        self.placed: Dict[Tuple[str, int], bool] = {}   # whether a scheduler has them on a node
         self._changed = threading.Condition()           # guards all of these
-        self._is_over = False                           # what comes now is left to the next one
+        self._is_over = False   # what comes from now on is left to the next one
 
     def take(self, comps: Iterable[str]) -> None:
-        """Collect these from the nodes that have answered, and from others when they do."""
+        """Collect these computations from the nodes that have answered, and from others when they
+        do."""
         wanted = set(comps)
         for key, stage in list(self._stages.items()):
             if key[1] in wanted:
@@ -11081,8 +11184,8 @@ class ResultCollection(Collector):
             self._ask(peer)
 
     def _ask(self, peer: NodeConnection, anew: bool = False) -> None:
-        """Ask a node; `anew` on a new link, along which no answers come to what was asked
-        before."""
+        """Ask a node; `anew` means that the link is new, so that questions asked before it remain
+        unanswered."""
         for key, stage in list(self._stages.items()):
             if key[0] not in (peer.place, *peer.aliases):
                 continue
@@ -11098,12 +11201,12 @@ class ResultCollection(Collector):
                 self.driver.recoveries.reclaim(peer, self, keys, taking)
 
     def node_connected(self, peer: NodeConnection) -> None:
-        """It is asked for what it has."""
+        """Ask a node that is connected for what it has."""
         super().node_connected(peer)
         self._ask(peer, anew=True)
 
     def driver_failed(self, text: str) -> None:
-        """Nothing more will come."""
+        """Note that nothing more will come."""
         with self._changed:
             self._stages.clear()
             self.there.clear()
@@ -11120,7 +11223,7 @@ class ResultCollection(Collector):
 
     def held(self, peer: NodeConnection, comp: str, serials: Sequence[int],
              past: AttemptHistory) -> None:
-        """A node has told what it knows."""
+        """Take the report of a node about the attempts that it knows."""
         with self._changed:
             for key in self._places_of(peer, comp):
                 if self._stages[key] is not Collecting.ENDING:
@@ -11150,7 +11253,8 @@ class ResultCollection(Collector):
         self._ask(peer)
 
     def _is_known(self, comp: str, serial: int) -> bool:
-        """Whether what becomes of an attempt changes nothing: a result of its job is here."""
+        """Return whether the fate of an attempt makes no difference, because a result of its job is
+        here."""
         row, _ = self.rows.get((comp, job_number(serial)), (None, ''))
         if row is None:
             return False
@@ -11159,7 +11263,7 @@ class ResultCollection(Collector):
         return bool(row[0] >= serial)
 
     def _end_others(self, comp: str, serial: int) -> None:
-        """An attempt has finished: others of its job are ended. The driver's thread."""
+        """End the other attempts of a job, because one has finished. The driver's thread."""
         for peer in self.met:
             for key in self._places_of(peer, comp):
                 there = self.there.get(key, set())
@@ -11170,8 +11274,8 @@ class ResultCollection(Collector):
                     self.driver.send(peer.link, Cancel(comp, others))
 
     def _settle_files(self, comp: str, serial: int) -> None:
-        """An attempt has finished: if it was a second one, its files come where they belong; those
-        of another are removed."""
+        """Handle the files of second attempts after an attempt has finished: if it was a second
+        one, its files are moved to their place; those of another one are removed."""
         root = self.lefts[comp].files
         begin = '.dispy-%s-' % comp
         names: List[str] = []
@@ -11187,7 +11291,7 @@ class ResultCollection(Collector):
                 settle_files(directory, other == serial)
 
     def _went(self, comp: str, serial: int, account: Account, peer: NodeConnection) -> None:
-        """A job is not at its node any more, and no result of it came."""
+        """Note that a job is not on its node any more, and that no result of it came."""
         if (comp, job_number(serial)) in self.rows:
             return
         verdict, text = account.verdict(serial, Occasion.RECOVERED)
@@ -11201,19 +11305,20 @@ class ResultCollection(Collector):
         self.gone[comp, job_number(serial)] = state, text
 
     def returned(self, peer: NodeConnection, comp: str, serials: Sequence[int]) -> None:
-        """A node gives back what has not begun: there is nobody who could send it again."""
+        """Take jobs that a node returns because they have not begun: no process can send them
+        again."""
         with self._changed:
             for key in self._places_of(peer, comp) if not self._is_over else ():
                 gone = self.there.get(key, set()) & set(serials)
                 self.there.get(key, set()).difference_update(gone)
                 for serial in gone:
-                    attempt_history = AttemptHistory(unbegun=frozenset(gone))
-                    account = Account(past=attempt_history)
+                    not_begun = AttemptHistory(unbegun=frozenset(gone))
+                    account = Account(past=not_begun)
                     self._went(comp, serial, account, peer)
             self._changed.notify_all()
 
     def refused(self, peer: NodeConnection, comp: str, text: str) -> None:
-        """Its program is connected there: it lives."""
+        """Note that the program itself is connected to the node, so that it is alive."""
         with self._changed:
             self.alive.add(comp)
             for key in self._stages:
@@ -11222,12 +11327,12 @@ class ResultCollection(Collector):
             self._changed.notify_all()
 
     def where(self, comp: str, serials: Sequence[int], node: tuple) -> None:
-        """A scheduler says which jobs are on a node, or wait."""
+        """Take the report of a scheduler about which jobs are on a node, or wait."""
         with self._changed:
             self.placed.update({(comp, job_number(serial)): bool(node) for serial in serials})
 
     def results(self, peer: NodeConnection, comp: str, rows: Sequence[tuple]) -> None:
-        """Results came; some perhaps for the second time."""
+        """Take results, some of which may have come before."""
         with self._changed:
             for row in rows if not self._is_over else ():
                 number = job_number(row[0])
@@ -11245,30 +11350,30 @@ class ResultCollection(Collector):
             self._changed.notify_all()
 
     def cancel(self, job: DispyJob) -> None:
-        """Nobody has these jobs in hand while they are collected."""
+        """Do nothing: no process controls these jobs while they are collected."""
 
     # -- any thread --------------------------------------------------------------------------------
 
     def wait(self, done: Callable[[], bool], timeout: Optional[float]) -> bool:
-        """Wait until that is so, at most `timeout` seconds; whether it is."""
+        """Wait until the condition is true, at most `timeout` seconds. Returns whether it is."""
         def once(seconds: float) -> bool:
             with self._changed:
                 return self._changed.wait_for(done, seconds)
         return in_slices(once, timeout)  # type: ignore[no-any-return]
 
     def finish(self) -> None:
-        """Nothing changes any more."""
+        """Ignore everything that comes from now on."""
         with self._changed:
             self._is_over = True
 
     def unreached(self, comp: Optional[str] = None) -> List[str]:
-        """Nodes that have not answered, of one computation or of all."""
+        """Return the nodes that have not answered, for one computation or for all."""
         with self._changed:
             return sorted({where for (where, name), stage in self._stages.items()
                            if stage is Collecting.ASKED and comp in (None, name)})
 
     def is_through(self) -> bool:
-        """All that was to be taken has come, from nodes that have answered."""
+        """Return whether everything has come from the nodes that have answered."""
         for key in self.taken:
             stage = self._stages.get(key)
             if stage in (Collecting.WANTED, Collecting.TAKING):
@@ -11280,8 +11385,8 @@ class ResultCollection(Collector):
         return True
 
     def is_whole(self, comp: str) -> bool:
-        """Nobody wants anything of a computation that is anywhere; nodes are to be told that it is
-        over."""
+        """Return whether everything of a computation was collected from all nodes, so that nodes
+        are to be told that it has ended."""
         wants_none = self.lefts[comp].over
         with self._changed:
             stages = {key: stage for key, stage in self._stages.items() if key[1] == comp}
@@ -11295,8 +11400,8 @@ class ResultCollection(Collector):
             return bool(stages)
 
     def dismiss(self, comps: Set[str]) -> None:
-        """Tell nodes that these are over, now or when they are connected again. The driver's
-        thread."""
+        """Tell nodes that these computations have ended, now or when they are connected again. The
+        driver's thread."""
         with self._changed:
             for key in self._stages:
                 if key[1] in comps:
@@ -11305,7 +11410,7 @@ class ResultCollection(Collector):
             self._ask(peer, anew=True)
 
     def is_forgotten(self, comps: Iterable[str]) -> bool:
-        """All nodes have heard that these are over."""
+        """Return whether all nodes have been told that these computations have ended."""
         wanted = set(comps)
         stages = []
         for key, stage in self._stages.items():
@@ -11316,12 +11421,13 @@ class ResultCollection(Collector):
         return all(stage is Collecting.OVER for stage in stages)
 
     def count(self, comp: str) -> int:
-        """Jobs and results of it that are on nodes."""
+        """Return how many jobs and results of a computation are on nodes."""
         with self._changed:
             return len(self.numbers_there(comp))
 
     def numbers_there(self, comp: str) -> Set[int]:
-        """Numbers of its jobs of which attempts and results are on nodes."""
+        """Return the numbers of those jobs of a computation of which attempts and results are on
+        nodes."""
         numbers: Set[int] = set()
         for key, serials in self.there.items():
             if key[1] == comp:
@@ -11333,25 +11439,26 @@ def recover_jobs(recover_file: Any = None, timeout: Optional[float] = None,
                  terminate_pending: bool = False, secret: Union[str, bytes, None] = None,
                  certfile: Optional[str] = None, keyfile: Optional[str] = None,
                  cafile: Optional[str] = None) -> List[DispyJob]:
-    """The jobs of a program that has crashed, or was ended by an exception.
+    """Return the jobs of a program that has crashed, or that an exception has ended.
 
-    recover_file - the file of a cluster (`JobCluster(..., recover_file=...)`); None: the newest
-        file
-        of `fault_recover=True` in the current directory, else what this script has left on nodes
-        when it ran last and ended before its jobs, without such a file; or one of what
-        `recoverable()` lists
-    timeout - seconds for which what runs is waited for; None: without limit
+    recover_file - the file of a cluster (`JobCluster(..., recover_file=...)`), or an element of the
+        list that `recoverable()` returns. None means the newest file of `fault_recover=True` in the
+        current directory; if there is none, the jobs that this script has left on nodes when it was
+        last run without such a file and ended before its jobs
+    timeout - how many seconds to wait for running jobs; None: no limit
+    terminate_pending - True: running jobs are cancelled
 
-    Jobs that have ended are returned with their results, in one call only; those that run on nodes
-    are waited for, and returned as Running if the time was too short; those that were never
+    Jobs that have ended are returned with their results, by one call only. Jobs that run on nodes
+    are waited for, and are returned as Running if the time was too short. Jobs that were never
     started are returned as Created, with `job.args` and `job.kwargs`, and are run by
-    `JobCluster(..., recover_file=recover_file)`. With `terminate_pending` what runs is cancelled.
-    When nothing is left to be recovered, the file is removed. Without a `recover_file` only what
-    was on nodes is known: results, by `job.id`, the running number; what waited in the program is
-    lost with it.
+    `JobCluster(..., recover_file=recover_file)`. When nothing is left to be recovered, the file is
+    removed. Without a `recover_file` only jobs that were on nodes are known: their results, by
+    `job.id`, the running number. Jobs that waited in the program are lost together with the
+    program.
 
-    Raises FileNotFoundError, also (NothingToRecover) if this script has left nothing, naming what
-    others have; DispyError if the file is in use, damaged or none of dispy's; OSError. Any thread.
+    Raises FileNotFoundError; its subclass NothingToRecover if this script has left nothing, which
+    names what other scripts have left; DispyError if the file is in use, damaged or not one of
+    dispy's; OSError. Any thread.
     """
     path = path_option('recover_file', recover_file)
     seconds = _seconds('timeout', timeout)
@@ -11383,8 +11490,8 @@ fault_recover_jobs = recover_jobs   # its name in dispy 4
 
 
 def _journal_here() -> Optional[Journal]:
-    """The newest file in the current directory that `fault_recover=True` has made, if its program
-    has ended. Files of dispy 4 have such names too and are left alone."""
+    """Return the newest file in the current directory that `fault_recover=True` has made and whose
+    program has ended. Files of dispy 4 have names of the same form and are left alone."""
     names = [name for name in os.listdir() if re.fullmatch(r'_dispy_\d{14}', name)]
     for name in sorted(names, reverse=True):
         try:
@@ -11395,7 +11502,7 @@ def _journal_here() -> Optional[Journal]:
 
 
 def is_trail(path: str) -> bool:
-    """Whether a file is one that a cluster without `recover_file` has left."""
+    """Return whether a file is one that a cluster without `recover_file` has left."""
     if not path.endswith(TRAIL_END):
         return False
     try:
@@ -11406,7 +11513,8 @@ def is_trail(path: str) -> bool:
 
 
 def _left_nothing(script: str, lefts: Sequence[RecoverableFiles]) -> str:
-    """Says that a script has left no jobs, and which programs have left some."""
+    """Return the exception which says that a script has left no jobs, and which programs have left
+    some."""
     others = '; '.join(str(left.row) for left in lefts[:20])
     if others:
         hint = ('Other programs have left some, each of which may be given as recover_file (see '
@@ -11419,7 +11527,7 @@ def _left_nothing(script: str, lefts: Sequence[RecoverableFiles]) -> str:
 
 def _recover_newest(timeout: Optional[float], cancel: bool,
                     access: ConnectionSettings) -> List[DispyJob]:
-    """What the newest program of this script has left that has left anything."""
+    """Return the jobs of the newest program of this script that has left any."""
     script = own_script()
     lefts = programs_left()
     if script:
@@ -11434,7 +11542,8 @@ def _recover_newest(timeout: Optional[float], cancel: bool,
         raise NothingToRecover(_left_nothing(script, lefts))
     try:
         while mine:
-            run = [left for left in mine if left.process == mine[0].process]   # its clusters
+            # The clusters of the same process
+            run = [left for left in mine if left.process == mine[0].process]
             mine = [left for left in mine if left not in run]
             jobs, unreached = _collect(run, timeout, cancel, access)
             if jobs or unreached:
@@ -11447,7 +11556,8 @@ def _recover_newest(timeout: Optional[float], cancel: bool,
 
 def _collect(lefts: Sequence[RecoverableFiles], timeout: Optional[float], cancel: bool,
              access: ConnectionSettings) -> Tuple[List[DispyJob], List[str]]:
-    """The jobs of dead programs, and the nodes that have not answered. Lets go of `lefts`."""
+    """Return the jobs of programs that have ended, and the nodes that have not answered. Closes
+    `lefts`."""
     jobs: List[DispyJob] = []
     with gathering(lefts, access, cancel) as found:
         comps = _take(found, timeout)
@@ -11468,7 +11578,7 @@ def _collect(lefts: Sequence[RecoverableFiles], timeout: Optional[float], cancel
 
 
 def _take(found: ResultCollection, timeout: Optional[float]) -> List[str]:
-    """Collect what belongs to no program that lives; returns whose it is."""
+    """Collect the computations of programs that have ended. Returns their trail files."""
     if timeout is None:
         until = math.inf
     else:
@@ -11487,8 +11597,9 @@ def _take(found: ResultCollection, timeout: Optional[float]) -> List[str]:
 def gathering(lefts: Sequence[RecoverableFiles],
               access: ConnectionSettings,
               cancel: bool = False) -> Iterator[ResultCollection]:
-    """Ask the nodes of dead programs. At the end those that have been emptied forget them, and so
-    do we; others keep what they have."""
+    """Ask the nodes of programs that have ended. At the end of the `with` block, nodes from which
+    everything was collected forget these computations, and the trail files are removed; other nodes
+    keep what they have."""
     found: ResultCollection = ResultCollection(lefts, cancel)
     whole: Set[str] = set()
     forgotten: Set[str] = set()
@@ -11515,8 +11626,8 @@ def gathering(lefts: Sequence[RecoverableFiles],
 
 
 def _jobs_of(found: ResultCollection, comp: str) -> List[DispyJob]:
-    """The jobs of a computation by what nodes have told of it, in order. Opens results, which may
-    run the user's code."""
+    """Return the jobs of a computation as nodes have reported them, in order. This opens results,
+    which may run the user's code."""
     left: RecoverableFiles = found.lefts[comp]
     jobs: Dict[int, DispyJob] = {}
 
@@ -11557,10 +11668,10 @@ def recoverable(timeout: float = REACH_TIME,
                 certfile: Optional[str] = None,
                 keyfile: Optional[str] = None,
                 cafile: Optional[str] = None) -> List[Recoverable]:
-    """What programs of this user without a `recover_file` have left on nodes, when they were
-    killed or ended by an exception before their jobs; newest first. Their nodes are asked, for at
+    """Return what programs of this user without a `recover_file` have left on nodes when they were
+    killed or ended by an exception before their jobs, newest first. Their nodes are asked, for at
     most `timeout` seconds; files of which no node knows anything any more are removed. Raises
-    SecretError, TypeError, ValueError. Any thread."""
+    SecretError, TypeError or ValueError. Any thread."""
     seconds = _seconds('timeout', timeout)
     access = ConnectionSettings(find_secret(secret), *tls_files(certfile, keyfile, cafile), PULSE,
                                 REDIAL_MOST)
@@ -11588,8 +11699,9 @@ def recoverable(timeout: float = REACH_TIME,
 
 
 def cancel_lost(access: ConnectionSettings) -> int:
-    """End what programs of this user that have ended have left on nodes, and say so. Returns of
-    how many of them something may be left. What belongs to a program that lives is left alone."""
+    """End the jobs that programs of this user which have ended have left on nodes, and print what
+    was done. Returns for how many of these programs something may be left. Programs that are alive
+    are left alone."""
     lefts = programs_left()
     if not lefts:
         print('none of your programs that have ended has left jobs on nodes')
@@ -11601,7 +11713,7 @@ def cancel_lost(access: ConnectionSettings) -> int:
         _take(found, 3 * GRACE)
         rest = 0
         for left in lefts:
-            if left.over:   # its program wanted nothing any more
+            if left.over:   # its program did not need it any more
                 continue
             ended = ('%d jobs and results were found, and all of them are '
                      'removed') % before[left.comp]
@@ -11623,7 +11735,7 @@ def cancel_lost(access: ConnectionSettings) -> int:
 
 class RestoredJobs:
     """The jobs of a program that has crashed, as its journal knows them. Those that have ended are
-    completed.
+    complete.
 
     jobs - all of them
     ended - those that have ended
@@ -11633,7 +11745,7 @@ class RestoredJobs:
     """
 
     def __init__(self, journal: Journal, rows: Sequence[tuple], is_program: bool) -> None:
-        """`rows` are as of `Journal.known`. Raises DispyError."""
+        """`rows` are those of `Journal.known`. Raises DispyError."""
         self.jobs: List[DispyJob] = []
         self.ended: List[DispyJob] = []
         self.sent: List[Tuple[DispyJob, str]] = []
@@ -11656,23 +11768,23 @@ class RestoredJobs:
 
     @property
     def are_at_nodes(self) -> bool:
-        """Whether nodes are to be asked."""
+        """Return whether nodes are to be asked."""
         return bool(self.sent or self.holders)
 
 
 class JournalRecovery:
-    """Collects the jobs of a program that has crashed for `recover_jobs`. The methods that begin
-    with an underscore are called by the driver's thread."""
+    """Collects the jobs of a program that has crashed, for `recover_jobs`. The driver's thread
+    calls the methods that begin with an underscore."""
 
     def __init__(self, journal: Journal, cancel: bool, source: 'Drivers') -> None:
-        """`source` is where its driver comes from."""
+        """`source` provides its driver."""
         self._journal = journal
         self._cancel = cancel
         self._drivers = source
         self._lock = threading.Lock()   # guards the jobs, and the list of those that have ended
         with journal.damages():
             self._is_program = journal.is_program()
-            # Computations whose jobs may run again
+            # Computations whose jobs may be run again
             self._reentrant = {row[0] for row in journal.comps() if row[2]}
         self._restored = RestoredJobs(journal, journal.known(), self._is_program)
 
@@ -11681,7 +11793,7 @@ class JournalRecovery:
         restored = self._restored
         for job, node in restored.sent:
             job.status = DispyJob.Running
-            if node.startswith('@'):   # a scheduler tells which of them are on a node
+            if node.startswith('@'):   # a scheduler reports which of them are on a node
                 job.status = DispyJob.Created
         if restored.are_at_nodes:
             self._collect(timeout, access)
@@ -11726,7 +11838,7 @@ class JournalRecovery:
 
 
 class DiscoveryProbe:
-    """Asks for nodes at one UDP port."""
+    """The search for nodes at one UDP port."""
 
     def __init__(self, ears: DiscoverySockets) -> None:
         self.ears = ears
@@ -11736,7 +11848,8 @@ class DiscoveryProbe:
 
 
 class _Owner:
-    """Has a thing to which nobody else refers, to count the references that there are then."""
+    """An object that has the only reference to another one, so that the normal number of references
+    can be determined."""
 
     def __init__(self) -> None:
         self.cluster = object()
@@ -11744,12 +11857,12 @@ class _Owner:
 
 class Unused:
     """Finds clusters to which no variable of the program refers any more, as in a notebook whose
-    cell is run again. The driver's thread.
+    cell is executed again. The driver's thread uses this class.
 
-    The driver refers to each of its clusters, so that none ends by itself; it counts whether it is
-    the only one. A cluster that has jobs, or one to which its own callback refers, is in use. When
-    there is a later cluster of the same function, then that a notebook or prompt has shown the
-    cluster (`Out[3]`, `_`) is no use of it.
+    The driver refers to each of its clusters, so that none of them is freed by itself; this class
+    counts whether other references exist. A cluster that has jobs, or to which its own callback
+    refers, is in use. If a later cluster of the same function exists, references do not count that
+    exist because a notebook or prompt has shown the cluster (`Out[3]`, `_`).
     """
     EVERY = 2.0   # s
 
@@ -11758,7 +11871,7 @@ class Unused:
         self._found: Set[str] = set()
 
     def look(self, clusters: Dict[str, Any], now: float) -> float:
-        """Close those of them that are not used. Returns when to look again."""
+        """Close those of these clusters that are not used. Returns when to look again."""
         if now < self._at:
             return self._at
         self._at = now + self.EVERY
@@ -11776,14 +11889,14 @@ class Unused:
         return math.inf
 
     def _is_unused(self, core: 'ProgramCluster', clusters: Dict[str, Any]) -> bool:
-        """Whether nobody but the driver refers to a JobCluster, through what it knows of it."""
+        """Return whether only the driver refers to a JobCluster, through its ProgramCluster."""
         if core.cluster is None:   # it is being closed
             return False
         shown = 0
         if core.is_replaced(clusters.values()):
             shown = references_of_history(core.cluster)
         unused = self._references(core) <= self._references(_Owner()) + shown
-        if unused and shown:   # it may have been shown anew meanwhile
+        if unused and shown:   # it may have been shown again in the meantime
             unused = shown == references_of_history(core.cluster)
         return unused
 
@@ -11801,9 +11914,9 @@ class Unused:
 
 
 class Misfits:
-    """Nodes that have answered when all were asked, and that are not meant by the wildcards of a
-    cluster. Driver thread only."""
-    KEPT = 1000   # nodes of a cluster
+    """Nodes that have answered a broadcast and that do not match the wildcards of a cluster. Driver
+    thread only."""
+    KEPT = 1000   # nodes that are kept for a cluster
     SHOWN = 10
 
     def __init__(self) -> None:
@@ -11811,8 +11924,8 @@ class Misfits:
         self._found: Dict[str, Dict[bytes, str]] = {}
 
     def add(self, comp: str, instance: bytes, node: str) -> None:
-        """One that answers. By its name, if that is known, and else by the first of its
-        addresses."""
+        """Add a node that has answered. It is identified by its name, if that is known, and else by
+        the first of its addresses."""
         found = self._found.setdefault(comp, {})
         if len(found) >= self.KEPT:
             return
@@ -11820,11 +11933,12 @@ class Misfits:
             found[instance] = node
 
     def forget(self, comp: str) -> None:
-        """The cluster is closed."""
+        """Forget a cluster that is closed."""
         self._found.pop(comp, None)
 
     def text(self, comp: str, used: Container[bytes]) -> str:
-        """These nodes, without the instances that are used by another of their addresses."""
+        """Return these nodes as a text, without those instances that are used by another of their
+        addresses."""
         chosen_nodes = []
         for instance, node in self._found.get(comp, {}).items():
             if instance not in used:
@@ -11835,9 +11949,10 @@ class Misfits:
 
 
 def remedy(attempts: Sequence[Tuple[str, int, bool]], others: bool, start: str = START_NODE) -> str:
-    """What to do where a cluster has no node that can be used, of (state, port, whether it is a
-    scheduler) of each that was tried; `others`: nodes have answered that were not meant; `start`:
-    where none has answered. The reason of a node that has answered says it itself."""
+    """Return what to do if a cluster has no usable node, from (state, port, whether it is a
+    scheduler) of each node that was tried; `others`: nodes have answered that do not match;
+    `start`: what to do if none has answered. The reason of a node that has answered contains the
+    remedy itself."""
     if others:
         return 'Name one of these, or correct the wildcard (nodes=, at the shell -n)'
     if any(scheduler and state not in NOT_CONNECTED for state, _, scheduler in attempts):
@@ -11849,12 +11964,13 @@ def remedy(attempts: Sequence[Tuple[str, int, bool]], others: bool, start: str =
             silent.append((Unreached(state), port, scheduler))
     states = [state for state, _, _ in attempts if state not in NOT_TRIED]
     if len(silent) < len(states):
-        return ''   # somebody has answered
+        return ''   # a node has answered
     return _remedy_for_silence(silent, start)
 
 
 def _remedy_for_silence(silent: Sequence[Tuple[Unreached, int, bool]], start: str) -> str:
-    """What to do where nobody has answered, of (why, port, whether it is a scheduler) of each."""
+    """Return what to do if no node has answered, from (why, port, whether it is a scheduler) of
+    each."""
     words = []
     down = {scheduler for why, _, scheduler in silent if why is Unreached.DOWN}
     if True in down:
@@ -11876,12 +11992,12 @@ def _remedy_for_silence(silent: Sequence[Tuple[Unreached, int, bool]], start: st
 
 
 class NodeTable:
-    """The nodes that a driver knows. The driver's thread."""
+    """The nodes that a driver knows. The driver's thread uses this class."""
 
     def __init__(self) -> None:
         self.by_key: Dict[Any, NodeConnection] = {}
         self.by_link: Dict[int, NodeConnection] = {}       # those that are connected
-        # Instance or address -> one that cannot be used, and is no node that was named
+        # Instance or address -> an unusable node that was not named by the user
         self.unusable: Dict[Any, NodeConnection] = {}
         self.misfits = Misfits()
 
@@ -11894,7 +12010,7 @@ class NodeTable:
         return peers
 
     def find(self, comp: str, node: Any) -> NodeConnection:
-        """The node that a user's word means. Raises ValueError naming those there are."""
+        """Return the node that a user's word means. Raises ValueError, naming the known nodes."""
         if node is None:
             if len(self.of(comp)) == 1:
                 return self.of(comp)[0]
@@ -11910,11 +12026,11 @@ class NodeTable:
         return found[0]
 
     def has(self, peer: NodeConnection) -> bool:
-        """Whether a node is still one of these, under its key."""
+        """Return whether a node is still one of these, under its key."""
         return self.by_key.get(peer.key) is peer
 
     def heard_before(self, instance: bytes, address: Tuple[str, int]) -> Optional[NodeConnection]:
-        """The node that an answer to a broadcast comes from, if it is known."""
+        """Return the node that has sent an answer to a broadcast, if it is known."""
         for peer in self.by_key.values():
             if peer.instance == instance:
                 return peer
@@ -11923,7 +12039,7 @@ class NodeTable:
         return None
 
     def linked_to(self, instance: bytes) -> List[NodeConnection]:
-        """Nodes that are connected to this instance."""
+        """Return the nodes that are connected to this instance."""
         peers: List[NodeConnection] = []
         for peer in self.by_key.values():
             if peer.link is None:
@@ -11933,14 +12049,15 @@ class NodeTable:
         return peers
 
     def twin_of(self, peer: NodeConnection, instance: bytes) -> Optional[NodeConnection]:
-        """Another node that is connected, and is the same instance."""
+        """Return another connected node that is the same instance."""
         for other in self.linked_to(instance):
             if other is not peer:
                 return other
         return None
 
     def away_with(self, instance: bytes) -> List[NodeConnection]:
-        """Nodes that are not connected and were this instance, without the embedded one."""
+        """Return the nodes that are not connected and were this instance, without the embedded
+        one."""
         peers: List[NodeConnection] = []
         for peer in self.by_key.values():
             if peer.instance != instance:
@@ -11952,7 +12069,7 @@ class NodeTable:
         return peers
 
     def dialling_from(self, address: str) -> List[NodeConnection]:
-        """Nodes that connect by themselves, from this address."""
+        """Return the nodes that connect by themselves, from this address."""
         peers: List[NodeConnection] = []
         for peer in self.by_key.values():
             if peer.port:
@@ -11962,7 +12079,7 @@ class NodeTable:
         return peers
 
     def move(self, peer: NodeConnection, host: str, port: int) -> None:
-        """A node is known by another address from now on."""
+        """Change the address by which a node is known."""
         del self.by_key[peer.key]
         peer.host = host
         peer.ip_addr = host
@@ -11970,8 +12087,8 @@ class NodeTable:
         self.by_key[peer.key] = peer
 
     def words_of(self, comp: str) -> Dict[str, List[NodeConnection]]:
-        """Nodes of a cluster by their names and addresses, so that a list of thousands is not
-        compared with itself."""
+        """Return the nodes of a cluster by their names and addresses, so that a list of thousands
+        is not compared with itself."""
         found: Dict[str, List[NodeConnection]] = {}
         for peer in self.of(comp):
             for word in {
@@ -11982,7 +12099,7 @@ class NodeTable:
         return found
 
     def add_unusable(self, key: Any, address: str, text: str) -> None:
-        """One that cannot be used, and is no node that was named: said once."""
+        """Note a node that cannot be used and was not named by the user; this is reported once."""
         if key in self.unusable:
             return
         if len(self.unusable) >= 1000:
@@ -11991,8 +12108,8 @@ class NodeTable:
         known = {(peer.host, peer.reason) for peer in unusable}
         peer = self.unusable[key] = NodeConnection(address, 0)
         peer.reason = text
-        if (address, text) not in known:   # a host may have many of them
-            # Another user's node on this machine is no reason to worry.
+        if (address, text) not in known:   # a host may have many such nodes
+            # Nodes of other users on this machine are normal.
             if is_own_address(address):
                 level = logging.INFO
             else:
@@ -12001,39 +12118,39 @@ class NodeTable:
 
 
 class NodeSearch:
-    """Asks for nodes by UDP, and has those used that answer. The driver's thread."""
+    """Asks for nodes by UDP, and uses those that answer. The driver's thread uses this class."""
 
     def __init__(self, driver: 'Driver', psk: bytes) -> None:
         self._driver = driver
         self._nodes = driver.nodes
         self._clusters = driver.clusters
         self._psk = psk
-        self.reach = discovery_reach()               # how far nodes are asked for
+        self.reach = discovery_reach()               # the range of the search for nodes
         self._discovery = Discovery(psk, Role.CLIENT, driver.instance)
-        # (UDP port, multicast) -> who asks there
+        # (UDP port, multicast) -> the probe there
         self._ears: Dict[Tuple[int, bool], DiscoveryProbe] = {}
 
     def begin(self, port: int, multicast: bool) -> None:
         """Ask for nodes at a UDP port, often at first, then every ping_interval."""
         asker = self._ears.get((port, multicast))
         if asker is None:
-            # Answers come to a port of our own; at the nodes' port those are heard that start
+            # Answers come to an own port; at the nodes' port, this program hears nodes that start
             # later.
-            discovery_sockets = DiscoverySockets(self._driver, self.reach, (port, ), (0, port),
-                                                 self._hear, multicast)
-            asker = self._ears[port, multicast] = DiscoveryProbe(discovery_sockets)
+            sockets = DiscoverySockets(self._driver, self.reach, (port, ), (0, port), self._hear,
+                                       multicast)
+            asker = self._ears[port, multicast] = DiscoveryProbe(sockets)
         asker.due = self._driver.now
         asker.wait = ASK_FIRST
 
     def is_at(self, port: int) -> bool:
-        """Whether nodes are asked for at a UDP port."""
+        """Return whether nodes are asked for at a UDP port."""
         for asked, _ in self._ears:
             if asked == port:
                 return True
         return False
 
     def end_unwanted(self) -> None:
-        """Do not ask any more where no cluster needs it."""
+        """Stop asking where no cluster needs it."""
         clusters = self._clusters.values()
         wanted = set()
         for other in clusters:
@@ -12044,7 +12161,7 @@ class NodeSearch:
             self._ears.pop(key).ears.close()
 
     def ask_when_due(self, due: List[float]) -> None:
-        """Ask for nodes; appends when to do so next."""
+        """Ask for nodes if it is time; appends to a list when to do so next."""
         for asker in self._ears.values():
             if self._driver.now >= asker.due:
                 asker.ears.broadcast(lambda: self._discovery.build(DatagramType.QUESTION))
@@ -12054,7 +12171,8 @@ class NodeSearch:
             due.append(asker.due)
 
     def _hear(self, data: bytes, source: str, reply: Callable[[bytes], None]) -> None:
-        """A datagram. What it says is a hint: the node is dialled, and the handshake decides."""
+        """Take a datagram. Its contents are only a hint: the node is dialled, and the handshake
+        authenticates it."""
         heard, _ = self._discovery.parse(data, source, self._driver.now)
         if heard is None:
             return
@@ -12076,13 +12194,14 @@ class NodeSearch:
         self._driver.soon()
 
     def _ask_soon(self) -> None:
-        """A node has started. Which of its addresses is best depends on who asks."""
+        """Ask soon, because a node has started. Which of its addresses is best depends on who
+        asks."""
         for asker in self._ears.values():
             asker.due = min(asker.due, max(self._driver.now, asker.last + ASK_FIRST))
         self._driver.soon()
 
     def _use_found(self, comp: str, spec: NodeSpec, heard: Datagram, host: str) -> None:
-        """A node that a computation may use says that it is there."""
+        """Use a node that has announced itself and that a computation may use."""
         port = heard.port
         instance = heard.instance
         now = self._driver.now
@@ -12112,7 +12231,7 @@ class NodeSearch:
             asker.ears.close()
 
     def sockets(self) -> List[Any]:
-        """Those by which nodes are asked for."""
+        """Return the sockets with which nodes are asked for."""
         ears = self._ears.values()
         sockets: List[Any] = []
         for asker in ears:
@@ -12122,7 +12241,8 @@ class NodeSearch:
 
 
 class Connector:
-    """Connects to nodes: dials, lets nodes dial, and starts one here. The driver's thread."""
+    """Connects to nodes: dials them, lets them dial, and starts one here. The driver's thread uses
+    this class."""
 
     def __init__(self, driver: 'Driver', psk: bytes, tls: Any) -> None:
         self._driver = driver
@@ -12131,17 +12251,17 @@ class Connector:
         self._psk = psk
         self._tls = tls
         self.searches = NodeSearch(driver, psk)
-        self._acceptors: Dict[Tuple[str, int], Acceptor] = {}        # where nodes may dial
-        self._dials: Set[NodeConnection] = set()               # with a dial thread at work
+        self._acceptors: Dict[Tuple[str, int], Acceptor] = {}        # where nodes may connect
+        self._dials: Set[NodeConnection] = set()               # nodes that a thread is dialling
 
     def _on_rejected(self, address: str, text: str) -> None:
-        """A gate's thread: a node that dialled us was refused."""
+        """Note that a node which dialled this program was refused. A gate's thread."""
         message = 'its connection was rejected: ' + text
         self._driver.call_soon(self._nodes.add_unusable, address, address, message)
 
     def listen(self, host: str, port: int, may_fail: bool) -> None:
-        """Let nodes connect to us (--scheduler-host). Raises OSError; if it may fail, a port that
-        is taken is no error."""
+        """Let nodes connect to this program (--scheduler-host). Raises OSError; with `may_fail`, a
+        port that is in use is not an error."""
         if (host, port) not in self._acceptors:
             access = self._driver.access
             try:
@@ -12168,26 +12288,26 @@ class Connector:
             self._driver.add_reader(gate.socket, gate.on_readable)
 
     def listens_at(self, host: str, port: int) -> bool:
-        """Whether nodes can connect there."""
+        """Return whether nodes can connect to this address."""
         return (host, port) in self._acceptors
 
     def end_listening(self, cluster: NodeUser) -> None:
-        """A cluster is closed: where no other lets nodes connect, they cannot any more."""
+        """Stop listening where no cluster lets nodes connect any more, because one was closed."""
         for where in cluster.hosts:
             clusters = self._clusters.values()
             if any(where in other.hosts for other in clusters):
                 continue
             gate = self._acceptors.pop(where, None)
-            if gate is not None:   # else its port was taken
+            if gate is not None:   # otherwise its port was in use
                 self._driver.remove_reader(gate.socket)
                 gate.server_close()
 
     def dial_when_due(self, due: List[float]) -> None:
-        """Dial nodes; appends when to do so next."""
+        """Dial nodes if it is time; appends to a list when to do so next."""
         for peer in self._nodes.by_key.values():
             when = peer.dialling.due
             if when is not None and when <= self._driver.now and peer.state in _MAY_DIAL:
-                # Each takes a thread and a descriptor; those that end make place for others
+                # Each one needs a thread and a descriptor; those that end make room for others
                 if len(self._dials) < DIALS_MOST:
                     self._dial(peer)
             elif when is not None:
@@ -12206,7 +12326,8 @@ class Connector:
         peer.dialling.start(self._driver.post, peer, reach, self._driver.parts.attempt)
 
     def _start_local(self, peer: NodeConnection) -> None:
-        """Start the node of this program. There is no thread, as nothing is waited for."""
+        """Start the embedded node of this program. This needs no thread, because it does not
+        wait."""
         peer.dialling.due = None
         try:
             peer.end_process()
@@ -12220,14 +12341,15 @@ class Connector:
 
     @property
     def local(self) -> Optional[EmbeddedNode]:
-        """The node of this program, if it has been started."""
+        """Return the embedded node of this program, if it was started."""
         peer = self._nodes.by_key.get(LOCAL)
         if peer is not None:
             return peer.local
         return None
 
     def _tried(self, peer: NodeConnection, lasts: float) -> None:
-        """What is on a node that is away is not lost for so many s: it is tried to reach it."""
+        """Tell the Schedule that jobs on a node that is away are not lost for so many seconds,
+        because an attempt to reach it is in progress."""
         until = self._driver.now + lasts
         self._driver.decide(NodeTried(peer.key, until))
 
@@ -12235,7 +12357,7 @@ class Connector:
                     peer: NodeConnection,
                     note: Callable[[Any], None],
                     patience: float = HANDSHAKE_TIME) -> Authenticated:
-        """Connect to a node, in the thread that dials."""
+        """Connect to a node. The thread that dials calls this."""
         if not peer.embedded:
             if peer.scheduler:
                 wanted = Role.SCHEDULER
@@ -12254,7 +12376,7 @@ class Connector:
             self._second_reached(event)
             return
         self._dials.discard(peer)
-        self._driver.soon()   # others may wait to be dialled
+        self._driver.soon()   # others may be waiting to be dialled
         peer.dialling.ended()
         self._tried(peer, 0.0)
         if peer.state is not NodeState.DIALLING:
@@ -12262,24 +12384,25 @@ class Connector:
             return
         instance = event.session.peer_instance
         twin = self._nodes.twin_of(peer, instance)
-        if twin is not None:   # one node by two names or addresses: one link is enough
+        if twin is not None:   # it is one node with two names or addresses: one link is enough
             event.sock.close()
             self._keep_twin(peer, twin)
             return
         elder = self._elder_of(peer, instance)
-        if elder is not None:   # one node by two names: its jobs are known by the other
+        if elder is not None:   # it is one node with two names: its jobs belong to the other one
             self._merge_into_elder(peer, elder)
             peer = elder
         self._connected(peer, self._link_of(event))
 
     def _link_of(self, event: Any) -> Link:
-        """The link that a connection becomes."""
+        """Return the link that a new connection becomes."""
         make = self._driver.parts.link
         return make(event.sock, event.session, event.address, self._driver.now,
                     self._driver.access.pulse, OF_NODES)
 
     def _keep_twin(self, peer: NodeConnection, twin: NodeConnection) -> None:
-        """A node was dialled that is connected by another name: what was to use it uses that."""
+        """Merge a node that was dialled with the connected node that is the same by another name:
+        clusters that were to use the former use the latter."""
         twin.aliases.add(peer.place)
         for comp, use in peer.uses.items():
             known = comp in twin.uses
@@ -12287,9 +12410,9 @@ class Connector:
             if not known or not twin.name:
                 continue
             if self._clusters[comp].cargo is None:
-                # It may look for something by this name.
+                # Other code may look for it by this name.
                 self._clusters[comp].node_connected(twin)
-        # It has dialled us; when that ends, we dial it
+        # It has dialled this program; when that link ends, this program dials it
         if peer.listed and not twin.port and not twin.embedded:
             peer.move('fail')
             peer.reason = 'it has connected by itself'
@@ -12301,7 +12424,8 @@ class Connector:
         self._driver.selection.drop_unused(peer)
 
     def _elder_of(self, peer: NodeConnection, instance: bytes) -> Optional[NodeConnection]:
-        """A node that is not connected, has jobs, and is the same as one that was just reached."""
+        """Return a node that is not connected, has jobs, and is the same as one that was just
+        reached."""
         for other in self._nodes.away_with(instance):
             if other is peer:
                 continue
@@ -12331,7 +12455,7 @@ class Connector:
         peer.linked_at = self._driver.now
         self._driver.attach(peer.link)
         self._nodes.by_link[peer.link.number] = peer
-        # It is about to tell what it holds
+        # It is about to report its jobs
         lasts = PULSES_LOST * self._driver.access.pulse
         self._tried(peer, lasts)
         policy = self._driver.policy
@@ -12339,10 +12463,10 @@ class Connector:
         self._driver.send(peer.link, hello)
 
     def arrived(self, event: Authenticated) -> None:
-        """A node has dialled."""
+        """Take a node that has dialled."""
         instance = event.session.peer_instance
         for other in self._nodes.linked_to(instance):
-            if other.port or other.embedded:   # we have dialled it
+            if other.port or other.embedded:   # this program has dialled it
                 self._send_away(event)
                 return
             text = 'the node has connected again'
@@ -12356,20 +12480,20 @@ class Connector:
         self._connected(peer, self._link_of(event))
 
     def _send_away(self, event: Authenticated) -> None:
-        """A node has dialled that is connected."""
+        """Close the connection of a node that has dialled and is connected already."""
         link = self._link_of(event)
         self._driver.attach(link)
         self._driver.disconnect(link, 'this program has connected to it already')
 
     def _known_arrival(self, instance: bytes, address: str) -> Optional[NodeConnection]:
-        """The node that has dialled, if it was here before."""
+        """Return the node that has dialled, if it was here before."""
         for other in self._nodes.away_with(instance):
             if not other.port:
                 return other
             if other.key in self._driver.schedule.nodes:
                 return other
         there = self._nodes.dialling_from(address)
-        # Of several behind one address it may be another
+        # It may be another one of several behind one address
         if len(there) == 1:
             if there[0].link is None:
                 if not there[0].embedded:
@@ -12377,7 +12501,7 @@ class Connector:
         return None
 
     def try_second(self, link: Link) -> None:
-        """Dial a node that is silent once more. What dials us does so itself."""
+        """Dial a silent node once more. A node that dials this program does so itself."""
         peer = self._nodes.by_link.get(link.number)
         if peer is not None and peer.port:
             patience = max(1.0, link.pulse)
@@ -12386,7 +12510,8 @@ class Connector:
                               self._driver.parts.attempt)
 
     def _second_reached(self, event: Connected) -> None:
-        """It takes the place of a link that is silent still, or has come to its end for that."""
+        """Let a second connection replace a link that is still silent, or that has ended for this
+        reason."""
         peer = event.peer.peer
         event.peer.ended()
         old = peer.link
@@ -12403,7 +12528,7 @@ class Connector:
             peer.replacing = True
             self._driver.break_link(old, 'a new connection was made')
             peer.replacing = False
-        if not self._nodes.has(peer):   # nobody wants it any more
+        if not self._nodes.has(peer):   # no cluster needs it any more
             event.sock.close()
             return
         peer.move('dial')
@@ -12432,8 +12557,9 @@ class Connector:
             self.forget(peer)
 
     def is_forgotten(self, peer: NodeConnection) -> bool:
-        """Whether a node that cannot be reached is not tried any more: one that was found and not
-        named, and does not answer by UDP either. Not while jobs are there that may come back."""
+        """Return whether a node that cannot be reached is not tried any more: it was found and not
+        named by the user, and does not answer by UDP either. It is tried as long as it has jobs
+        that may come back."""
         if peer.listed:
             return False
         lost = self._driver.schedule.lost_at(peer.key)
@@ -12443,8 +12569,8 @@ class Connector:
         return peer.failures >= FOUND_FAILURES and silent or self._only_probed(peer)
 
     def _evidence_of(self, peer: NodeConnection, event: ConnectFailed) -> NodeDoubted:
-        """A node cannot be reached. Where nothing listens and it was on this machine, its lock file
-        tells whether its process has ended."""
+        """Return the evidence that follows when a node cannot be reached. If nothing listens there
+        and the node was on this machine, its lock file shows whether its process has ended."""
         unreached = NodeDoubted(peer.key, str(peer), Evidence.UNREACHED, event.text, peer.kind)
         if event.why is not Unreached.DOWN:
             return unreached
@@ -12467,15 +12593,17 @@ class Connector:
                            known=known)
 
     def forget(self, peer: NodeConnection) -> None:
-        """One that was found and not named cannot be reached: it is found again when it is there
-        again."""
+        """Forget a node that was found, was not named by the user and cannot be reached: when it is
+        back, it is found again."""
         peer.uses.clear()
         self._driver.selection.drop_unused(peer)
 
     def not_reached(self, peer: NodeConnection, text: str, lived: float = 0.0,
                     line: str = '', failing: Failing = Failing.OTHERWISE) -> None:
-        """Say why, once for each reason, in this line if there is one, and try again later."""
-        # One that closes at once refuses this address for a while, for the reason that was told
+        """Log why a node cannot be reached, once for each reason, in the given line if there is
+        one, and try again later."""
+        # A peer that closes at once refuses this address for a while, for the reason that was
+        # logged
         if failing is not Failing.CLOSED or not peer.told:
             self._tell_not_reached(peer, text, line, failing)
         peer.dialling.again(self._driver.now, lived, self._driver.access.pulse)
@@ -12516,7 +12644,7 @@ class Connector:
         for gate in self._acceptors.values():
             gate.server_close()
         self.searches.close()
-        # Also those that no cluster uses any more
+        # This includes nodes that no cluster uses any more
         for peer in {*self._dials, *self._nodes.by_key.values()}:
             peer.dialling.abort(peer.embedded)
             peer.second.abort()
@@ -12531,8 +12659,8 @@ class Connector:
 
 
 def _is_named_by(spec: NodeSpec, peer: NodeConnection, port: int) -> bool:
-    """Whether a node is one of those that were named; `port` is the cluster's, which stands for
-    that of a node which was named without one."""
+    """Return whether a node is one of those that were named; `port` is the cluster's, which is the
+    default for nodes that were named without a port."""
     if spec.wild and spec.fits(peer.ip_addr, peer.host, peer.name):
         return True
     if not peer.is_meant(spec.host):
@@ -12543,7 +12671,7 @@ def _is_named_by(spec: NodeSpec, peer: NodeConnection, port: int) -> bool:
 
 
 class NodeSelection:
-    """Which nodes each cluster uses, with how many CPUs. The driver's thread."""
+    """Which nodes each cluster uses, with how many CPUs. The driver's thread uses this class."""
 
     def __init__(self, driver: 'Driver') -> None:
         self._driver = driver
@@ -12552,7 +12680,7 @@ class NodeSelection:
         self.probes: Dict[str, float] = {}           # computation -> when to start an embedded node
 
     def use(self, comp: str, specs: Sequence[NodeSpec]) -> None:
-        """Look for nodes: dial those named, ask for those meant by wildcards."""
+        """Look for nodes: dial those that are named, and ask for those that match wildcards."""
         for spec in specs:
             if spec.wild:
                 for peer in list(self._nodes.by_key.values()):
@@ -12566,7 +12694,7 @@ class NodeSelection:
 
     def use_address(self, comp: str, host: str, port: int, spec: NodeSpec,
                     listed: bool) -> NodeConnection:
-        """A cluster may use the node at an address; `listed`: because it names it."""
+        """Let a cluster use the node at an address; `listed` says that the cluster names it."""
         peer = self._nodes.by_key.get(('scheduler', host, port) if spec.scheduler else (host, port))
         if peer is None:
             peer = NodeConnection(host, port, self._driver.access.redial, scheduler=spec.scheduler)
@@ -12576,14 +12704,14 @@ class NodeSelection:
         return peer
 
     def take(self, peer: NodeConnection, comp: str, spec: NodeSpec) -> None:
-        """A cluster may use a node."""
+        """Let a cluster use a node."""
         if comp not in peer.uses:
             peer.uses[comp] = NodeAssignment(spec)
             self._driver.setup.set_up(peer, comp)
         self._driver.soon()
 
     def consider(self, peer: NodeConnection, comp: str) -> None:
-        """Use a connected node if this cluster's specs mean it."""
+        """Use a connected node if one of this cluster's specs matches it."""
         spec = self._clusters[comp].spec_of(peer)
         if spec is None:
             return
@@ -12591,26 +12719,27 @@ class NodeSelection:
             self.take(peer, comp, spec)
 
     def use_embedded(self, comp: str) -> None:
-        """A node of this program's own, for all its clusters of this driver."""
+        """Use the embedded node of this program, for all clusters of this driver."""
         if self.probes.pop(comp, None) is not None:
             if any(peer.uses[comp].offered for peer in self._nodes.of(comp)):
-                return   # a dispynode has answered meanwhile
+                return   # a dispynode has answered in the meantime
             logger.info(
                 'no dispynode answers, so that one is started on this machine for this program '
                 '(nodes=%r does that without a search)',
                 LOCAL)
-        node_connection = NodeConnection('127.0.0.1', 0, self._driver.access.redial, True, True)
-        peer = self._nodes.by_key.setdefault(LOCAL, node_connection)
+        new = NodeConnection('127.0.0.1', 0, self._driver.access.redial, True, True)
+        peer = self._nodes.by_key.setdefault(LOCAL, new)
         most = self._clusters[comp].cpus_in_all()
-        if comp not in peer.uses and most is not None:   # also if the machine has fewer CPUs
-            node_spec = NodeSpec('127.0.0.1', 0)
-            peer.uses[comp] = NodeAssignment(node_spec)
+        if comp not in peer.uses and most is not None:   # even if the machine has fewer CPUs
+            spec = NodeSpec('127.0.0.1', 0)
+            peer.uses[comp] = NodeAssignment(spec)
             peer.uses[comp].allocation = Allocation(most, b'', [], {})
             self._driver.setup.set_up(peer, comp)
         self.take(peer, comp, NodeSpec('127.0.0.1', 0))
 
     def start_embedded_when_due(self, due: List[float]) -> None:
-        """Start a node here where none has answered; appends when to do so next."""
+        """Start the embedded node if it is time and no node has answered; appends to a list when to
+        do so next."""
         for comp, when in list(self.probes.items()):
             if self._driver.now >= when:
                 self.use_embedded(comp)
@@ -12618,7 +12747,7 @@ class NodeSelection:
                 due.append(when)
 
     def done(self, peer: NodeConnection, comp: str, shutdown: bool = False) -> None:
-        """Tell a node that a computation is over there, and that it may end."""
+        """Tell a node that a computation has ended, and that it may end."""
         if peer.uses[comp].offered and peer.link is not None:
             peer.link.abandon(comp)
             if shutdown:
@@ -12629,7 +12758,7 @@ class NodeSelection:
             answer.set_exception(RuntimeError('the computation is not at node %s any more' % peer))
 
     def drop_unused(self, peer: NodeConnection) -> None:
-        """When no cluster uses a node any more, the next client may have it."""
+        """Disconnect a node that no cluster uses any more, so that the next client may have it."""
         if peer.uses or peer.embedded:
             return
         self._nodes.by_key.pop(peer.key, None)
@@ -12640,11 +12769,11 @@ class NodeSelection:
             self.unlink(peer, link)
 
     def unlink(self, peer: NodeConnection, link: Link) -> None:
-        """A link is over: forget all that went along it."""
+        """Forget everything that depends on a link that has ended."""
         del self._nodes.by_link[link.number]
         peer.count_link()
         peer.link = None
-        for comp, serials in self._driver.jobs.outgoing.drop(peer):   # it never left
+        for comp, serials in self._driver.jobs.outgoing.drop(peer):   # they were never sent
             event = NodeReturned(peer.key, comp, serials)
             self._driver.decide(event)
         for use in peer.uses.values():
@@ -12653,7 +12782,7 @@ class NodeSelection:
             use.then = ''
             use.acks.clear()
         for (_, what), future in peer.answers.items():
-            # A scheduler is asked once more
+            # A scheduler is asked again
             if what.startswith('call '):
                 kind: Type[Exception] = ConnectionError
             else:
@@ -12663,7 +12792,8 @@ class NodeSelection:
         self._driver.files.abort(lambda number, comp: number == link.number)
 
     def set_cpus(self, comp: str, peer: NodeConnection, cpus: Optional[int]) -> int:
-        """Limit a cluster's CPUs of a node; None: as at first. Returns how many these are now."""
+        """Limit the CPUs of a node that a cluster uses; None restores the initial number. Returns
+        the new number."""
         use = peer.uses[comp]
         if cpus is not None:
             if cpus > peer.offered > 0:
@@ -12681,15 +12811,15 @@ class NodeSelection:
         return peer.limit(comp)
 
     def tell_limit(self, peer: NodeConnection, comp: str) -> int:
-        """The CPUs of a node that a computation may use; the node, which has more jobs than it
-        runs, is told as well."""
+        """Return how many CPUs of a node a computation may use. The node is told as well, because
+        it may have more jobs than it may run."""
         limit = peer.limit(comp)
         if limit and peer.link is not None:
             self._driver.send(peer.link, Limit(comp, limit))
         return limit
 
     def limit_node(self, action: LimitNode) -> None:
-        """The Schedule has limited what a computation may use of a node."""
+        """Note that the Schedule has limited what a computation may use of a node."""
         peer = self._nodes.by_key.get(action.node)
         if not action.cpus:
             return
@@ -12700,7 +12830,7 @@ class NodeSelection:
             self._driver.send(peer.link, message)
 
     def leave(self, comp: str, node: Any, then: str, at_once: bool) -> None:
-        """Stop using a node ('close') or set it up anew ('open'), when its jobs have ended or at
+        """Stop using a node ('close') or set it up again ('open'), when its jobs have ended or at
         once."""
         peer = self._nodes.find(comp, node)
         use = peer.uses[comp]
@@ -12711,7 +12841,8 @@ class NodeSelection:
             self._left(peer, comp, then)
 
     def drained(self, action: NodeDrained) -> None:
-        """The last job of a computation has ended at a node that it leaves."""
+        """Note that the last job of a computation has ended on a node that the computation
+        leaves."""
         comp = action.comp
         peer = self._nodes.by_key.get(action.node)
         if peer is None:
@@ -12734,14 +12865,14 @@ class NodeSelection:
             use.move('close')
             use.reason = 'closed by the program'
         elif use.state is not AssignmentState.CLOSED:
-            # To be set up anew; the node says 'closing' until its cleanup has run, and is asked
-            # again
+            # It is to be set up again; the node answers 'closing' until its cleanup has run, and is
+            # asked again
             use.move('lost')
             self._driver.setup.set_up(peer, comp)
         self._driver.policy.node_freed(peer)
 
     def allocate(self, comp: str, specs: Sequence[NodeSpec]) -> None:
-        """Use these nodes, new ones and those deallocated or closed before."""
+        """Use these nodes: new ones, and those that were deallocated or closed before."""
         cluster = self._clusters[comp]
         words = self._nodes.words_of(comp)
         for spec in specs:
@@ -12772,15 +12903,15 @@ class NodeSelection:
 
 
 class PythonThere(NamedTuple):
-    """The Python of a node that runs a computation."""
+    """The Python interpreter of a node that runs a computation."""
     name: str                  # '' for that of the node itself
     version: Tuple[int, ...]
     cloudpickle: str
 
 
 def python_at(facts: dict, wanted: str) -> Optional[PythonThere]:
-    """The Python of a node that has this name, or the first that has this version, by what the node
-    has told; its own if none is wanted. None if there is none."""
+    """Return the Python of a node that has this name, or the first that has this version, from the
+    facts of the node; its own if none is wanted. Returns None if there is none."""
     own = PythonThere('', facts.get('python', ()), facts.get('cloudpickle', ''))
     if not wanted:
         return own
@@ -12797,7 +12928,8 @@ def python_at(facts: dict, wanted: str) -> Optional[PythonThere]:
 
 
 def _needs_source(spec: dict, peer: NodeConnection) -> bool:
-    """Whether a computation goes to a node as source: its Python is another than here."""
+    """Return whether a computation is sent to a node as source, because its Python differs from
+    this one."""
     if spec['kind'] != 'function':
         return False
     if spec['portable']:
@@ -12812,7 +12944,7 @@ def _needs_source(spec: dict, peer: NodeConnection) -> bool:
 
 
 def stock_of(facts: dict) -> Dict[str, int]:
-    """The same with its memory in bytes, if that is known."""
+    """Return what a node offers besides CPUs, with its memory in bytes, if that is known."""
     memory = facts.get('memory_total')
     if facts.get('role') == 'scheduler' and 'resources' in facts:
         return {ALL_KINDS: 1}
@@ -12822,8 +12954,8 @@ def stock_of(facts: dict) -> Dict[str, int]:
 
 
 class ComputationSetup:
-    """Sets computations up at nodes: what is offered to them, and what they answer. The driver's
-    thread."""
+    """Sets computations up on nodes: what is offered to nodes, and what they answer. The driver's
+    thread uses this class."""
 
     def __init__(self, driver: 'Driver') -> None:
         self._driver = driver
@@ -12831,7 +12963,7 @@ class ComputationSetup:
         self._clusters = driver.clusters
 
     def on_welcome(self, peer: NodeConnection, message: NodeHello) -> None:
-        """A node is connected, and tells what it is."""
+        """Take the facts of a node that is connected."""
         facts = message.facts
         peer.name = message.name
         peer.facts = facts
@@ -12850,12 +12982,12 @@ class ComputationSetup:
         if peer.restarted and not peer.whole:
             self._doubt(peer, kept)
         peer.restarted = False
-        # What it has from before comes first, also if it is busy now
+        # What it still has is asked for first, even if it is busy now
         for comp in {**dict.fromkeys(kept), **dict.fromkeys(sent)}:
             if comp in self._clusters and (kept.get(comp) or comp in sent):
                 self._driver.say_to(peer, Reclaim(comp, self._clusters[comp].key))
             elif self._driver.is_over(comp):
-                # It ended while the node could not be told
+                # The computation ended while the node could not be told
                 self._driver.say_to(peer, Done(comp))
         # Recoveries first
         for comp, cluster in sorted(self._clusters.items(),
@@ -12866,7 +12998,7 @@ class ComputationSetup:
             self._driver.policy.node_met(peer)
 
     def _set_up_named(self, peer: NodeConnection, comp: str, cluster: NodeUser) -> None:
-        """A computation may use a node, whose name is known now, if its wildcard means it."""
+        """Let a computation use a node whose name is known now, if a wildcard matches it."""
         use = peer.uses.get(comp)
         if use is None:
             self._driver.selection.consider(peer, comp)
@@ -12875,25 +13007,25 @@ class ComputationSetup:
             spec = cluster.spec_of(peer)
             if spec is None:
                 self._nodes.misfits.add(comp, peer.instance, str(peer))
-                # At its address might have been one that is meant, but it has another name
+                # A node at this address could have matched, but this one has another name
                 del peer.uses[comp]
                 return
             use.spec = spec
         self.set_up(peer, comp)
 
     def _doubt(self, peer: NodeConnection, kept: Dict[str, Any]) -> None:
-        """A node was started anew and has lost its memory. `kept` has the serials of results that
-        it has on its disk, by computations."""
+        """Handle a node that was started again and has lost its memory. `kept` has the serials of
+        results that it has on its disk, by computation."""
         known = {}
         for comp, serials in kept.items():
-            attempt_history = AttemptHistory(whole=False)
-            known[comp] = Account(frozenset(serials), attempt_history)
+            unknown = AttemptHistory(whole=False)
+            known[comp] = Account(frozenset(serials), unknown)
         doubted = NodeDoubted(peer.key, str(peer), Evidence.OTHER_INSTANCE, 'it was restarted',
                               peer.kind, known=known)
         self._driver.lost_nodes.doubt(doubted)
 
     def on_offer(self, peer: NodeConnection, message: CpusChanged) -> None:
-        """Its CPUs have changed, or it has become free."""
+        """Note that the number of a node's CPUs has changed, or that it has become free."""
         peer.offered = message.cpus
         for comp, use in list(peer.uses.items()):
             if use.state is AssignmentState.READY and not use.then:
@@ -12915,7 +13047,7 @@ class ComputationSetup:
             return
         if use.state not in _MAY_OFFER:
             return
-        if cluster.cargo is None:   # it only looks
+        if cluster.cargo is None:   # it only observes
             cluster.node_connected(peer)
             return
         if use.spec.allocator is not None and use.allocation is None:
@@ -12945,7 +13077,7 @@ class ComputationSetup:
         use.unloadable = False
         self._check_unloadable(comp)
         self._driver.selection.probes.pop(comp, None)
-        # Whose claims on the node's CPUs it shares
+        # The client with which it shares claims to the node's CPUs
         out = out_of_band(spec['code'])
         setup_args = out_of_band(spec['setup_args'])
         spec.update(code=out, setup_args=setup_args, client=cluster.client,
@@ -12954,8 +13086,8 @@ class ComputationSetup:
         self._driver.send(peer.link, message)
 
     def _code_for(self, peer: NodeConnection, comp: str, cluster: NodeUser) -> Optional[dict]:
-        """What a computation is, in a form that this node can load; None if there is none, or if it
-        is being found out."""
+        """Return a computation in a form that this node can load; None if there is none, or if it
+        is being determined."""
         spec = cluster.cargo.spec  # type: ignore[union-attr]
         wanted = spec.get('interpreter', '')
         if wanted and not peer.scheduler:
@@ -12994,13 +13126,13 @@ class ComputationSetup:
         return dict(spec, kind='source', code=code)
 
     def _has_cpu(self, peer: NodeConnection, comp: str) -> bool:
-        """Whether a computation may use a CPU of a node, or has to set it up none the less."""
+        """Return whether a computation may use a CPU of a node, or must be set up without one."""
         use = peer.uses[comp]
         if peer.allowed(comp) >= 1:
             return True
         if use.wanted is not None:
             return True
-        # The node has said why it offers none, and offers them when it does again
+        # The node has said why it offers no CPUs, and sends CpusChanged when it offers some again
         if not peer.offered:
             if use.state is AssignmentState.REFUSED and use.reason:
                 return False
@@ -13013,14 +13145,15 @@ class ComputationSetup:
         return False
 
     def _managers(self, peer: NodeConnection) -> Dict[str, Any]:
-        """What lets jobs on this machine use proxies of managers (multiprocessing.Manager) that the
-        program has made. Other machines do not reach the program's managers and get no key."""
+        """Return what lets jobs on this machine use proxies of managers (multiprocessing.Manager)
+        that the program has made. Other machines do not reach the program's managers and get no
+        key."""
         if peer.scheduler or peer.link is None:
             return {}
         sock = peer.link.sock
         try:
             here = peer.embedded or sock.getsockname()[0] == sock.getpeername()[0]
-        except OSError:   # the link is breaking, and nothing will go along it
+        except OSError:   # the link is breaking, and nothing will be sent on it
             here = False
         if not here:
             return {}
@@ -13028,7 +13161,7 @@ class ComputationSetup:
 
     def source_found(self, cluster: NodeUser, peer: NodeConnection, link: Link,
                      source: Tuple[bytes, str]) -> None:
-        """What the source of a computation is, or why there is none."""
+        """Note the source of a computation, or why there is none."""
         cluster.source = source
         if cluster.comp not in self._clusters:
             return
@@ -13039,7 +13172,7 @@ class ComputationSetup:
 
     def source_missing(self, cluster: NodeUser, peer: NodeConnection, link: Link,
                        text: str) -> None:
-        """It could not be found out."""
+        """Note that the source could not be determined."""
         if cluster.comp not in self._clusters:
             return
         if peer.link is not link:
@@ -13050,8 +13183,8 @@ class ComputationSetup:
 
     def allocated(self, comp: str, peer: NodeConnection, link: Link, allocation: Allocation,
                   error: str) -> None:
-        """What the user's allocator has said."""
-        # Closed or lost meanwhile
+        """Take the decision of the user's allocator."""
+        # It was closed or lost in the meantime
         if comp not in self._clusters:
             return
         if peer.link is not link:
@@ -13065,8 +13198,8 @@ class ComputationSetup:
             self.set_up(peer, comp)
 
     def _refusal(self, peer: NodeConnection, comp: str, text: str, code: str) -> None:
-        """Not used, for a reason of REASONS. One that passes is said once, whatever its numbers,
-        and tried again."""
+        """Note that a node is not used, for a reason of REASONS. A reason that can pass is logged
+        once, whatever its numbers are, and the node is tried again."""
         use = peer.uses[comp]
         reason = REASONS.get(code)
         use.move('refuse')
@@ -13088,7 +13221,7 @@ class ComputationSetup:
             self._driver.soon()
 
     def on_refused(self, peer: NodeConnection, message: Refused) -> None:
-        """A node does not take a computation, or cannot go on with it."""
+        """Note that a node does not take a computation, or cannot continue it."""
         code = message.code
         comp = message.comp
         use = peer.uses.get(comp)
@@ -13101,10 +13234,10 @@ class ComputationSetup:
             return
         if not use.offered:
             return
-        # Its runner has died later: a new one may live
+        # Its runner has died later: a new one may survive
         was_ready = use.state is AssignmentState.READY
         if peer.link is not None:
-            peer.link.abandon(comp)   # nobody takes it there
+            peer.link.abandon(comp)   # nobody receives it there
         if was_ready:
             self._driver.tell_all(DispyNode.Closed, peer, [comp])
             doubt = NodeDoubted(peer.key, str(peer), Evidence.REFUSAL, message.text, peer.kind,
@@ -13123,8 +13256,8 @@ class ComputationSetup:
         self._driver.policy.node_freed(peer)
 
     def _about_holder(self, peer: NodeConnection, use: NodeAssignment, row: tuple) -> str:
-        """What to do about a node that serves another. It is found out once for each holder, as
-        many files may have to be read."""
+        """Return what to do about a node that serves another client. It is determined once for each
+        holder, because many files may have to be read."""
         holder, hint = use.holder_hint
         if holder != row:
             hint = self._driver.policy.about_holder(Holder(*row), peer.place)
@@ -13132,8 +13265,8 @@ class ComputationSetup:
         return hint
 
     def _check_unloadable(self, comp: str) -> None:
-        """Where every node that can come has said that it cannot load the code, jobs would wait for
-        ever: they end."""
+        """End the jobs of a computation if every node that can come has said that it cannot load
+        the code: they would wait forever."""
         text = self.why_unloadable(comp)
         known = self._driver.schedule.comps.get(comp)
         if known is None:
@@ -13142,7 +13275,7 @@ class ComputationSetup:
             self._driver.decide(Unloadable(comp, text))
 
     def why_unloadable(self, comp: str) -> str:
-        """Why no node can load the code of a computation; empty if one may."""
+        """Return why no node can load the code of a computation; empty if one may."""
         cluster = self._clusters[comp]
         uses = []
         for peer in self._nodes.of(comp):
@@ -13160,7 +13293,7 @@ class ComputationSetup:
         return 'no node can load the code of %s: %s' % (cluster.name, uses[0].reason)
 
     def retry(self, peer: NodeConnection) -> None:
-        """Offer again what the node could not take, for a reason that passes."""
+        """Offer a computation again that a node could not take, for a reason that can pass."""
         peer.retry_at = None
         for comp, use in list(peer.uses.items()):
             if comp not in self._clusters:
@@ -13171,7 +13304,7 @@ class ComputationSetup:
                 self.set_up(peer, comp)
 
     def on_ready(self, peer: NodeConnection, message: Ready) -> None:
-        """A computation is set up at a node."""
+        """Note that a computation is set up on a node."""
         comp = message.comp
         self._driver.policy.becomes_ready(peer, comp)
         use = peer.uses.get(comp)
@@ -13189,7 +13322,7 @@ class ComputationSetup:
         available = peer.facts.get('available', {})
         if any(value is not None for value in available.values()):
             self._driver.tell_all(DispyNode.AvailInfo, peer, [comp])
-        limit = self._driver.selection.tell_limit(peer, comp)   # before the first job
+        limit = self._driver.selection.tell_limit(peer, comp)   # this is sent before the first job
         ready = NodeReady(peer.key, comp, limit, message.held, str(peer), peer.offered,
                           peer.trip, AttemptHistory.of(message.past), peer.whole,
                           stock_of(peer.facts))
@@ -13200,17 +13333,17 @@ class ComputationSetup:
 
 
 class FileTransfers:
-    """Files that go to nodes and that come from jobs. The driver's thread."""
+    """Files that are sent to nodes and that come from jobs. The driver's thread uses this class."""
 
     def __init__(self, driver: 'Driver') -> None:
         self._driver = driver
         self._nodes = driver.nodes
         self._clusters = driver.clusters
         self.incoming: Dict[Tuple[int, str], FileReceiver] = {}   # (link, computation) -> receiver
-        self.backlog = SpoolSender(driver.links)         # what goes to nodes
+        self.backlog = SpoolSender(driver.links)         # files that are being sent to nodes
 
     def on_need(self, peer: NodeConnection, message: Need) -> None:
-        """A node asks for files."""
+        """Send the files that a node asks for."""
         comp = message.comp
         cluster = self._clusters.get(comp)
         if cluster is None:
@@ -13242,9 +13375,9 @@ class FileTransfers:
             self.backlog.add_file(peer.link.number, (cluster.comp, purpose, key), row, source)
 
     def _send_value(self, peer: NodeConnection, cluster: NodeUser, key: int, row: tuple) -> None:
-        """A node lacks a value that jobs need."""
+        """Send a value that jobs need and the node lacks."""
         source = cluster.value_source(row[2])
-        if source is None:   # and its jobs have ended
+        if source is None:   # the computation and its jobs have ended
             text = 'the program does not have it any more'
             purpose = int(Purpose.VALUES)
             message = FileStored(cluster.comp, purpose, key, row[0], text)
@@ -13255,21 +13388,21 @@ class FileTransfers:
             self.backlog.add_file(number, transfer, row, source)
 
     def send(self) -> None:
-        """A few pieces of files into links that have room."""
+        """Send a few pieces of files on links that have room."""
         for link, (comp, purpose, key, name), text in self.backlog.send(self._driver.send):
             if purpose == Purpose.VALUES:
                 error = 'it cannot be read: %s' % text
-                file_stored = FileStored(comp, purpose, key, name, error)
-                self._driver.send(link, file_stored)
+                answer = FileStored(comp, purpose, key, name, error)
+                self._driver.send(link, answer)
             elif purpose == Purpose.PLACED and link.number in self._nodes.by_link:
                 peer = self._nodes.by_link[link.number]
                 message = 'it cannot be read: %s' % text
                 self._driver.queries.answer(peer, (comp, name), message)
-            elif purpose in ASKED_FOR:   # the node waits for it in vain
+            elif purpose in ASKED_FOR:   # the node would wait for it in vain
                 self._driver.break_link(link, 'a file of the computation cannot be read: %s' % text)
 
     def on_file_piece(self, peer: NodeConnection, message: FilePiece) -> None:
-        """A piece of a file that a job sends."""
+        """Take a piece of a file that a job sends."""
         cluster = self._clusters.get(message.comp)
         job = self._driver.jobs.job_of(peer, message.comp, message.key)
         if message.purpose != Purpose.FROM_JOB:
@@ -13287,8 +13420,8 @@ class FileTransfers:
             cluster.file_piece(peer, job, message)
 
     def store(self, peer: NodeConnection, directory: str, message: FilePiece) -> None:
-        """A piece of a file that a job sends. After a failure the rest of the file is passed
-        over."""
+        """Store a piece of a file that a job sends. After a failure the rest of the file is
+        skipped."""
         if peer.link is None:
             return
         place = (peer.link.number, message.comp)
@@ -13300,34 +13433,34 @@ class FileTransfers:
             self._driver.send(peer.link, stored)
 
     def on_file_stored(self, peer: NodeConnection, message: FileStored) -> None:
-        """A file that the program has sent is at a node, or cannot be."""
+        """Note that a file which the program has sent is on a node, or cannot be stored there."""
         self._driver.queries.answer(peer, (message.comp, message.name), message.error)
 
     def abort(self, over: Callable[[int, str], bool]) -> None:
-        """Remove what has come of files whose link or computation is over."""
+        """Remove incomplete files whose link or computation has ended."""
         for key in [key for key in self.incoming if over(key[0], key[1])]:
             self.incoming.pop(key).abort()
 
     def abort_attempt(self, attempt: Tuple[str, int]) -> None:
-        """The same of an attempt (computation, serial) that is over: its worker or node has died
-        while it sent a file."""
+        """Remove incomplete files of an attempt (computation, serial) that has ended: its worker or
+        node ended while it sent a file."""
         for (_, comp), receiver in self.incoming.items():
             if comp == attempt[0]:
                 receiver.abort(Purpose.FROM_JOB, attempt[1])
 
 
 class HeldFiles:
-    """The files that a second attempt of a job sends. They are in a directory of their own until it
-    counts, and where they belong after that. The driver's thread.
+    """The files that a second attempt of a job sends. They are in a directory of their own until
+    the attempt counts, and at their destinations after that. The driver's thread uses this class.
 
-    directory - their own; it is made when the first comes
+    directory - their own; it is created for the first file
     counts - the attempt is that of its job
-    names - of those that are whole and are not where they belong, in their order
+    names - those files that are complete and not yet at their destinations, in order
     """
-    forwards = False    # to where they belong, which takes its time
+    forwards = False    # files are sent on, which takes time
 
     def __init__(self, directory: str, root: str, where: str = 'on the client: ') -> None:
-        """They belong below `root`; `where` as of FileReceiver."""
+        """The destinations are below `root`; `where` is as in FileReceiver."""
         self.directory = directory
         self.root = root
         self.counts = False
@@ -13337,8 +13470,8 @@ class HeldFiles:
         self._receiver = FileReceiver(roots, where=where)
 
     def take(self, message: FilePiece) -> Optional[FileStored]:
-        """Take a piece; returns the answer when its file is whole or cannot be stored."""
-        with contextlib.suppress(OSError):   # the receiver tells why it has no place
+        """Take a piece. Returns the answer when its file is complete or cannot be stored."""
+        with contextlib.suppress(OSError):   # the receiver reports why there is no room
             os.makedirs(self.directory, mode=0o700, exist_ok=True)
         stored = self._receiver.take(message)
         if stored is None or stored.error:
@@ -13349,7 +13482,8 @@ class HeldFiles:
         return stored
 
     def place(self) -> str:
-        """Move those that are whole where they belong. Returns why one could not be moved."""
+        """Move the complete files to their destinations. Returns why one could not be moved, or
+        ''."""
         self.counts = True
         names = self.names
         self.names = []
@@ -13362,12 +13496,12 @@ class HeldFiles:
         return ''
 
     def keep_until_there(self, row: tuple) -> bool:
-        """Whether the row of Results of the attempt is kept until the files are where they
-        belong."""
+        """Return whether the row of Results of the attempt is kept until the files are at their
+        destinations."""
         return False
 
     def find(self) -> None:
-        """Those that another process had received."""
+        """Find the files that another process had received."""
         for directory, _, names in os.walk(self.directory):
             below = os.path.relpath(directory, self.directory)
             for name in sorted(names):
@@ -13376,19 +13510,20 @@ class HeldFiles:
                     self.names.append(path.replace(os.sep, '/'))
 
     def drop(self) -> None:
-        """Remove those that are not where they belong."""
+        """Remove the files that are not at their destinations."""
         self._receiver.abort()
         shutil.rmtree(self.directory, ignore_errors=True)
 
 
 def held_directory(root: str, comp: str, serial: int) -> str:
-    """Where the files of a second attempt are kept that belong below `root`."""
+    """Return where the files of a second attempt are kept whose destinations are below `root`."""
     return os.path.join(root, '.dispy-%s-%d' % (comp, serial))
 
 
 def settle_files(directory: str, counts: bool) -> None:
-    """What a second attempt has sent to a program that has ended comes to its place if the attempt
-    counts, and is removed otherwise. `directory` is that of HeldFiles."""
+    """Move the files that a second attempt has sent to a program that has ended to their
+    destinations if the attempt counts, and remove them otherwise. `directory` is that of
+    HeldFiles."""
     if not directory or not os.path.isdir(directory):
         return
     root = os.path.dirname(directory)
@@ -13403,7 +13538,7 @@ def settle_files(directory: str, counts: bool) -> None:
 
 class HeldBack:
     """Second attempts of jobs on their way to nodes, and what they send, which is held back until
-    it is known whether they count. The driver's thread.
+    it is known whether they count. The driver's thread uses this class.
 
     files - (computation, serial) -> the files of an attempt that is a second one, or was
     """
@@ -13415,24 +13550,24 @@ class HeldBack:
         self.files: Dict[Tuple[str, int], HeldFiles] = {}
 
     def send(self, action: SendSecond) -> None:
-        """The Schedule has chosen a node for second attempts."""
+        """Send second attempts to the node that the Schedule has chosen."""
         cluster = self._clusters[action.comp]
         cluster.seconds.send(self._nodes.by_key[action.node], action.works)
 
     def find(self, peer: NodeConnection, comp: str, serial: int) -> Optional[SecondAttempt]:
-        """The second attempt that a message of a node speaks of."""
+        """Return the second attempt to which a message of a node belongs; None if there is none."""
         speculation = self._driver.schedule.speculation
         return speculation.find(peer.key, comp, serial)
 
     def output(self, peer: NodeConnection, message: Output) -> None:
-        """What an attempt prints or logs that is none of the jobs at its node."""
+        """Keep what a second attempt prints or logs."""
         second = self.find(peer, message.comp, message.serial)
         if second is not None:
             second.said.append(message)
 
     def takes(self, peer: NodeConnection, cluster: NodeUser, message: FilePiece) -> bool:
-        """A piece of a file that a job sends. Returns whether it is of an attempt that is a second
-        one, or was when it began to send files."""
+        """Take a piece of a file that a job sends. Returns whether it belongs to an attempt that is
+        a second one, or was when it began to send files."""
         place = (message.comp, message.key)
         held = self.files.get(place)
         if held is None:
@@ -13446,22 +13581,23 @@ class HeldBack:
         return True
 
     def admit(self, peer: NodeConnection, comp: str, rows: List[tuple]) -> List[tuple]:
-        """Rows of Results without those that have to wait for the files of their attempts."""
+        """Return rows of Results without those that have to wait for the files of their
+        attempts."""
         admitted = []
         for row in rows:
             held = self.files.get((comp, row[0]))
             waits = False
             if held is not None and held.forwards and row[1] not in PROVISIONAL:
                 if row[1] in RETURNED:
-                    second_wins = SecondWins(peer.key, comp, row[0])
-                    self._driver.decide(second_wins)
+                    event = SecondWins(peer.key, comp, row[0])
+                    self._driver.decide(event)
                 waits = held.keep_until_there(row)
             if not waits:
                 admitted.append(row)
         return admitted
 
     def counts(self, action: SecondCounts) -> None:
-        """A second attempt is that of its job from now on: what was held back is shown."""
+        """Show what was held back, because a second attempt is that of its job from now on."""
         second = action.second
         cluster = self._clusters[action.comp]
         peer = self._nodes.by_key[action.node]
@@ -13475,18 +13611,18 @@ class HeldBack:
             cluster.output(peer, second.first, message)
 
     def over(self, action: SecondOver) -> None:
-        """A second attempt counts no more."""
+        """Note that a second attempt is discarded."""
         self.forget(action.comp, action.second.serial)
         self._clusters[action.comp].seconds.over(action.second)
 
     def forget(self, comp: str, serial: int) -> None:
-        """An attempt has ended: what is left of its files is removed."""
+        """Remove what is left of the files of an attempt that has ended."""
         held = self.files.pop((comp, serial), None)
         if held is not None:
             held.drop()
 
     def forget_all(self, comp: str) -> None:
-        """A computation is over."""
+        """Forget a computation that has ended."""
         for name, serial in list(self.files):
             if name == comp:
                 self.forget(name, serial)
@@ -13803,12 +13939,12 @@ class JobExchange:
 
 
 class Cancellations:
-    """Jobs that are not wanted any more. The driver's thread."""
+    """Jobs that are not wanted any more. The driver's thread uses this class."""
 
     def __init__(self, driver: 'Driver') -> None:
         self._driver = driver
         self._clusters = driver.clusters
-        # Jobs to be cancelled if they have not begun
+        # Jobs that are to be cancelled if they have not begun
         self.withdrawals: Dict[Any, 'concurrent.futures.Future[bool]'] = {}
 
     def cancel(self, job: DispyJob) -> None:
@@ -13819,18 +13955,19 @@ class Cancellations:
             recovery.cancel(job)
 
     def cancel_some(self, jobs: Sequence[DispyJob]) -> None:
-        """Begin to end these."""
+        """Begin to end these jobs."""
         for job in jobs:
             self.cancel(job)
 
     def cancel_waiting(self, comp: str, but_first: bool = False) -> int:
-        """End all jobs of a cluster that have not begun; `but_first`: that no CPU is about to take
-        (at a scheduler, nobody here knows which these are). Returns of how many this is tried."""
+        """End all jobs of a cluster that have not begun; `but_first` excludes those that a CPU is
+        about to take (for a scheduler, it is not known here which these are). Returns for how many
+        jobs this is attempted."""
         self._driver.jobs.take_submitted()
         known = self._driver.schedule.comps.get(comp)
         if known is not None:
             but_first = but_first and not known.remote
-            if but_first:   # also if they have come in this turn
+            if but_first:   # including jobs of this turn
                 self._driver.flush()
             works = known.not_begun()
             if but_first:
@@ -13845,7 +13982,7 @@ class Cancellations:
         return 0
 
     def withdraw_all(self, jobs: Sequence[DispyJob]) -> None:
-        """Cancel those that have not begun."""
+        """Cancel those of these jobs that have not begun."""
         self._driver.jobs.take_submitted()
         left = []
         for job in jobs:
@@ -13854,7 +13991,8 @@ class Cancellations:
         self._driver.decide(WithdrawAsked(left))
 
     def withdraw(self, job: DispyJob) -> 'concurrent.futures.Future[bool]':
-        """Cancel a job if it has not begun. The future tells whether it will never begin."""
+        """Cancel a job if it has not begun. The future's result says whether it will never
+        begin."""
         self._driver.jobs.take_submitted()
         future = self.withdrawals.get(job)
         if future is None:
@@ -13863,8 +14001,8 @@ class Cancellations:
         return future
 
     def keep(self, job: DispyJob) -> bool:
-        """The answer to `withdraw` is not waited for any longer: the job goes on if it has not
-        ended. Whether it has been cancelled."""
+        """Stop waiting for the answer to `withdraw`: the job goes on if it has not ended. Returns
+        whether it was cancelled."""
         future = self.withdrawals.pop(job, None)
         if future is not None:
             self._driver.schedule.requests.keep(job)
@@ -13882,7 +14020,8 @@ class Cancellations:
 
 
 class Recoveries:
-    """What nodes have of computations of programs that have crashed. The driver's thread."""
+    """What nodes have of computations of programs that have crashed. The driver's thread uses this
+    class."""
 
     def __init__(self, driver: 'Driver') -> None:
         self._driver = driver
@@ -13899,7 +14038,8 @@ class Recoveries:
             self._driver.send(peer.link, Reclaim(comp, key, take))  # type: ignore[arg-type]
 
     def acknowledge(self, found: 'ResultCollection', whole: Set[str]) -> None:
-        """What was collected is the user's; nodes that have no more of a computation forget it."""
+        """Note that the user has what was collected; nodes that have nothing more of a computation
+        forget it."""
         found.dismiss(whole)
         for peer in found.met:
             for where, comp in found.taken if peer.link is not None else ():
@@ -13912,41 +14052,41 @@ class Recoveries:
                     self._driver.say_to(peer, ack)
 
     def dismiss(self, peer: NodeConnection, comp: str, key: bytes) -> None:
-        """Tell a node that a computation is over. Its answer to the question after that shows
-        that it has heard it."""
+        """Tell a node that a computation has ended. Its answer to the question that follows shows
+        that it has received this."""
         reclaim = Reclaim(comp, key, False)
-        self._driver.say_to(peer, reclaim)   # which shows the key
+        self._driver.say_to(peer, reclaim)   # it contains the key
         self._driver.say_to(peer, Done(comp))
         message = Reclaim(comp, key, False)
         self._driver.say_to(peer, message)
 
     def let_go(self, found: 'ResultCollection', whole: Set[str]) -> None:
-        """A gathering is over. Nodes that have more keep it: their links end without Bye."""
+        """End a collection. Nodes that have more keep it: their links end without Bye."""
         for comp in found.lefts:
             self.by_comp.pop(comp, None)
         for peer in found.met:
             places = (peer.place, *peer.aliases)
             left = [comp for where, comp in found.taken if where in places and comp not in whole]
             if peer.link is not None and left:
-                peer.replacing = True   # not to be told
+                peer.replacing = True   # this end is not to be logged
                 self._driver.break_link(peer.link, 'the recovery has ended')
         self._driver.forget(found.comp)
 
     def give_up(self, recovery: 'Recovery', whole: bool) -> None:
-        """A recovery is over: if it is whole, nodes forget what is left of its computations."""
+        """End a recovery: if it is complete, nodes forget what is left of its computations."""
         for comp in recovery.old:
             self.by_comp.pop(comp, None)
             for peer in recovery.met:
                 if peer.link is not None and whole:
                     self._driver.send(peer.link, Done(comp))
-                # Without Bye: they keep what they have
+                # The link ends without Bye, so that nodes keep what they have
                 elif peer.link is not None:
                     if not any(comp != recovery.comp for comp in peer.uses):
                         self._driver.break_link(peer.link, 'the recovery has ended')
         self._driver.forget(recovery.comp)
 
     def on_held(self, peer: NodeConnection, message: KnownAttempts) -> None:
-        """The results come by themselves."""
+        """Take the report of a node. Results are sent without a request."""
         comp = message.comp
         past = AttemptHistory.of(message.past)
         if comp in self.by_comp:
@@ -13959,7 +14099,8 @@ class Recoveries:
 
 
 class SchedulerCalls:
-    """Questions to a scheduler, and what it asks and tells. The driver's thread."""
+    """Requests to a scheduler, and its requests and reports. The driver's thread uses this
+    class."""
 
     def __init__(self, driver: 'Driver') -> None:
         self._driver = driver
@@ -13968,7 +14109,8 @@ class SchedulerCalls:
         self._numbers = itertools.count(1)
 
     def call(self, comp: str, name: str, *args: Any) -> 'concurrent.futures.Future[Any]':
-        """Ask a cluster's scheduler. Raises ConnectionError while that cannot answer."""
+        """Send a request to a cluster's scheduler. Raises ConnectionError while the scheduler
+        cannot answer."""
         peer = next((peer for peer in self._nodes.of(comp) if peer.link is not None), None)
         if peer is None:
             raise ConnectionError('the scheduler is not connected')
@@ -13978,7 +14120,7 @@ class SchedulerCalls:
 
     def call_peer(self, peer: NodeConnection, comp: str, name: str,
                   *args: Any) -> 'concurrent.futures.Future[Any]':
-        """Ask a scheduler, or a node of a cluster, that is connected."""
+        """Send a request to a connected scheduler, or a node of a cluster."""
         future: 'concurrent.futures.Future[Any]' = concurrent.futures.Future()
         number = next(self._numbers)
         peer.answers[comp, 'call %d' % number] = future
@@ -13994,13 +14136,14 @@ class SchedulerCalls:
             future.set_result(message.value)
 
     def on_call(self, peer: NodeConnection, message: Call) -> None:
-        """A node or scheduler asks what only the program can tell."""
+        """Answer a request of a node or scheduler that only the program can answer."""
         cluster = self._clusters.get(message.comp)
         if cluster is not None:
             cluster.asked(peer, message)
 
     def on_where(self, peer: NodeConnection, message: JobsAssigned) -> None:
-        """Jobs of ours have gone to a node, or are back in a scheduler's queue."""
+        """Note that jobs of this program have gone to a node, or are back in a scheduler's
+        queue."""
         comp = message.comp
         if comp in self._driver.recoveries.by_comp:
             self._driver.recoveries.by_comp[comp].where(comp, message.serials, message.node)
@@ -14020,19 +14163,19 @@ class SchedulerCalls:
     def on_news(self, peer: NodeConnection, message: NodeChanged) -> None:
         cluster = self._clusters.get(message.comp)
         if cluster is not None:
-            node_info = NodeInfo(*message.node)
-            cluster.node_told(message.status, node_info)
+            node = NodeInfo(*message.node)
+            cluster.node_told(message.status, node)
 
     def on_said(self, peer: NodeConnection, message: Notice) -> None:
         cluster = self._clusters.get(message.comp)
         if cluster is not None:
             cluster.warn(message.text)
-        else:   # it was closed meanwhile
+        else:   # it was closed in the meantime
             logger.warning('%s', message.text)
 
 
 class NodeQueries:
-    """What clusters and monitors ask about nodes. The driver's thread."""
+    """What clusters and monitors ask about nodes. The driver's thread uses this class."""
 
     def __init__(self, driver: 'Driver') -> None:
         self._driver = driver
@@ -14055,12 +14198,13 @@ class NodeQueries:
         }
 
     def command(self, comp: str, name: str, *args: Any) -> Any:
-        """What a cluster's methods ask of its nodes; a SharedJobCluster's ask it of the scheduler's
-        driver."""
+        """Carry out what a cluster's methods request of its nodes; a SharedJobCluster's methods
+        send the request to the scheduler's driver."""
         return self._commands[name](comp, *args)
 
     def node_of(self, comp: str, peer: NodeConnection) -> Tuple[NodeConnection, str, str, int, int]:
-        """A node of a cluster: (peer, state, reason, CPUs it may use, jobs that run there)."""
+        """Return a node of a cluster: (peer, state, reason, CPUs that it may use, jobs that run
+        there)."""
         use = peer.uses[comp]
         if not peer.scheduler:
             runs = self._driver.schedule.runs(peer.key)
@@ -14080,7 +14224,8 @@ class NodeQueries:
         return peer, state, reason, peer.limit(comp), busy
 
     def nodes_of(self, comp: str) -> List[Tuple[NodeConnection, str, str, int, int]]:
-        """All of them, and those that it cannot have. Raises RuntimeError if it was closed."""
+        """Return all nodes of a cluster, including those that it cannot have. Raises RuntimeError
+        if it was closed."""
         if comp not in self._clusters:
             raise RuntimeError('the cluster was closed')
         found = [self.node_of(comp, peer) for peer in self._nodes.of(comp)]
@@ -14095,7 +14240,7 @@ class NodeQueries:
         return found
 
     def rows_of(self, comp: str) -> List[NodeInfo]:
-        """Nodes of a cluster, to be told to others."""
+        """Return the nodes of a cluster as rows for other processes."""
         nodes = self.nodes_of(comp)
         return [self.row_of(*found) for found in nodes]
 
@@ -14106,7 +14251,7 @@ class NodeQueries:
                         peer.offered, peer.facts_now())
 
     def explain_no_nodes(self, comp: str) -> str:
-        """What was tried, what came of it, what to do."""
+        """Return a text that says what was tried, what came of it, and what to do."""
         rows = self.nodes_of(comp)
         lines = []
         for peer, state, reason, _, _ in rows:
@@ -14127,7 +14272,7 @@ class NodeQueries:
         peers = self._nodes.of(comp)
         instances = {peer.instance for peer in peers}
         others = self._nodes.misfits.text(comp, instances)
-        if any(peer.uses[comp].spec.wild for peer in peers):   # some are meant
+        if any(peer.uses[comp].spec.wild for peer in peers):   # some nodes match
             others = ''
         if others:
             message = 'of the nodes that answer, none fits %s. These do answer: %s' % (' or '.join(
@@ -14138,7 +14283,7 @@ class NodeQueries:
         return 'Tried: %s%s' % ('; '.join(lines), todo and '. ' + todo)
 
     def _search_at(self, port: int) -> str:
-        """Which nodes are asked for at a UDP port, for `complaint`."""
+        """Return the words of `explain_no_nodes` on which nodes are asked for at a UDP port."""
         if not self._driver.connector.searches.is_at(port):
             return 'those of the scheduler, whose nodes are all named (-n)'
         if self._driver.connector.searches.reach == 'loopback':
@@ -14148,14 +14293,14 @@ class NodeQueries:
         return 'all that answer at UDP port %d %s' % (port, whose)
 
     def _listening_at(self, host: str, port: int) -> str:
-        """Whether nodes can connect to this process, for `complaint`."""
+        """Return the words of `explain_no_nodes` on whether nodes can connect to this process."""
         if self._driver.connector.listens_at(host, port):
             return 'waited for nodes to connect to ' + format_address(host, port)
         return 'no node can connect, port %d was taken' % port
 
     def seat(self, comp: str, node: Any) -> Tuple[Any, str]:
-        """For a job that is submitted to a node: the key of the node and, once until it is ready,
-        why it cannot be used. A node that has not been tried yet has no reason. Raises
+        """Return, for a job that is submitted to a node, the key of the node and, once until it is
+        ready, why the node cannot be used. A node that has not been tried yet has no reason. Raises
         ValueError."""
         peer = self._nodes.find(comp, node)
         use = peer.uses[comp]
@@ -14173,8 +14318,8 @@ class NodeQueries:
                  node: Any,
                  row: Optional[tuple] = None,
                  path: str = '') -> 'concurrent.futures.Future[Any]':
-        """Send a file (name, size, digest, mode, from `path`) or, without one, ask what is there.
-        The future has the node's answer."""
+        """Send a file (name, size, digest, mode, from `path`) or, without one, ask which jobs a
+        node has. The result of the future is the node's answer."""
         if row:
             name = row[0]
         else:
@@ -14187,7 +14332,7 @@ class NodeQueries:
                                                     or peer.uses[comp].state.value)
             raise RuntimeError(message)
         if (comp, name) in peer.answers and not name:
-            return peer.answers[comp, name]   # one answer for all who ask
+            return peer.answers[comp, name]   # one answer for all callers
         if (comp, name) in peer.answers:
             raise RuntimeError('node %s is already being sent %s' % (peer, name))
         peer.answers[comp, name] = future
@@ -14205,14 +14350,14 @@ class NodeQueries:
             future.set_result(value)
 
     def on_report(self, peer: NodeConnection, message: Report) -> None:
-        """A node tells what is there."""
+        """Take the report of a node."""
         if message.running:
             event = NodeStarted(peer.key, message.comp, message.running)
             self._driver.decide(event)
         self.answer(peer, (message.comp, ''), message)
 
     def jobs_of(self, comp: str, serials: Sequence[int]) -> List[Any]:
-        """Jobs by their serials, those that have not ended."""
+        """Return those jobs with these serials that have not ended."""
         known = self._driver.schedule.comps.get(comp)
         if known is not None:
             nodes = list(known.nodes.values())
@@ -14224,14 +14369,15 @@ class NodeQueries:
         ]
 
     def jobs_at(self, comp: str, node: Any) -> Dict[int, Any]:
-        """Serial -> job of what has been sent to a node."""
+        """Return serial -> job of the jobs that were sent to a node."""
         known = self._driver.schedule.nodes.get(self._nodes.find(comp, node).key)
         if known is not None:
             return dict(known.in_flight.get(comp, {}))
         return {}
 
     def left_behind(self, comp: str) -> Dict[Any, int]:
-        """Nodes that outlive this program, and how many jobs of a computation they have."""
+        """Return the nodes that outlive this program, and how many jobs of a computation they
+        have."""
         found = {}
         for key, node in self._driver.schedule.nodes.items():
             peer = self._nodes.by_key.get(key)
@@ -14243,9 +14389,10 @@ class NodeQueries:
         return found
 
     def stop_if_settled(self) -> bool:
-        """End the driver if all that was said has left, and if of all jobs that were called back it
-        is known whether they have begun, where there is a link. Returns whether it ends."""
-        self._driver.flush()   # the end of this turn shall call nothing back
+        """End the driver if everything has been sent, and if it is known of all jobs that were
+        recalled whether they have begun, for the nodes that have a link. Returns whether it
+        ends."""
+        self._driver.flush()   # the end of this turn must not recall anything
         for key, node in self._driver.schedule.nodes.items():
             peer = self._nodes.by_key.get(key)
             if peer is None or peer.link is None:
@@ -14259,12 +14406,12 @@ class NodeQueries:
 
 
 class FailedJob(NamedTuple):
-    """A job that has failed, as monitors are told of it."""
-    number: int    # of the failure, from 1
+    """A job that has failed, in the form that monitors get."""
+    number: int    # the number of the failure, from 1
     time: float    # when the job ended, in s since the epoch
     cluster: int
     job: Any       # its id
-    payload: Any   # its packed arguments, or the number of their bytes if these are many
+    payload: Any   # its packed arguments, or their size in bytes if they are large
     status: int
     node: str
     text: str      # the end of its traceback
@@ -14272,7 +14419,8 @@ class FailedJob(NamedTuple):
 
 
 class FailedJobs:
-    """The last FAILURES_KEPT jobs that have failed. One thread adds to them, any may read."""
+    """The last FAILURES_KEPT jobs that have failed. One thread adds to them, any thread may
+    read."""
 
     def __init__(self) -> None:
         self._count = 0
@@ -14280,22 +14428,22 @@ class FailedJobs:
 
     def add(self, time_ended: float, cluster: int, job: Any, payload: Any, status: int, node: str,
             text: str, key: int) -> None:
-        """Note a job that has failed. A `time_ended` of 0 means that it has just done so."""
+        """Note a job that has failed. A `time_ended` of 0 means now."""
         self._count += 1
-        short_text = text[-FAILURE_TEXT:]
-        failed_job = FailedJob(self._count, time_ended or time.time(), cluster, job,
-                               shown_arguments(payload), status, node, short_text, key)
-        self._rows.append(failed_job)
+        end = text[-FAILURE_TEXT:]
+        row = FailedJob(self._count, time_ended or time.time(), cluster, job,
+                        shown_arguments(payload), status, node, end, key)
+        self._rows.append(row)
 
     def all(self) -> List[FailedJob]:
-        """All of them, the oldest first."""
+        """Return all of them, the oldest first."""
         return list(self._rows)
 
     def since(self, known: int,
               clusters: Optional[AbstractSet[int]] = None) -> List[FailedJob]:
-        """The oldest of those with a larger number than `known`, of some clusters or of all, at
-        most FAILURES_PAGE. A number that was not given yet comes from an earlier process, and then
-        all of them are new."""
+        """Return the oldest of those with a larger number than `known`, of some clusters or of all,
+        at most FAILURES_PAGE. If `known` was not assigned yet, it comes from an earlier process,
+        and then all of them are new."""
         rows = self.all()
         if known <= self._count:
             rows = [row for row in rows if row.number > known]
@@ -14305,12 +14453,12 @@ class FailedJobs:
 
 
 class EndedJob(NamedTuple):
-    """A job that has ended, as monitors are told of it."""
-    number: int                  # of the end, from 1
+    """A job that has ended, in the form that monitors get."""
+    number: int                  # the number of the end, from 1
     cluster: int
     key: int                     # the job's number for monitors
     job: Any                     # its id
-    payload: Any                 # as of FailedJob
+    payload: Any                 # as in FailedJob
     status: int
     attempts: int                # the number of the last one
     node: Any                    # the key of the node where it was, or None
@@ -14322,23 +14470,23 @@ class EndedJob(NamedTuple):
     stdout: Any                  # the end of what it has printed: bytes or text
     stderr: Any
     text: str                    # why it failed
-    lost_with: Tuple[str, ...] = ()   # nodes that were lost while it was there
+    lost_with: Tuple[str, ...] = ()   # nodes that were lost while the job was there
 
 
 class EndedJobs:
-    """The last jobs that have ended: ENDED_KEPT of them, with at most ENDED_BYTES of arguments and
-    output. One thread at a time adds to them, any may read."""
+    """The last jobs that have ended: at most ENDED_KEPT of them, with at most ENDED_BYTES of
+    arguments and output. One thread at a time adds to them, any thread may read."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._count = 0
         self._bytes = 0
         self._rows: Deque[EndedJob] = collections.deque()
-        self._sizes: Deque[int] = collections.deque()   # the bytes of each
+        self._sizes: Deque[int] = collections.deque()   # the size of each in bytes
 
     def add(self, row: tuple, stdout: Any, stderr: Any, text: str, lost_with: tuple) -> None:
         """Note a job: `row` has the fields of EndedJob from `cluster` to `ended`; the others may be
-        longer than there."""
+        longer than in EndedJob."""
         payload = row[3]
         if type(payload) is not bytes or len(payload) > ARGUMENTS_MOST:
             payload = shown_arguments(payload)
@@ -14367,8 +14515,8 @@ class EndedJobs:
     def since(self, known: int, most: int = ENDED_PAGE,
               clusters: Optional[AbstractSet[int]] = None) -> List[EndedJob]:
         """Return the oldest `most` of those with a larger number than `known`, of some clusters or
-        of all. A number that was not given yet comes from an earlier process, and then all of them
-        are new."""
+        of all. If `known` was not assigned yet, it comes from an earlier process, and then all of
+        them are new."""
         with self._lock:
             new = len(self._rows)
             if known <= self._count:
@@ -14381,7 +14529,8 @@ class EndedJobs:
 
 
 def shown_arguments(payload: Any) -> Any:
-    """Packed arguments as monitors get them: of large ones only the number of their bytes."""
+    """Return packed arguments in the form that monitors get: large ones are replaced by their size
+    in bytes."""
     if payload is None:
         return None
     size = size_of(payload)
@@ -14391,28 +14540,28 @@ def shown_arguments(payload: Any) -> Any:
 
 
 def shown_state(state: str, reason: str) -> str:
-    """The state of a node for monitors, which show one that is given no jobs as drained."""
+    """Return the state of a node for monitors, which show a node that gets no jobs as drained."""
     if reason == DEALLOCATED:
         return 'drained'
     return state
 
 
 class NodeUse(NamedTuple):
-    """How a cluster uses a node, as monitors are told of it."""
+    """How a cluster uses a node, in the form that monitors get."""
     number: int      # of the cluster
     state: str
     reason: str
-    cpus: int        # that it may use there
+    cpus: int        # CPUs that it may use there
     running: int     # jobs that run there
     used: int        # CPUs of these
-    jobs: int        # that have ended there
-    seconds: float   # that they have run
+    jobs: int        # jobs that have ended there
+    seconds: float   # the seconds that they have run
 
 
 def row_of_node(node: 'Union[NodeConnection, NodeInfo]', free: Dict[str, Any],
                 heard: Optional[float]) -> Dict[str, Any]:
-    """What monitors are told of a node, whoever uses it. `free` is by the node, `heard` in seconds
-    since its last sign of life, if it is connected."""
+    """Return what monitors are told of a node, whoever uses it. `free` are the resources that the
+    node has reported, `heard` are the seconds since its last sign of life, if it is connected."""
     return {
         'key': node.key,
         'name': node.name,
@@ -14432,30 +14581,30 @@ class JobAtNode(NamedTuple):
     serial: int
     work: Any
     is_running: bool
-    seconds: Optional[float]   # that it has run; None: not known
+    seconds: Optional[float]   # the time that it has run; None: not known
 
 
 class JobSight(NamedTuple):
-    """What a node has told of a running job."""
-    age: float       # s since it was told
-    stacks: str      # of its process; empty if they were not asked for
-    stdout: bytes    # the ends of these
+    """What a node has reported of a running job."""
+    age: float       # s since the node reported this
+    stacks: str      # the stacks of its process; empty if they were not requested
+    stdout: bytes    # the end of its output
     stderr: bytes
     error: str       # why nothing is known
 
 
 class FailedAttempt(NamedTuple):
-    """An attempt of a job that has failed and was perhaps not the last."""
+    """An attempt of a job that has failed and may not be the last one."""
     number: int
     node: str
     began: float     # these two in s since the epoch
     ended: float
-    text: str        # the last line of what says why
+    text: str        # the last line of the reason
 
 
 class FailedAttempts:
-    """Attempts of the last jobs that have asked to be tried again, for monitors. The driver's
-    thread."""
+    """Failed attempts of the last jobs that may be tried again, for monitors. The driver's thread
+    uses this class."""
     KEPT = 1000      # jobs
     OF_A_JOB = 20    # attempts of each
 
@@ -14465,7 +14614,7 @@ class FailedAttempts:
             collections.OrderedDict()
 
     def add(self, comp: str, row: tuple, node: str) -> None:
-        """An attempt has failed at a node with this row of Results."""
+        """Note that an attempt has failed on a node with this row of Results."""
         serial, outcome, began, ended, payload = row[:5]
         if outcome == Outcome.RAISED:
             text = unpack_error(payload)[0]
@@ -14485,14 +14634,14 @@ class FailedAttempts:
             self._found.popitem(last=False)
 
     def of(self, comp: str, number: int) -> List[FailedAttempt]:
-        """Return those of a job, which is named by its number."""
+        """Return those of the job with this number."""
         return list(self._found.get((comp, number), ()))
 
 
 class JobLooks:
-    """Asks nodes what jobs do that run there: what they have printed last, and the stacks of their
-    processes. The driver's thread."""
-    APART = 0.5      # s between two questions for a job
+    """Asks nodes about their running jobs: what they have printed last, and the stacks of their
+    processes. The driver's thread uses this class."""
+    APART = 0.5      # s between two requests for a job
     KEPT = 200       # answers
     CANNOT = 'its node is not connected, or is of an older release'
 
@@ -14505,8 +14654,8 @@ class JobLooks:
 
     def look(self, peer: NodeConnection, comp: str, serial: int,
              wants_stacks: bool) -> Optional[JobSight]:
-        """Ask the node where a job runs, unless it was asked a moment ago, and return what it has
-        told before, None if it has not told anything. What it answers is known the next time."""
+        """Ask the node where a job runs, unless it was asked a moment ago, and return its previous
+        answer, or None if there is none. The new answer is available at the next call."""
         key = (comp, serial)
         now = self._driver.now
         if peer.link is None or not peer.facts.get('looks'):
@@ -14538,22 +14687,23 @@ class JobLooks:
 
 
 class Overview:
-    """What monitors ask about the nodes of a driver and the jobs that were sent to them. The
-    answers are plain values. Their cost grows with the rows and with the CPUs of a node, never
-    with the number of jobs. The driver's thread."""
-    JOBS_APART = 1.0   # s between two questions to a node for the jobs that run there
+    """Answers questions of monitors about the nodes of a driver and the jobs that were sent to
+    them. The answers are plain values. Their cost grows with the rows and with the CPUs of a node,
+    never with the number of jobs. The driver's thread uses this class."""
+    JOBS_APART = 1.0   # s between two requests to a node for its running jobs
 
     def __init__(self, driver: 'Driver') -> None:
         self._driver = driver
         # (node, computation) -> when the node was asked
         self._asked: Dict[Tuple[Any, str], float] = {}
-        # -> when it answered, and what
+        # The same -> when it answered, and the answer
         self._reports: Dict[Tuple[Any, str], Tuple[float, Report]] = {}
         self.looks = JobLooks(driver)
         self.attempts = FailedAttempts()
 
     def forget(self, comp: str) -> None:
-        """A computation is over. What is known of nodes that are gone is forgotten as well."""
+        """Forget a computation that has ended. What is known of nodes that are gone is forgotten as
+        well."""
         peers = self._driver.nodes.by_key
         self._asked = {where: at for where, at in self._asked.items()
                        if where[1] != comp and where[0] in peers}
@@ -14561,8 +14711,8 @@ class Overview:
                          if where in self._asked}
 
     def ask_node(self, peer: NodeConnection, comp: str, apart: float) -> bool:
-        """Ask a node what is free there and which jobs of a computation run, unless it was asked
-        less than `apart` seconds ago. Returns whether it was asked."""
+        """Ask a node for its free resources and for the running jobs of a computation, unless it
+        was asked less than `apart` seconds ago. Returns whether it was asked."""
         where = (peer.key, comp)
         now = self._driver.now
         if peer.link is None:
@@ -14585,7 +14735,7 @@ class Overview:
             self._reports[where] = (self._driver.now, future.result())
 
     def free_at(self, peer: NodeConnection, comp: str) -> Dict[str, Any]:
-        """What is free at a node, by its last answer."""
+        """Return the free resources of a node, from its last answer."""
         free = dict(peer.facts.get('available', {}))
         report = self._reports.get((peer.key, comp))
         if report is not None:
@@ -14594,8 +14744,8 @@ class Overview:
 
     def sights(self, comp: str, numbers: Sequence[int],
                wants_stacks: bool) -> List[Optional[JobSight]]:
-        """What jobs of a computation do, which are named by their numbers; None where it is not
-        known, or not yet."""
+        """Return what is known of jobs of a computation, which are identified by their numbers;
+        None for a job of which nothing is known yet."""
         wanted = frozenset(numbers)
         found: Dict[int, Optional[JobSight]] = {}
         for key, node in self._driver.schedule.nodes.items():
@@ -14607,14 +14757,14 @@ class Overview:
         return [found.get(number) for number in numbers]
 
     def node_row(self, peer: NodeConnection, free: Dict[str, Any]) -> Dict[str, Any]:
-        """What is known of a node, whoever uses it."""
+        """Return what is known of a node, whoever uses it."""
         heard = None
         if peer.link is not None:
             heard = max(0.0, self._driver.clock() - peer.link.heard)
         return row_of_node(peer, free, heard)
 
     def running_at(self, key: Any) -> Dict[str, Tuple[int, int]]:
-        """Computation -> how many of its jobs run at a node, and their CPUs."""
+        """Return computation -> how many of its jobs run on a node, and their CPUs."""
         schedule = self._driver.schedule
         found = {}
         for comp, serials in schedule.runs(key).items():
@@ -14623,15 +14773,17 @@ class Overview:
         return found
 
     def sent_to(self, key: Any, comp: str) -> Dict[int, Any]:
-        """Serial -> job of a computation's jobs that were sent to a node and have not ended."""
+        """Return serial -> job of a computation's jobs that were sent to a node and have not
+        ended."""
         node = self._driver.schedule.nodes.get(key)
         if node is None:
             return {}
         return node.in_flight.get(comp, {})
 
     def jobs_at(self, key: Any, comp: str, most: int = sys.maxsize) -> List[JobAtNode]:
-        """The same, with what is known of how long they have run; the first `most` of them. The
-        node is asked, and what it answers is known the next time."""
+        """Return the same as `sent_to`, with how long the jobs have run as far as it is known, for
+        the first `most` of them. The node is asked, and its answer is available at the next
+        call."""
         if not self.sent_to(key, comp):
             return []
         peer = self._driver.nodes.by_key[key]
@@ -14639,7 +14791,7 @@ class Overview:
         return self.known_jobs_at(key, comp, most)
 
     def known_jobs_at(self, key: Any, comp: str, most: int = sys.maxsize) -> List[JobAtNode]:
-        """The same as `jobs_at`, by what is known already: the node is not asked."""
+        """Return the same as `jobs_at`, from what is known already: the node is not asked."""
         sent = self.sent_to(key, comp)
         if not sent:
             return []
@@ -14648,14 +14800,14 @@ class Overview:
         run = runs.get(comp, ())
         running = set(run)
         running.update(seconds)
-        job_at_nodes: List[JobAtNode] = []
+        found: List[JobAtNode] = []
         for serial, work in itertools.islice(sent.items(), most):
-            job_at_node = JobAtNode(serial, work, serial in running, seconds.get(serial))
-            job_at_nodes.append(job_at_node)
-        return job_at_nodes
+            row = JobAtNode(serial, work, serial in running, seconds.get(serial))
+            found.append(row)
+        return found
 
     def _seconds_run(self, key: Any, comp: str) -> Dict[int, float]:
-        """Serial -> seconds, of jobs at a node that are known to have begun."""
+        """Return serial -> seconds, of jobs on a node that are known to have begun."""
         now = self._driver.now
         seconds = {}
         if (key, comp) in self._reports:
@@ -14670,8 +14822,8 @@ class Overview:
 
 
 class LostNodes:
-    """What follows when the link to a node ends, and what the log tells of nodes that are lost and
-    come back. The driver's thread.
+    """Handles the end of the links to nodes, and logs which nodes are lost and come back. The
+    driver's thread uses this class.
 
     requeued, ended - jobs that waited again, and that ended without a result, since `mark`
     """
@@ -14687,13 +14839,13 @@ class LostNodes:
         self.ended = 0
 
     def doubt(self, event: NodeDoubted) -> None:
-        """Hand evidence that a node is lost to the Schedule, and tell what became of its jobs."""
+        """Give the Schedule evidence that a node is lost, and log what became of its jobs."""
         self.mark()
         self._driver.decide(event)
         self._tell_jobs(event.name)
 
     def _tell_jobs(self, name: str) -> None:
-        """What became of the jobs that were at a node."""
+        """Log what became of the jobs that were on the node."""
         counts = ((self.requeued, 'waits again', 'wait again'),
                   (self.ended, 'was abandoned', 'were abandoned'))
         texts = []
@@ -14706,7 +14858,7 @@ class LostNodes:
             logger.info('node %s is lost: %s', name, ', '.join(texts))
 
     def gone(self, action: NodeGone) -> None:
-        """A node was away too long."""
+        """Handle a node that was away for too long."""
         peer = self._driver.nodes.by_key.get(action.node)
         if peer is None:
             return
@@ -14717,7 +14869,7 @@ class LostNodes:
             self._driver.connector.forget(peer)
 
     def link_ended(self, channel: Link, text: str) -> None:
-        """A link came to its end: the node is lost until it is reached again."""
+        """Handle the end of a link: the node is away until it is reached again."""
         driver = self._driver
         peer = driver.nodes.by_link[channel.number]
         peer.move('fail')
@@ -14749,14 +14901,14 @@ class LostNodes:
             if not lost and not peer.wrong:
                 peer.dialling.due = driver.now
             peer.wrong = False
-        else:   # it dials us
+        else:   # it dials this program
             peer.reason = reason
             logger.warning('%s', line)
             if lost:
                 driver.connector.forget(peer)
 
     def _line_of(self, peer: NodeConnection, text: str, lost: bool, until: float) -> str:
-        """What the log says when a link has ended, and what becomes of the jobs that are there."""
+        """Return the line of the log when a link has ended, with what becomes of the jobs there."""
         if peer.scheduler:
             kind = ''
         else:
@@ -14776,40 +14928,40 @@ class LostNodes:
 
     @staticmethod
     def _tell_stall(peer: NodeConnection, stall: str, text: str) -> str:
-        """Why a link ended on which full packets have not arrived, while short ones did."""
+        """Log why a link ended on which full packets have not arrived, while short ones did."""
         text += ': ' + STALLS[stall]
-        # One that connects by itself says how long packets may be
+        # A node that connects by itself tells the size of packets
         if peer.port and not peer.segment:
             peer.segment = SEGMENT
             text += '. From now on packets to and from there carry at most %d bytes' % SEGMENT
-            if peer.replacing:   # nothing else is said
+            if peer.replacing:   # there is nothing else to log
                 logger.warning('node %s: %s', peer, text)
         return text
 
     def _away_until(self, peer: NodeConnection, link: Link) -> float:
-        """Until when what is on a node is not lost. Not before a new connection has been tried in
-        vain."""
+        """Return until when the jobs on a node are not lost. They are not lost before an attempt to
+        make a new connection has failed."""
         if peer.scheduler:
-            return math.inf   # it keeps what it has on disk
+            return math.inf   # the node keeps its results on the disk
         until = link.heard + PULSES_LOST * link.pulse
         if peer.port and (peer.second.busy or not peer.second.has_failed(link.heard)):
             until = max(until, self._driver.now + PULSES_SILENT * link.pulse)
         return until
 
     def back(self, peer: NodeConnection) -> None:
-        """A node is connected, perhaps again."""
+        """Note that a node is connected, perhaps again."""
         if peer.lost_at is not None:
             logger.info('node %s is connected again after %.1f s', peer,
                         self._driver.now - peer.lost_at)
             peer.lost_at = None
 
 
-LOGGED_ITEMS = 8     # of a list, in a line of the log at DEBUG
+LOGGED_ITEMS = 8     # items of a list that a line of the log at DEBUG shows
 
 
 def logged(value: Any) -> str:
-    """A value of an event or an action, as the log at DEBUG shows it. Runs none of the user's
-    code."""
+    """Return a value of an event or an action in the form for the log at DEBUG. This runs none of
+    the user's code."""
     kind = type(value)
     if kind is float:
         return '%.9g' % value
@@ -14846,9 +14998,9 @@ def _logged_job(work: ScheduledJob) -> str:
 
 
 class DecisionLog:
-    """The log at DEBUG of what a Schedule is told and of what it decides.
+    """Logs, at DEBUG, the events that a Schedule handles and the actions that it decides.
 
-    is_on - whether the log is shown; looked at again when a cluster begins, and now and then
+    is_on - whether the log is shown; this is determined when a cluster begins, and now and then
     """
 
     def __init__(self, log: logging.Logger) -> None:
@@ -14856,12 +15008,12 @@ class DecisionLog:
         self.is_on = False
 
     def look(self) -> None:
-        """Find out whether the log is shown."""
+        """Determine whether the log is shown."""
         self.is_on = self._log.isEnabledFor(logging.DEBUG)
 
     def add(self, event: Any, actions: Sequence[Any]) -> None:
-        """An event and the actions that it leads to; without an event, what is sent at the end of
-        a turn."""
+        """Log an event and the actions that it leads to; without an event, what is sent at the end
+        of a turn."""
         if event is not None:
             self._log.debug('event %s: %s', logged(event),
                             ', '.join(map(logged, actions)) or 'nothing is to be done')
@@ -14870,8 +15022,8 @@ class DecisionLog:
 
 
 class Chores:
-    """What a driver does now and then: dial, ask, give up probing, warn, and look for clusters that
-    nobody uses any more. The driver's thread.
+    """What a driver does from time to time: dial, ask for nodes, give up probing, warn, and look
+    for clusters that nobody uses any more. The driver's thread uses this class.
 
     at - when something is due
     """
@@ -14884,28 +15036,29 @@ class Chores:
         self.at = 0.0
 
     def begin(self, comp: str, warns: bool) -> None:
-        """A cluster is opened; `warns`: its user hears of it when no node can be used."""
+        """Note that a cluster begins; `warns` says that its user is told when no node can be
+        used."""
         self._warn_at[comp] = self._driver.now + WARN_AFTER if warns else math.inf
 
     def forget(self, comp: str) -> None:
-        """A cluster is closed."""
+        """Note that a cluster is closed."""
         del self._warn_at[comp]
 
     def soon(self) -> None:
-        """Look in this turn for what is due."""
+        """Do in this turn what is due."""
         self.at = self._driver.now
 
     def within(self, seconds: float) -> None:
-        """Look after so many seconds at the latest."""
+        """Do what is due after so many seconds at the latest."""
         self.at = min(self.at, self._driver.now + seconds)
 
     def warn_soon(self, comps: Iterable[str]) -> None:
-        """Look soon whether these computations have no node any more."""
+        """Check soon whether these computations have no node any more."""
         for comp in comps:
             self._warn_at[comp] = min(self._warn_at[comp], self._driver.now + WARN_AFTER)
 
     def do(self) -> None:
-        """Do what is due, and find out when to do so next."""
+        """Do what is due, and determine when to do so next."""
         driver = self._driver
         now = driver.now
         driver.decisions.look()
@@ -14930,7 +15083,8 @@ class Chores:
         self.at = min(due)
 
     def _warn(self, comp: str) -> None:
-        """Warn that no node is ready for a computation, so that nobody waits in silence."""
+        """Warn that no node is ready for a computation, so that nobody waits without knowing
+        why."""
         driver = self._driver
         self._warn_at[comp] = driver.now + WARN_EVERY
         nodes = driver.queries.nodes_of(comp)
@@ -14941,13 +15095,13 @@ class Chores:
 
 
 class DriverParts(NamedTuple):
-    """What a driver has to do with sockets, threads and chance. A simulation of the system gives
-    its driver others.
+    """What a driver needs of sockets, threads and random numbers. A simulation of the system gives
+    its driver other parts.
 
     link - the class of a connection that nodes and clients have authenticated
     attempt - the class of an attempt to connect
     pool - the class of a group of threads
-    event - makes what threads of the user wait for
+    event - makes the events for which threads of the user wait
     new_comp - makes the name of a computation
     """
     link: Type[Link] = Link
@@ -15402,15 +15556,16 @@ class Driver(Loop):
 
 
 class Drivers:
-    """The drivers of this process. Clusters that have the same settings share one. Any thread."""
+    """The drivers of this process. Clusters that have the same settings share a driver. Any
+    thread."""
 
     def __init__(self) -> None:
         self._shared: Dict[ConnectionSettings, Driver] = {}
         self._users: 'collections.Counter[Driver]' = collections.Counter()   # clusters
 
     def acquire(self, access: ConnectionSettings) -> Driver:
-        """Return the running driver for these settings, which is made if need be. Raises
-        SecretError."""
+        """Return the running driver for these settings, which is created if it does not exist.
+        Raises SecretError."""
         with _lock:
             driver = self._shared.get(access)
             if driver is None or driver.broken or driver.has_ended:
@@ -15421,7 +15576,7 @@ class Drivers:
             return driver
 
     def alone(self, access: ConnectionSettings) -> Driver:
-        """Return a driver that no cluster shares: to nodes it is another program. Raises
+        """Return a driver that no cluster shares: for nodes it is another program. Raises
         SecretError."""
         driver = Driver(access, os.urandom(16))
         driver.thread.start()
@@ -15430,9 +15585,10 @@ class Drivers:
         return driver
 
     def release(self, driver: Driver) -> None:
-        """A cluster is done with a driver; the last one ends it. Any thread but the driver's."""
+        """Note that a cluster needs a driver no longer; the last cluster ends the driver. Any
+        thread but the driver's."""
         with _lock:
-            if driver not in self._users:   # this process is a fork of its own
+            if driver not in self._users:   # this process is a fork
                 return
             self._users[driver] -= 1
             if self._users[driver]:
@@ -15443,7 +15599,7 @@ class Drivers:
         driver.finish()
 
     def after_fork(self) -> None:
-        """In a forked child: all of them are the parent's."""
+        """Forget the drivers in a forked child: they belong to the parent."""
         for driver in self._users:
             driver.after_fork()
         self._shared.clear()
@@ -15451,8 +15607,8 @@ class Drivers:
 
 
 def failure_of(row: tuple, is_program: bool) -> Optional[BaseException]:
-    """What `get` would raise for a row of Results; None for one that is no failure. Runs the user's
-    code."""
+    """Return the exception that `get` would raise for a row of Results; None for a row that is not
+    a failure. This runs the user's code."""
     job = DispyJob('', None, None, 0)
     if row[1] in RETURNED:
         job.state = JobState.FINISHED
@@ -15467,7 +15623,7 @@ def failure_of(row: tuple, is_program: bool) -> Optional[BaseException]:
 
 
 def job_row(work: Any, payload: Any, names: Sequence[str]) -> Tuple[tuple, int]:
-    """A row of Jobs, with these of its options, and its bytes."""
+    """Return a row of Jobs with these options, and its size in bytes."""
     if type(payload) is bytes and not work.options and len(payload) < OUT_OF_BAND:
         return (work.serial, payload, None), len(payload)   # nearly always
     options = work.options and {name: work.options[name] for name in names if name in work.options}
@@ -15480,20 +15636,20 @@ _ERRORS: Dict[str, Type[Exception]] = {
 }
 _MAY_DIAL = frozenset((NodeState.FOUND, NodeState.UNREACHED, NodeState.LOST))
 _MAY_OFFER = frozenset((AssignmentState.WAITING, AssignmentState.ASKING, AssignmentState.REFUSED))
-# Options of a job that its node has to know
+# Options of a job that its node must know
 OF_JOBS = ('cpus', 'timeout', 'memory', 'priority', 'values', 'resources')
 _OF_JOBS_THERE = (*OF_JOBS, 'retries', 'node')   # and a scheduler
 # Guards the table of drivers, the making of jobs' events, cloudpickle's registry
 _lock = threading.Lock()
 drivers = Drivers()
 _clusters: 'weakref.WeakSet[JobCluster]' = weakref.WeakSet()   # those that are open
-_told_of_many: Set[Tuple[str, str]] = set()   # functions of which several clusters were open
+_told_of_many: Set[Tuple[str, str]] = set()   # functions that had several open clusters
 _instance = os.urandom(16)    # this process to nodes
 _trails_looked_at = False     # for old ones
 
 
 def _forked() -> None:
-    """In the child of a fork: nothing of the parent's is ours."""
+    """Let go, in the child of a fork, of everything that belongs to the parent."""
     global _lock, _instance
     _lock = threading.Lock()
     _instance = os.urandom(16)
@@ -15513,14 +15669,14 @@ def _user_name() -> str:
     import getpass
     try:
         return getpass.getuser()
-    except (KeyError, OSError):   # no entry for this number, as in some containers
+    except (KeyError, OSError):   # no entry for this user, as in some containers
         return 'unknown'
 
 
 def own_python() -> str:
-    """The program that runs Python code for this one. Raises StartError in a frozen program, whose
-    `sys.executable` is itself: it would start itself again, and each of these once more."""
-    spawn: Any = sys.modules.get('multiprocessing.spawn')   # where set_executable() keeps it
+    """Return the program that runs Python code for this one. Raises StartError in a frozen program,
+    whose `sys.executable` is itself: it would start itself again, and each copy once more."""
+    spawn: Any = sys.modules.get('multiprocessing.spawn')   # where set_executable() stores it
     if spawn is not None:
         python = os.fsdecode(spawn.get_executable() or '')
     else:
@@ -15541,9 +15697,9 @@ def own_python() -> str:
 
 
 def _start_embedded(peer: NodeConnection) -> Tuple['subprocess.Popen[bytes]', int, bytes]:
-    """A dispynode for this program alone: loopback, a random secret, and stdin as the line it lives
-    by. Not run as a script, which would be compiled anew each time, and not by multiprocessing,
-    which would run the user's main program again."""
+    """Start a dispynode for this program alone: it uses loopback and a random secret, and ends when
+    its stdin is closed. It is not run as a script, which would be compiled each time, and not by
+    multiprocessing, which would run the user's main program again."""
     import tempfile
     import dispynode
     python = own_python()
@@ -15552,16 +15708,16 @@ def _start_embedded(peer: NodeConnection) -> Tuple['subprocess.Popen[bytes]', in
     code = ('import gc, sys; gc.disable(); sys.path.insert(0, %r); import dispynode; gc.freeze(); '
             'gc.enable(); sys.exit(dispynode.main())')
     prefix = peer.directory = tempfile.mkdtemp(prefix='dispy-')
-    absolute_path = os.path.abspath(dispynode.__file__)
-    directory = os.path.dirname(absolute_path)
+    module = os.path.abspath(dispynode.__file__)
+    directory = os.path.dirname(module)
     command = [
         python, '-c', code % directory, '--embedded', '-i', '127.0.0.1', '-p', '0',
         '--dest-path-prefix', prefix
     ]
     variables = dict(os.environ)
-    variables.pop('DISPY_SECRET', None)   # it has a secret of its own
+    variables.pop('DISPY_SECRET', None)   # the node has a secret of its own
     with process_start_lock:
-        # Ctrl-C is ours
+        # Ctrl-C is for this program only
         create_new_process_group = getattr(subprocess, 'CREATE_NEW_PROCESS_GROUP', 0)
         process = peer.process = subprocess.Popen(command,
                                                   stdin=subprocess.PIPE,
@@ -15594,13 +15750,14 @@ def _end_embedded(process: 'subprocess.Popen[bytes]') -> None:
 
 
 # --------------------------------------------------------------------------------------------------
-# Clusters. A JobCluster is what the program has in hand; behind it stands a ProgramCluster, which
-# its driver knows, with parts that each have one responsibility. No part refers to the JobCluster
-# but ProgramCluster.cluster, so that it can be told when the program has dropped its own.
+# Clusters. A JobCluster is the object that the program has; behind it is a ProgramCluster, which
+# its driver knows, with parts that each have one responsibility. Only ProgramCluster.cluster refers
+# to the JobCluster, so that it is noticed when the program has dropped its own reference.
 # --------------------------------------------------------------------------------------------------
 
 def _python(python: Any) -> str:
-    """Which Python of a node runs jobs; '' for its own. Raises TypeError or ValueError."""
+    """Return the name of the Python of a node that runs jobs; '' for the node's own. Raises
+    TypeError or ValueError."""
     if python is not None and not isinstance(python, str):
         raise TypeError("python=%.80r must be a name that nodes know (dispynode --python), or a "
                         "version such as '3.12'" % (python,))
@@ -15611,7 +15768,7 @@ def _python(python: Any) -> str:
 
 
 def _start_method(method: Any) -> str:
-    """How nodes shall start workers; '': as they do by default. Raises ValueError."""
+    """Return how nodes are to start workers; '' for the default of the node. Raises ValueError."""
     if method not in (None, FORK, SPAWN):
         raise ValueError("start_method=%.80r must be 'fork', 'spawn' or None" % (method,))
     return method or ''
@@ -15626,16 +15783,17 @@ TAKEN_AS_GIVEN = (
 
 @dataclasses.dataclass(frozen=True)
 class ClusterOptions:
-    """The parameters of a cluster after they were checked. Attributes that are not named here are
-    the parameters of these names, see JobCluster.
+    """The parameters of a cluster after they were checked. Attributes that are not listed here are
+    the parameters with these names, see JobCluster.
 
     specs - the nodes that `nodes` means
-    probes - a node is started on this machine if none answers
-    hosts - the addresses and ports of `host`; hosts_may_fail: that one is taken is no error
+    probes - whether a node is started on this machine if none answers
+    hosts - the addresses and ports of `host`
+    hosts_may_fail - whether a port of these that is in use is not an error
     jobs_per_worker - `max_jobs_per_worker`
     loglevel - the level as a number
     recover_file - its path, or None
-    keeps_trail - without a recover_file, another process can find what is left on nodes
+    keeps_trail - whether another process can find, without a recover_file, what is left on nodes
     """
     port: int
     specs: List[NodeSpec]
@@ -15744,9 +15902,9 @@ class ClusterOptions:
 
 
 def nodes_meant(nodes: Any, port: int, elsewhere: bool) -> Tuple[bool, List[NodeSpec]]:
-    """The parameter `nodes`: whether a node is started on this machine if none answers, and the
-    nodes that are meant; none of them is the node of this program. `elsewhere` as of parse_nodes.
-    Raises TypeError or ValueError."""
+    """Return the meaning of the parameter `nodes`: whether a node is started on this machine if
+    none answers, and the nodes that it names; if these are empty, the embedded node is used.
+    `elsewhere` is as in parse_nodes. Raises TypeError or ValueError."""
     searches = discovery_reach() != 'off'
     if nodes is None or any_node(nodes):
         if searches:
@@ -15758,8 +15916,8 @@ def nodes_meant(nodes: Any, port: int, elsewhere: bool) -> Tuple[bool, List[Node
 
 
 def hosts_may_fail(host: Any, first: Optional[Tuple[str, int]]) -> bool:
-    """Whether it is no error that the port of the first `host` is taken. Old scripts always give
-    ip_addr, and two of them on one machine must not be in each other's way."""
+    """Return whether a port of the first `host` that is in use is not an error. Old scripts always
+    give ip_addr, and two of them on one machine must not obstruct each other."""
     if first is None:
         return True
     if not isinstance(host, str):
@@ -15783,7 +15941,7 @@ def check_depends(depends: Any) -> None:
 
 
 def speculation(value: Any, reentrant: bool) -> bool:
-    """The parameter `speculate`. Raises TypeError or ValueError."""
+    """Return the parameter `speculate`. Raises TypeError or ValueError."""
     speculate = flag_of('speculate', value)
     if speculate and not reentrant:
         text = 'speculate=True needs reentrant=True: jobs may run twice, even at the same time'
@@ -15799,8 +15957,8 @@ def function_or_flag(name: str, value: Any) -> Any:
 
 
 def recover_path(recover_file: Any, fault_recover: Any) -> Optional[str]:
-    """The path of the recover_file by its two names, None for none. Raises TypeError or
-    ValueError."""
+    """Return the path of the recover_file, from its two names; None if there is none. Raises
+    TypeError or ValueError."""
     if recover_file is not False:
         path = path_option('recover_file', recover_file)
         if path:
@@ -16029,8 +16187,8 @@ class UserCallbacks:
             self.driver.tell_later(self.cluster_status, status, node, None)
 
     def tell_closed(self, nodes: Sequence[DispyNode]) -> None:
-        """The cluster is closed: call cluster_status with Closed for each of these nodes, and wait
-        until it has returned, since a program often ends then. Any thread."""
+        """Call cluster_status with Closed for each of these nodes, because the cluster is closed,
+        and wait until it has returned, since a program often ends then. Any thread."""
         call = self.cluster_status
         if call is None or not nodes:
             return
@@ -16043,7 +16201,7 @@ class UserCallbacks:
                 self.driver.tell_later(call, DispyNode.Closed, node, None)
             self.driver.tell_later(told.set)
         self.driver.ask(tell)
-        if not is_teller:   # otherwise it would wait for itself
+        if not is_teller:   # it must not wait for itself
             in_slices(told.wait, GRACE)
 
     def call_back(self, job: Any) -> None:
@@ -16051,7 +16209,7 @@ class UserCallbacks:
         try:
             self._call_job_status(job)
         except BaseException as exc:
-            # The user's callback, sys.exit in it too; others are called all the same
+            # The user's callback may raise anything, even SystemExit; the others must be called
             self._report(job, exc)
         finally:
             self._book.settle(1)
@@ -16061,7 +16219,7 @@ class UserCallbacks:
         try:
             self._call_job_status(job)
         except Exception as exc:
-            # The user's callback; later results are shown all the same
+            # The user's callback may raise anything; later results must be shown
             self._report(job, exc)
 
     def _call_job_status(self, job: DispyJob) -> None:
@@ -16085,10 +16243,10 @@ _calling = threading.local()  # .book: that of the cluster whose callback this t
 
 class LiveOutput:
     """What running jobs print and log, for `on_output`, `forward_logs` and monitors. The driver's
-    thread.
+    thread uses this class.
 
-    on_output - as of JobCluster
-    monitors - who watches the jobs; replaced as a whole
+    on_output - as in JobCluster
+    monitors - who observes the jobs; replaced as a whole
     driver - set before the cluster uses nodes
     """
     driver: 'Driver'
@@ -16099,16 +16257,16 @@ class LiveOutput:
         self._name = name
         self._cargo = cargo
         self._shown: Dict[DispyJob, List[int]] = {}   # bytes of stdout and stderr that were shown
-        self._told_of_files = False                   # that jobs leave behind
+        self._told_of_files = False   # whether it was logged that jobs leave files behind
 
     def add_monitor(self, monitor: Monitor) -> None:
-        """Tell a monitor of jobs from now on. What jobs print it is told by nodes that are set up
-        later."""
+        """Tell a monitor of jobs from now on. It gets what jobs print only from nodes that are set
+        up later."""
         self.monitors += (monitor,)
         self._cargo.spec['live'] = True
 
     def remove_monitor(self, monitor: Monitor) -> None:
-        """Do not tell a monitor of jobs any more."""
+        """Stop telling a monitor of jobs."""
         monitors = []
         for other in self.monitors:
             if other is not monitor:
@@ -16117,15 +16275,15 @@ class LiveOutput:
         self._cargo.spec['live'] = bool(self.monitors) or self.on_output is not None
 
     def watched(self, pairs: List[Tuple[DispyJob, tuple]]) -> List[Tuple[DispyJob, Any]]:
-        """Return the jobs that are about to get results, with their packed arguments, which they
-        lose by that; none if no monitor watches."""
+        """Return the jobs that are about to get results, with their packed arguments, which the
+        results replace; none if there is no monitor."""
         if not self.monitors:
             return []
         return [(job, job.payload) for job, _ in pairs]
 
     def tell_ended(self, jobs: List[Tuple[DispyJob, Any]], peer: Any) -> None:
-        """Tell the monitors of jobs that have ended, as `Monitor.ended`. The driver's thread or an
-        opener."""
+        """Tell the monitors of jobs that have ended, as in `Monitor.ended`. The driver's thread or
+        an opener."""
         for monitor in self.monitors:
             monitor.ended(jobs, peer)
 
@@ -16151,7 +16309,7 @@ class LiveOutput:
             monitor.printed(job, stream, message.offset, bytes(data))
 
     def begin_again(self, job: DispyJob) -> None:
-        """What a job has printed until now does not count: it was started a second time."""
+        """Discard what a job has printed until now, because it was started a second time."""
         self._shown.pop(job, None)
 
     def show_rest(self, job: DispyJob, row: tuple) -> None:
@@ -16188,7 +16346,7 @@ class LiveOutput:
                     '%s: job %r has left a file in its directory: %s. What a program leaves '
                     'there does not come back, and is removed when the cluster is closed. %s',
                     self._name, job.id, text, remedy)
-        except Exception:  # a handler of the user's; the link is not to blame
+        except Exception:  # a handler of the user's; the link has not caused this
             logger.exception('a handler of logging has failed')
 
 
@@ -16488,7 +16646,7 @@ class Submitter:
 
 
 class NodeCommands:
-    """What the methods of a cluster ask about its nodes and tell them. Any thread but the driver's.
+    """What the methods of a cluster ask of its nodes. Any thread but the driver's.
 
     driver - set before the cluster uses nodes
     """
@@ -16515,7 +16673,7 @@ class NodeCommands:
         return self.ask('nodes')  # type: ignore[no-any-return]
 
     def rows_at_end(self) -> List[NodeInfo]:
-        """Return the nodes, also when the cluster counts as closed."""
+        """Return the nodes, even if the cluster counts as closed."""
         rows: List[NodeInfo] = self.driver.ask(lambda: self.driver.queries.rows_of(self.comp))
         return rows
 
@@ -16529,7 +16687,7 @@ class NodeCommands:
         return self.ask('why_unloadable')  # type: ignore[no-any-return]
 
     def in_words(self, status: Callable[[], ClusterStatus]) -> str:
-        """Return the nodes in words, as far as that can be told at once."""
+        """Return the nodes in words, as far as they are known without waiting."""
         return nodes_text(status().nodes)
 
 
@@ -16554,7 +16712,7 @@ class StatusReport:
             try:
                 found = self._nodes.rows()
             except RuntimeError:
-                if not self._book.closed:   # otherwise it was closed meanwhile
+                if not self._book.closed:   # otherwise it was closed in the meantime
                     raise
         nodes: List[DispyNode] = []
         seen = set()
@@ -16562,9 +16720,8 @@ class StatusReport:
             key = '%s:%s' % (row.ip_addr, row.name)
             seen.add(key)
             _, done, seconds = counts.get(key, (row, 0, 0.0))
-            node_description = describe_node(row, row.state, row.reason, row.cpus, row.busy, done,
-                                             seconds)
-            nodes.append(node_description)
+            node = describe_node(row, row.state, row.reason, row.cpus, row.busy, done, seconds)
+            nodes.append(node)
         for key, (peer, done, seconds) in counts.items():
             if key not in seen:
                 description = describe_node(peer, 'closed', '', peer.offered, 0, done, seconds)
@@ -16576,14 +16733,14 @@ class StatusReport:
         return sum(node.state == 'ready' for node in self.status().nodes)
 
     def nodes_in_words(self) -> str:
-        """Return the nodes in words, as far as that can be told at once. Any thread."""
+        """Return the nodes in words, as far as they are known without waiting. Any thread."""
         if self._book.closed:
             return 'closed'
         if threading.current_thread() is self.driver.thread:
             return 'open'
         try:
             return self._nodes.in_words(self.status)
-        except RuntimeError:   # it has been closed meanwhile, or the driver has failed
+        except RuntimeError:   # the cluster was closed in the meantime, or the driver has failed
             return 'closed'
         except concurrent.futures.TimeoutError:   # the driver does not answer
             return 'open'
@@ -16596,12 +16753,12 @@ class StatusReport:
                     self._name, self._book.by_state())
             return 'it waits for a node. ' + self._nodes.explain_no_nodes()
         except (RuntimeError, concurrent.futures.TimeoutError):
-            # The cluster is closed meanwhile, or nobody answers
+            # The cluster was closed in the meantime, or nobody answers
             return 'it waits'
 
 
 class JobTakeover:
-    """Carries on with the jobs of a program that has crashed, which are in the journal.
+    """Continues with the jobs of a program that has crashed, which are in the journal.
 
     recovered - those jobs
     recovery - collects what nodes have of them; None if nothing is to be collected
@@ -16645,12 +16802,12 @@ class JobTakeover:
             self.driver.ask(lambda: recovery.begin(self.driver))
 
     def _renew(self, job: DispyJob) -> None:
-        """Make a job that has not begun one of this cluster."""
+        """Make a job that has not begun a job of this cluster."""
         job.comp = self._comp
         job.state = JobState.CREATED
         job.status = DispyJob.Created
         options = dict(job.options or {})
-        options.pop('node', None)   # it may be gone
+        options.pop('node', None)   # the node may be gone
         job.options = options or None
         self._book.answer_for(job)
 
@@ -16685,8 +16842,8 @@ class JobTakeover:
         return self.recovery.left()
 
     def end(self) -> None:
-        """End the recovery: what an earlier run had on nodes has been collected, or the cluster is
-        closed. The driver's thread."""
+        """End the recovery: everything that an earlier run had on nodes has been collected, or the
+        cluster is closed. The driver's thread."""
         recovery = self.recovery
         self.recovery = None
         if recovery is not None:
@@ -16697,11 +16854,12 @@ class JobTakeover:
 
 
 class ComputationUser(NodeUser):
-    """A NodeUser with a computation: how nodes are set up for it, and what else they may ask.
+    """A NodeUser with a computation: it determines how nodes are set up for it, and what else they
+    may ask.
 
     cluster - the JobCluster, until it is closed; None after that
     directory - in which the program made the cluster
-    wanted - which files of jobs come back, and where to
+    wanted - which files of jobs are returned, and where they are put
     bundles - the program's modules
     """
     wanted: WantedOutput
@@ -16736,13 +16894,13 @@ class ComputationUser(NodeUser):
         try:
             source = self.cargo.source()
         except Exception as exc:  # of those objects
-            exception_description = describe_exception(exc, 1)
-            source = b'', 'its source could not be collected: ' + exception_description
+            reason = describe_exception(exc, 1)
+            source = b'', 'its source could not be collected: ' + reason
         self.driver.call_soon(self.driver.setup.source_found, self, peer, link, source)
 
     def support_for(self, peer: NodeConnection) -> Dict[str, bytes]:
-        """Return the files of cloudpickle, if the node does not have the same version; a scheduler
-        does not know which of its nodes needs them."""
+        """Return the files of cloudpickle, if the node does not have the same version. They are
+        also sent to a scheduler, since it is not known which of its nodes need them."""
         cargo_kind = self.cargo.spec['kind']
         python = python_at(peer.facts, self.cargo.spec.get('interpreter', ''))
         needs = cargo_kind != 'program' and (
@@ -16752,8 +16910,8 @@ class ComputationUser(NodeUser):
         return {}
 
     def modules_for(self, peer: NodeConnection) -> Dict[str, Any]:
-        """Return what a node gets of the program's modules. A node that is a part of the program
-        reads them where they are."""
+        """Return what a node gets of the program's modules. The embedded node reads them where they
+        are."""
         modules = self.bundles.rows(peer.embedded)
         found: Dict[str, Any] = {'modules': modules}
         if peer.embedded:
@@ -16777,7 +16935,7 @@ class ComputationUser(NodeUser):
         return None
 
     def asked(self, peer: NodeConnection, message: Call) -> None:
-        """Have an opener find the answer, which may need code of the user."""
+        """Have an opener find the answer, which may require code of the user."""
         self.driver.openers.run(self._find_out, peer, message)
 
     def _find_out(self, peer: NodeConnection, message: Call) -> None:
@@ -16791,7 +16949,8 @@ class ComputationUser(NodeUser):
                               Return(message.comp, message.number, error, value))
 
     def answer_to(self, name: str, args: tuple) -> Any:
-        """Return what a node or scheduler asks that only the client can tell. An opener."""
+        """Return the answer to a question of a node or scheduler that only the client can answer.
+        An opener."""
         if name != 'modules':
             raise PeerError('%.40r is asked of a program' % (name,))
         embedded = not self.remote and all(peer.embedded
@@ -16799,8 +16958,8 @@ class ComputationUser(NodeUser):
         return self.bundles.more(args[0], embedded)
 
     def file_piece(self, peer: NodeConnection, work: DispyJob, message: FilePiece) -> None:
-        """Store a piece of a file where files of jobs come: below the directory in which the
-        program made the cluster, or below `dest`."""
+        """Store a piece of a file in the directory for files of jobs: below the directory in which
+        the program made the cluster, or below `dest`."""
         if message.offset == 0:
             self.wanted.note(work, message.row[0])
         self.driver.files.store(peer, self.wanted.root, message)
@@ -16810,11 +16969,11 @@ class ProgramSeconds(SecondsOfUser):
     """Second attempts of the jobs of a cluster of this program. The driver's thread."""
 
     def __init__(self, cluster: 'ProgramCluster') -> None:
-        # The cluster has this, and is to be freed without the garbage collector
+        # The cluster refers to this object, and is to be freed without the garbage collector
         self._cluster: 'ProgramCluster' = weakref.proxy(cluster)
 
     def send(self, peer: NodeConnection, seconds: Sequence[SecondAttempt]) -> None:
-        """Send these to a node. They are noted beside the first attempts."""
+        """Send second attempts to a node. They are recorded beside the first attempts."""
         cluster = self._cluster
         for second in seconds:
             logger.debug('%s: a job is started a second time, at node %s', cluster.name, peer)
@@ -16825,7 +16984,7 @@ class ProgramSeconds(SecondsOfUser):
 
     def counts(self, peer: NodeConnection, second: SecondAttempt, ran: float) -> None:
         """Show the user that a job runs where its second attempt is. The provisional result of the
-        first is forgotten, and what it has printed."""
+        first attempt, and what it has printed, are discarded."""
         cluster = self._cluster
         job: Any = second.first
         if cluster.journal is not None:
@@ -16836,24 +16995,24 @@ class ProgramSeconds(SecondsOfUser):
             cluster.delivery.goes_on_at(job, time.time() - ran, peer)
 
     def over(self, second: SecondAttempt) -> None:
-        """Note that one counts no more."""
+        """Note that a second attempt is discarded."""
         if self._cluster.journal is not None:
             self._cluster.journal.second_over(second)
 
     def files_of(self, second: SecondAttempt) -> HeldFiles:
-        """Return where the files of one are kept: beside the place where they belong."""
+        """Return where the files of a second attempt are kept: beside their destination."""
         root = self._cluster.wanted.root
         directory = held_directory(root, self._cluster.comp, second.serial)
         return HeldFiles(directory, root)
 
 
 class ProgramParts(NamedTuple):
-    """What a cluster needs to have a driver, jobs and files. A simulation of the system gives its
-    clusters others.
+    """The classes that a cluster uses for drivers, jobs and files. A simulation of the system gives
+    its clusters other ones.
 
     drivers - has the drivers
-    journal - the class of what writes the recover_file
-    book - the class of what counts the jobs
+    journal - the class that writes the recover_file
+    book - the class that counts the jobs
     new_comp - makes the name of a computation
     """
     drivers: Drivers = drivers
@@ -16863,8 +17022,8 @@ class ProgramParts(NamedTuple):
 
 
 def _whereabouts_of(computation: Any) -> Tuple[str, str]:
-    """The module and the name of what a cluster computes; both are empty for an executor, which has
-    functions of all sorts."""
+    """Return the module and the name of the function that a cluster computes; both are empty for an
+    executor, which has many functions."""
     if isinstance(computation, Calls):
         return '', ''
     qualname = getattr(computation, '__qualname__', str(computation))
@@ -17331,8 +17490,8 @@ class ProgramCluster(ComputationUser):
 
 
 def core_of(cluster: Any) -> Any:
-    """What the driver knows of a JobCluster: a ProgramCluster. What is no JobCluster is itself what
-    a driver knows."""
+    """Return what the driver knows of a JobCluster, a ProgramCluster. Other objects are what the
+    driver knows themselves."""
     return getattr(cluster, '_core', cluster)
 
 
@@ -17343,19 +17502,19 @@ def name_of(computation: Any) -> str:
 
 
 def has_exception(row: tuple) -> bool:
-    """Whether a row of Results of a job that raised has the exception itself, and not only its
-    text."""
+    """Return whether a row of Results of a job that raised contains the exception itself, and not
+    only its text."""
     return len(unpack_error(row[4])[1]) > 0
 
 
 # --------------------------------------------------------------------------------------------------
-# Scripts for dispy 4: what they give, read and call that nothing else here needs
+# Scripts for dispy 4: what they pass, read and call that nothing else here needs
 # --------------------------------------------------------------------------------------------------
 
 class OldNames:
-    """Names of dispy 4 that are accepted and have no effect any more. Each is named in the log once
-    in a process, at INFO."""
-    INSTEAD = {   # what takes its place
+    """Names of dispy 4 that are accepted and have no effect any more. Each is logged once in a
+    process, at INFO."""
+    INSTEAD = {   # what replaces it
         'port': 'this program needs no port of its own',
         'client_port': 'this program needs no port of its own',
         'poll_interval': 'nodes send results at once',
@@ -17412,7 +17571,7 @@ vars(config).update(DispyPort=NODE_PORT - 1,
                     MsgTimeout=10,
                     MaxFileSize=0)
 _dispy_version = __version__
-# Old scripts start dispynode.py from there
+# Old scripts start dispynode.py from this directory
 __path__ = [os.path.dirname(os.path.abspath(__file__))]
 OldModules.install()
 
@@ -17459,7 +17618,7 @@ def node_port_of(dispy_port: Any, node_port: Any) -> int:
 
 
 def plain_dest_path(path: Any) -> Optional[str]:
-    """The parameter `dest_path`; it is below the node's own directory. Raises TypeError,
+    """Return the parameter `dest_path`; it is below the node's own directory. Raises TypeError or
     ValueError."""
     if path is not None:
         if not isinstance(path, str):
@@ -17478,7 +17637,7 @@ def plain_dest_path(path: Any) -> Optional[str]:
 
 
 class OldCluster:
-    """The attributes that a cluster has in dispy 4 and that are no parameters of today."""
+    """The attributes that a cluster has in dispy 4 and that are not parameters of this version."""
     _core: ProgramCluster
 
     @property
@@ -17536,103 +17695,95 @@ class OldCluster:
 # --------------------------------------------------------------------------------------------------
 
 class JobCluster(OldCluster):
-    """Nodes that run one computation for this program.
+    """A group of nodes that run one computation for this program.
 
     Parameters; times are in seconds:
-    computation - a function (any callable), or the path of a program; the program is copied to the
-        nodes and run with
-        the job's arguments as its command line, its exit status is the job's result
-    nodes - None: all that answer on the local network, and, if none does within 1 s, one started
-        here for this program;
-        'local': that at once; or a list of 'host', ('host', port), ('host', port, cpus), {'host':,
-        'port':, 'cpus':}, DispyNode,
-        NodeAllocate; an empty list is None; host: a name, an address, or either with * for any
-        characters; cpus > 0 is an upper limit, cpus < 0 leaves
-        so many free
-    depends - list of what cannot be found through the computation: paths of files and directories
-        (they land in the
-        jobs' working directory), modules and packages, functions and classes
-    job_status - function, called with a job for each provisional result and when it has ended, in a
-        thread of its
-        own, for one job after the other; while it takes longer than 0.1 s for one, it is also
-        called for others, in
-        other threads (old name: callback)
-    cluster_status - function, called as (status, node, job) at every change, in order:
-        DispyNode.Initialized,
-        AvailInfo or Closed with a node, also Closed at the end of the cluster; a job's status with
-        the job,
-        beginning with Created (and the node, when it is sent there and when its result comes)
+    computation - a function (any callable), or the path of a program. A program is copied to the
+        nodes and run with the job's arguments as its command line; its exit status is the job's
+        result
+    nodes - None: all nodes that answer on the local network and, if none answers within 1 s, one
+        that is started here for this program; 'local': only the latter, at once; or a list of
+        'host', ('host', port), ('host', port, cpus), {'host':, 'port':, 'cpus':}, DispyNode,
+        NodeAllocate. An empty list means None. A host is a name, an address, or either with * for
+        any characters; cpus > 0 is an upper limit, cpus < 0 leaves so many free
+    depends - a list of what cannot be found through the computation: paths of files and directories
+        (which are put into the jobs' working directory), modules and packages, functions and
+        classes
+    job_status - a function that is called with a job for each provisional result and when the job
+        has ended (old name: callback). It is called in a thread of its own, for one job after the
+        other; while a call takes longer than 0.1 s, it is also called for others, in other threads
+    cluster_status - a function that is called as (status, node, job) at every change, in order:
+        DispyNode.Initialized, AvailInfo or Closed with a node, with Closed also at the end of the
+        cluster; a job's status with the job, beginning with Created (and with the node when the job
+        is sent there and when its result comes)
     host - also listen for nodes that connect by themselves (`dispynode --scheduler-host`), at this
-        address of this host ('': all)
-        or 'address:port' (default port: 9702), or a list of those; None: this program needs no open
-        port (old name: ip_addr)
-    dispy_port - port of nodes for which none is given, TCP and UDP (default 9701)
+        address of this host ('': all addresses) or 'address:port' (default port: 9702), or a list
+        of these; None: this program needs no open port (old name: ip_addr)
+    dispy_port - the port of nodes for which none is given, TCP and UDP (default 9701)
     node_port - an old name of dispy_port
     ext_host, ext_ip_addr, poll_interval, port, client_port - accepted for old scripts; they have no
-        meaning any more
+        effect any more
     ipv4_udp_multicast - True: look for nodes by IPv4 multicast too
-    dest_path - a fixed directory on the nodes for the files, below the node's own; what is there
-        already and has not
-        changed is not sent again. None: a new one
-    loglevel - level of dispy.logger, as in `logging`: messages are shown from this level up. INFO
-        leaves a level that the program itself has set; DEBUG shows each event and decision
-    setup, cleanup - functions run once a node, before the first and after the last job, in the
-        directory of the files;
-        they share the computation's global variables. A setup that raises or returns other than
-        None or 0 refuses the
-        node. cleanup=True removes the files afterwards, False leaves them, a function runs first
-        and then they are removed
+    dest_path - a fixed directory for the files on the nodes, below the node's own directory; files
+        that are there already and have not changed are not sent again. None: a new directory
+    loglevel - the level of dispy.logger, as in `logging`: messages are shown from this level up.
+        INFO leaves a level unchanged that the program itself has set; DEBUG shows each event and
+        decision
+    setup, cleanup - functions that are run once on each node, before the first and after the last
+        job, in the directory of the files; they share the computation's global variables. If setup
+        raises an exception or returns a value other than None or 0, the node is refused.
+        cleanup=True removes the files afterwards, False leaves them; a function is run first, and
+        then the files are removed
     ping_interval - the longest time between attempts to reach a node (0.1 to 3600, default 30)
-    pulse_interval - time between signs of life (0.1 to 1000, default 2); a node that is silent for
-        five is lost
+    pulse_interval - the time between heartbeats (0.1 to 1000, default 2); a node that is silent for
+        five of them is lost
     reentrant - True: jobs on a lost node are run again elsewhere; False: they end as Abandoned
-    secret, certfile, keyfile, cafile - the secret as str or bytes, paths of files in PEM format;
-        see "Security" in the README
-    recover_file - path of a file, made if there is none, in which jobs are written down so that
-        they outlive this program; see
-        `recover_jobs`. With the file of a program that has crashed its jobs are carried on with:
-        they are in `recovered`, those
-        that had ended with their results. A clean end removes it (old name: fault_recover). None: a
-        small file in the user's state
-        directory, with which what runs on nodes can be collected or ended if this program is killed
-        or ends by an
-        exception; False: not even that
-    max_jobs_per_worker - a worker process is replaced after so many jobs; None: kept
-    on_output - function, called as (job, 'stdout' or 'stderr', text) within a second of its being
-        printed; by the job's
-        end it has had all that is kept. `text` is str for functions, bytes for programs
-    forward_logs - True: `logging` records of jobs, from `loglevel` up, reach dispy.logger with the
-        job's id
+    secret, certfile, keyfile, cafile - the secret as str or bytes, and paths of files in PEM
+        format; see "Security" in the README
+    recover_file - the path of a file, which is created if it does not exist, in which jobs are
+        recorded so that they outlive this program; see `recover_jobs`. With the file of a program
+        that has crashed, the cluster continues with its jobs: they are in `recovered`, those that
+        had ended with their results. A clean end removes the file (old name: fault_recover). None:
+        a small file in the user's state directory, with which running jobs on nodes can be
+        collected or ended if this program is killed or ends by an exception; False: no file at all
+    max_jobs_per_worker - a worker process is replaced after this number of jobs; None: it is kept
+    on_output - a function that is called as (job, 'stdout' or 'stderr', text) within a second after
+        the text was printed; when the job ends, it has got all output that is kept. `text` is str
+        for functions, bytes for programs
+    forward_logs - True: `logging` records of jobs, from `loglevel` up, are sent to dispy.logger
+        with the job's id
     start_method - how a node starts worker processes. 'fork': after it has loaded the computation
-        and run `setup` once; 'spawn': anew, and each loads the computation by itself, runs `setup`
-        and, when it ends in good order, `cleanup`. None: as the node does by default, which is
-        fork on Linux and spawn elsewhere. A node that cannot is refused
-    resources - what each job needs of its node beside CPUs, as {'gpu': 1}: whole numbers of what
-        nodes offer by these names (`dispynode --resource`). A job that asks for 'gpu' sees its own
-        devices in CUDA_VISIBLE_DEVICES
-    python - which Python of a node runs the computation: a name that it knows by `dispynode
-        --python NAME=PATH`, or a version as '3.12'. A node that has none is refused. None: that
-        which runs the node
-    job_dir - True: each job has a directory of its own, with the files of `depends` linked in,
-        which is removed when it has ended
-    returns - of programs: names of files that a job makes in its directory, with * and ? for any
-        characters, ** for any directories and {id} for the job's id. They are below the program's
-        directory, or below `dest`, when the job has ended. Implies job_dir
-    dest - where these come, as 'results/{id}'; a relative path is below the program's directory
+        and run `setup` once; 'spawn': as new processes, each of which loads the computation itself,
+        runs `setup` and, when it ends in good order, `cleanup`. None: the node's default, which is
+        fork on Linux and spawn elsewhere. A node that does not support the method is refused
+    resources - what each job needs of its node besides CPUs, such as {'gpu': 1}: whole numbers of
+        units that nodes offer by these names (`dispynode --resource`). A job that asks for 'gpu'
+        sees its own devices in CUDA_VISIBLE_DEVICES
+    python - which Python of a node runs the computation: a name that the node has by `dispynode
+        --python NAME=PATH`, or a version such as '3.12'. A node that has none is refused. None: the
+        Python that runs the node
+    job_dir - True: each job has a directory of its own, with links to the files of `depends`, which
+        is removed when the job has ended
+    returns - for programs: names of files that a job makes in its directory, with * and ? for any
+        characters, ** for any directories and {id} for the job's id. When the job has ended, they
+        are below the program's directory, or below `dest`. This implies job_dir
+    dest - the directory for these files, such as 'results/{id}'; a relative path is below the
+        program's directory
     speculate - True, with reentrant=True: at the end of a run, when no job waits, jobs that have
-        run for twice the median of at least ten that have ended are started a second time, on an
-        idle CPU of another node. What finishes first counts, and the other is cancelled
+        run for twice the median of at least ten jobs that have ended are started a second time, on
+        an idle CPU of another node. The attempt that finishes first counts, and the other one is
+        cancelled
 
     A node with another minor version of Python gets functions as source: what they use in their
-    files may be imports, other functions and classes at the top level, and plain constants. Where
-    that is not enough it is refused, and the reason says why.
+    files may be imports, other functions and classes at the top level, and plain constants. If that
+    is not sufficient, the node is refused, and the reason says why.
 
     Raises TypeError, ValueError (naming parameter, value and what is allowed), SecretError,
-    FileNotFoundError, or what pickling the computation raises. It starts nothing then. A context
-    manager: see `close`, which it calls at the end.
+    FileNotFoundError, or what pickling the computation raises; in this case nothing was started. A
+    cluster is a context manager, which calls `close` at the end.
     """
 
-    _is_shared = False    # its nodes are a scheduler's
+    _is_shared = False    # whether its nodes are a scheduler's
     _core: ProgramCluster
     __class_getitem__ = classmethod(of_kind)
 
@@ -17706,21 +17857,23 @@ class JobCluster(OldCluster):
     def submit(self, /, *args: Any, **kwargs: Any) -> DispyJob:
         """Run the computation once, with these arguments. Returns the job. Any thread.
 
-        Keywords that are not passed on:
-        dispy_timeout - seconds of running after which it is ended
-        dispy_priority - int, higher goes first (default 0); then the order of submission
-        dispy_cpus - CPUs that it takes on its node (default 1)
-        dispy_memory - bytes that its process and those it starts may use together; with more they
-            are killed (default: no limit). So much of the node's memory is kept for it
-        dispy_resources - what it needs beside CPUs, as {'gpu': 1}, instead of the cluster's
-            `resources`; {}: nothing
-        dispy_retries - so often it is tried again if its worker or node is lost, also if the
-            cluster is not reentrant;
-            then it is Abandoned
-        dispy_retry_on - classes of exceptions, or True for any failure, exit statuses of programs
-            included: it is tried again, so often in all, after such a failure of its own too
-        dispy_retry_delay - seconds before that, doubled each time (default 0)
-        dispy_job_depends - list of paths of files, functions and classes for this job alone
+        Keywords that are not passed on to the computation:
+        dispy_timeout - after how many seconds of running the job is ended
+        dispy_priority - an int: jobs with higher priority go first (default 0), then those
+            submitted earlier
+        dispy_cpus - how many CPUs of its node the job uses (default 1)
+        dispy_memory - how many bytes its process and the processes that it starts may use together;
+            if they use more, they are killed (default: no limit). This amount of the node's memory
+            is reserved for the job
+        dispy_resources - what the job needs besides CPUs, such as {'gpu': 1}, instead of the
+            cluster's `resources`; {} means nothing
+        dispy_retries - how often the job is tried again if its worker or node is lost, even if the
+            cluster is not reentrant; after that it is Abandoned
+        dispy_retry_on - classes of exceptions, or True for any failure, including exit statuses of
+            programs: after such a failure of its own the job is tried again as well, up to the same
+            total number
+        dispy_retry_delay - how many seconds to wait before that, doubled each time (default 0)
+        dispy_job_depends - a list of paths of files, functions and classes for this job alone
 
         Raises RuntimeError on a closed cluster; TypeError, ValueError or FileNotFoundError for bad
         keywords; ValueError for arguments of more than 4 GiB (with a recover_file: 900 MiB); and
@@ -17730,20 +17883,20 @@ class JobCluster(OldCluster):
         return submitter.submit(next(submitter.numbers), args, kwargs)
 
     def submit_job_id(self, id: Any, /, *args: Any, **kwargs: Any) -> DispyJob:
-        """As `submit`; the job's `id` is the one given, any object. Any thread."""
+        """Do as `submit`; `id` becomes the id of the job and may be any object. Any thread."""
         return self._core.submitter.submit(id, args, kwargs)
 
     def submit_node(self, node: Any, /, *args: Any, **kwargs: Any) -> DispyJob:
-        """As `submit`, on this node and no other: a DispyNode, its name, address or (address,
-        port). The job waits while the node cannot be used. Raises ValueError for a node that this
-        cluster does not know, naming those it does. Any thread."""
+        """Do as `submit`, on this node only: a DispyNode, its name, its address or (address, port).
+        The job waits while the node cannot be used. Raises ValueError for a node that this cluster
+        does not know, naming those that it knows. Any thread."""
         submitter = self._core.submitter
-        next_number = next(submitter.numbers)
+        number = next(submitter.numbers)
         key = self._key_of_node(node)
-        return submitter.submit(next_number, args, kwargs, key)
+        return submitter.submit(number, args, kwargs, key)
 
     def submit_job_id_node(self, id: Any, node: Any, /, *args: Any, **kwargs: Any) -> DispyJob:
-        """As `submit_node`, with the job's `id`. Any thread."""
+        """Do as `submit_node`, with this `id` of the job. Any thread."""
         return self._core.submitter.submit(id, args, kwargs, self._key_of_node(node))
 
     def _key_of_node(self, node: Any) -> Any:
@@ -17757,22 +17910,24 @@ class JobCluster(OldCluster):
         return key
 
     def put(self, value: Any) -> ValueRef:
-        """Take a value for many jobs. The ref that this returns may stand anywhere in the arguments
-        of jobs of this program, and there the job gets the value: opened anew for each job, so that
-        what one job changes no other sees. A node is sent it once (below 32 KiB: with each job).
-        What the program changes in the value later does not reach jobs. Arrays and other buffers
-        over 1 MiB in arguments are treated so without `put`, which saves packing and comparing them
-        for each job. Raises what pickling the value raises. Any thread."""
+        """Take a value for many jobs. The returned reference may be anywhere in the arguments of
+        jobs of this program, and the job gets the value there: it is opened anew for each job, so
+        that no job sees what another one has changed. The value is sent once to each node (below 32
+        KiB: with each job). Later changes of the value in the program do not reach jobs. Arrays and
+        other buffers over 1 MiB in arguments are treated in the same way without `put`, which saves
+        packing and comparing them for each job. Raises what pickling the value raises. Any
+        thread."""
         self._core.submitter.look_at_modules()
         return ValueRef(value, [('the value', value)])
 
     def map(self, *iterables: Any, in_flight: Optional[int] = None,
             progress: bool = False) -> Iterator[Any]:
-        """Yield the results of computing over the inputs, in their order, like the builtin `map`.
-        Inputs are taken as results are: at most `in_flight` jobs (default: 1000) are under way, so
-        a generator may be endless. For a job that failed its exception is raised (JobFailed if
-        there is none); leaving the loop cancels the rest. Raises ValueError for an `in_flight`
-        below 1. `progress` as in `wait`, of results that have been taken."""
+        """Yield the results of the computation for the inputs, in their order, like the builtin
+        `map`. Inputs are read as results are consumed: at most `in_flight` jobs (default: 1000)
+        have been submitted and not been consumed, so that a generator may be endless. For a job
+        that failed, its exception is raised (JobFailed if there is none); leaving the loop cancels
+        the rest. `progress` is as in `wait`, and counts consumed results. Raises ValueError for an
+        `in_flight` below 1."""
         high = 1 << 31
         most = in_range('in_flight', in_flight, 1000, 1, high, True)
         results = self._map(zip(*iterables), most)
@@ -17796,14 +17951,15 @@ class JobCluster(OldCluster):
                 def cancel() -> None:
                     for job in jobs:
                         driver.cancels.cancel(job)
-                with contextlib.suppress(RuntimeError):   # it has ended, and its jobs with it
+                # The driver has ended, together with its jobs
+                with contextlib.suppress(RuntimeError):
                     driver.ask(cancel)
 
     def as_completed(self, jobs: Iterable[DispyJob], timeout: Optional[float] = None,
                      progress: bool = False) -> Iterator[DispyJob]:
-        """Yield the jobs, any iterable of them, which is read at once, as they end, whatever their
-        end. Raises TimeoutError when some have not after `timeout` seconds. `progress` as in
-        `wait`."""
+        """Yield the jobs as they end, whatever their end; `jobs` is any iterable and is read at
+        once. Raises TimeoutError if some have not ended after `timeout` seconds. `progress` is as
+        in `wait`."""
         timeout = _seconds('timeout', timeout)
         jobs = list(jobs)
         for job in jobs:
@@ -17817,7 +17973,7 @@ class JobCluster(OldCluster):
     def gather(self, jobs: Iterable[DispyJob], timeout: Optional[float] = None) -> List[Any]:
         """Wait for jobs, any iterable of them, and return their results in this order. Raises what
         `get` raises for the first of them that failed; the others go on. Raises TimeoutError after
-        `timeout` seconds. Any thread."""
+        `timeout` seconds (None: no limit). Any thread."""
         timeout = _seconds('timeout', timeout)
         if timeout is None:
             until = math.inf
@@ -17826,8 +17982,8 @@ class JobCluster(OldCluster):
         return [job.get(max(0.0, until - time.monotonic())) for job in list(jobs)]
 
     def cancel(self, job: DispyJob) -> int:
-        """End a job: a waiting one at once, a running one by KeyboardInterrupt and, 5 s later, by
-        killing it. Returns 0, or -1 for a job that has ended. Any thread."""
+        """End a job: one that waits at once, one that runs by KeyboardInterrupt and, 5 s later, by
+        killing its process. Returns 0, or -1 for a job that has ended. Any thread."""
         if not isinstance(job, DispyJob):
             raise TypeError('cancel: %.80r is not a job' % (job,))
         if job.status in ENDED:
@@ -17837,33 +17993,34 @@ class JobCluster(OldCluster):
         return 0
 
     def jobs(self) -> JobList:
-        """The jobs that have not ended, in the order of submission: a list, which a notebook shows
-        as a table. Any thread."""
-        jobs_owed = self._core.book.jobs_owed()
-        jobs = [job for job in jobs_owed if job.status not in ENDED]
+        """Return the jobs that have not ended, in the order of submission: a list, which a notebook
+        shows as a table. Any thread."""
+        owed = self._core.book.jobs_owed()
+        jobs = [job for job in owed if job.status not in ENDED]
         sorted_jobs = sorted(jobs, key=lambda job: (job.submit_time, job_number(job.serial)))
         return JobList(sorted_jobs)
 
     def cancel_all(self) -> int:
         """End all jobs that have not ended: those that wait at once, those that run as `cancel`
-        does. The cluster takes others afterwards. Returns how many they were. Any thread."""
+        does. The cluster accepts other jobs afterwards. Returns the number of jobs. Any thread."""
         driver = self._core.driver
         jobs = self.jobs()
-        jobs.reverse()   # none begins instead of one that was cancelled before it
+        # The last ones first, so that none of them begins instead of a cancelled one
+        jobs.reverse()
         for at in range(0, len(jobs), CANCELS_MOST):
             some = jobs[at:at + CANCELS_MOST]
             driver.ask(functools.partial(driver.cancels.cancel_some, some))
         return len(jobs)
 
     def cancel_waiting(self) -> None:
-        """End all jobs that have not begun, those that wait on nodes included. Any thread."""
+        """End all jobs that have not begun, including those that wait on nodes. Any thread."""
         self._core.cancel_waiting(False)
 
     def wait(self, timeout: Optional[float] = None, progress: bool = False) -> bool:
-        """Wait until every job has ended and its callback has returned, at most `timeout` seconds;
-        whether they have. `progress` shows how many on stderr if that is a terminal, and in a
-        notebook (with tqdm if that is installed). Any thread; in a callback, the job it was called
-        for is not waited for."""
+        """Wait until every job has ended and its callback has returned, at most `timeout` seconds
+        (None: no limit). Returns whether this is so. `progress` shows the number of ended jobs on
+        stderr if that is a terminal, and in a notebook (with tqdm if it is installed). Any thread;
+        in a callback, the job for which it was called is not waited for."""
         timeout = _seconds('timeout', timeout)
         if not progress:
             return self._core.book.wait(timeout)
@@ -17874,9 +18031,9 @@ class JobCluster(OldCluster):
     # -- nodes -------------------------------------------------------------------------------------
 
     def wait_nodes(self, n: int = 1, timeout: Optional[float] = None) -> None:
-        """Wait until `n` nodes are ready for jobs. Raises NoNodes, which names every address tried
-        and every refusal with its reason, after `timeout` seconds (None: waits without limit),
-        RuntimeError when the cluster is or gets closed. Any thread."""
+        """Wait until `n` nodes are ready for jobs. Raises NoNodes, which names every address that
+        was tried and every refusal with its reason, after `timeout` seconds (None: no limit), and
+        RuntimeError if the cluster is closed or gets closed. Any thread."""
         timeout = _seconds('timeout', timeout)
         high = 1 << 31
         n = in_range('n', n, 1, 0, high, True)
@@ -17903,57 +18060,58 @@ class JobCluster(OldCluster):
             core.book.wait_for_change(min(left, 0.1))
 
     def status(self) -> ClusterStatus:
-        """The nodes that have answered and the number of jobs that have not ended; the other nodes,
-        with the reason, are in `refused`. Any thread."""
+        """Return the nodes that have answered and the number of jobs that have not ended; the other
+        nodes, with the reason, are in its attribute `refused`. Any thread."""
         return self._core.report.status()
 
     def discover_nodes(self, nodes: Any) -> int:
-        """Look for more nodes now, given as in the constructor; '*' asks the whole network. Returns
-        0. Raises TypeError or ValueError for what is no node. Any thread."""
+        """Look for more nodes now. `nodes` is as in the constructor; '*' asks the whole network.
+        Returns 0. Raises TypeError or ValueError if an element is not a node. Any thread."""
         core = self._core
         elsewhere = bool(core.hosts)
         core.nodes.ask('allocate', parse_nodes(nodes, core.port, elsewhere))
         return 0
 
     def allocate_node(self, node: Any) -> int:
-        """Use a node (or a list of them): a new one, or one that was deallocated or closed. As
-        `discover_nodes`."""
+        """Use a node (or a list of nodes): a new one, or one that was deallocated or closed.
+        Returns 0 and raises as `discover_nodes`. Any thread."""
         return self.discover_nodes(node)
 
     def deallocate_node(self, node: Any) -> int:
-        """Send no more jobs to a node, given as in `submit_node`; what runs there goes on. Returns
-        0. Any thread."""
+        """Send no more jobs to a node, which is given as in `submit_node`; jobs that run there go
+        on. Returns 0. Raises ValueError for an unknown node. Any thread."""
         self._core.nodes.ask('set_cpus', node, 0)
         return 0
 
     def close_node(self, node: Any, terminate_pending: bool = False) -> int:
-        """Use a node no more: when its running jobs have ended, or, with `terminate_pending`, at
-        once (its jobs are run elsewhere if the cluster is reentrant and are Abandoned otherwise),
-        cleanup runs there. Returns 0. Any thread."""
+        """Stop using a node: when its running jobs have ended, or, with `terminate_pending`, at
+        once (its jobs are run elsewhere if the cluster is reentrant and are Abandoned otherwise).
+        Cleanup runs there. Returns 0. Raises ValueError for an unknown node. Any thread."""
         self._core.nodes.ask('leave', node, 'close', bool(terminate_pending))
         return 0
 
     def resetup_node(self, node: Any, terminate_pending: bool = False) -> int:
-        """Set a node up anew, with files as they are now: cleanup, what has changed of `depends`,
-        setup. When and with what effect on its jobs as in `close_node`. Returns 0 at once. Any
-        thread."""
+        """Set a node up again, with files as they are now: cleanup runs, changed files of `depends`
+        are sent, and setup runs. The time and the effect on its jobs are as in `close_node`.
+        Returns 0 at once. Raises ValueError for an unknown node. Any thread."""
         cargo = self._core.cargo
         cargo.spec['files'] = _file_rows(cargo.paths, cargo.spec['program'])
         self._core.nodes.ask('leave', node, 'open', bool(terminate_pending))
         return 0
 
     def set_node_cpus(self, node: Any, cpus: int) -> int:
-        """Use at most so many CPUs of a node (negative: leave so many free; 0: none). Returns how
-        many that are. Raises ValueError when it has fewer. Any thread."""
+        """Use at most `cpus` CPUs of a node (a negative number leaves so many free; 0 means none).
+        Returns how many CPUs are used. Raises ValueError if the node has fewer. Any thread."""
         number = plain_number(cpus, True)
         if number is None:
             raise TypeError('cpus=%.80r is not a whole number' % (cpus,))
         return self._core.nodes.ask('set_cpus', node, number)  # type: ignore[no-any-return]
 
     def node_jobs(self, node: Any, from_node: bool = False) -> List[DispyJob]:
-        """Jobs of this cluster that have been sent to a node and have not ended: those that wait
-        there are Created. With `from_node` it is asked which of them run; only these are returned,
-        as Running. Raises ValueError for an unknown node, RuntimeError if it is not connected."""
+        """Return the jobs of this cluster that were sent to a node and have not ended: those that
+        wait there are Created. With `from_node` the node is asked which of them run; only these are
+        returned, as Running. Raises ValueError for an unknown node, RuntimeError if it is not
+        connected. Any thread."""
         core = self._core
         serials = core.nodes.ask('jobs', node)
         if from_node:
@@ -17967,11 +18125,11 @@ class JobCluster(OldCluster):
 
     def send_file(self, path: str, node: Any, timeout: Union[None, bool, float] = None,
                   relay: Optional[bool] = None) -> int:
-        """Put a file, as it is now, into the jobs' directory on a node that is ready; one of this
-        name is replaced as a whole. Returns 0 when it is there. Raises OSError if it cannot be read
-        here or stored there, ValueError for an unknown node, RuntimeError if that is not ready,
-        TimeoutError after `timeout` seconds. `relay`, in dispy 4 the third parameter, is accepted
-        and has no meaning any more. Any thread."""
+        """Put a file, as it is now, into the jobs' directory on a node that is ready; a file with
+        the same name is replaced atomically. Returns 0 when the file is there. `relay`, in dispy 4
+        the third parameter, is accepted and has no effect any more. Raises OSError if the file
+        cannot be read here or stored there, ValueError for an unknown node, RuntimeError if the
+        node is not ready, TimeoutError after `timeout` seconds. Any thread."""
         if isinstance(timeout, bool):
             relay = timeout
             timeout = None
@@ -17992,9 +18150,9 @@ class JobCluster(OldCluster):
     # -- what people see ---------------------------------------------------------------------------
 
     def print_status(self, wall_time: Any = None, file: Any = None) -> None:
-        """Print a table by node, and jobs and CPUs in sum, to `file` (default: stdout). `wall_time`
-        are the seconds that passed, if it is not the time since the cluster was made; the first
-        parameter may also be `file`. Any thread."""
+        """Print a table of the nodes, and the totals of jobs and CPUs, to `file` (default: stdout).
+        `wall_time` is the time in seconds to be shown, if it is not the time since the cluster was
+        made; the first parameter may also be `file`. Any thread."""
         if hasattr(wall_time, 'write'):
             file = wall_time
             wall_time = None
@@ -18012,7 +18170,8 @@ class JobCluster(OldCluster):
                                     core.book.by_state())
 
     def _repr_html_(self) -> str:
-        """For notebooks: state, progress, counts, nodes, and a link to the web page, if any."""
+        """Return the state for a notebook: progress, counts, nodes, and a link to the web page, if
+        any."""
         core = self._core
         nodes = core.report.status().nodes
         if core.closed:
@@ -18029,20 +18188,21 @@ class JobCluster(OldCluster):
 
     def close(self, timeout: Optional[float] = None, terminate: bool = False) -> bool:
         """Wait for the jobs (at most `timeout` seconds; with terminate=True not at all: they are
-        cancelled) and let the nodes go. Returns True; False, and nothing is changed, when jobs were
-        left after `timeout`. May be called twice. Any thread."""
+        cancelled) and release the nodes. Returns True; if jobs are left after `timeout`, returns
+        False, and nothing is changed. The method may be called twice. Any thread."""
         return self._core.close(timeout, terminate)
 
     def shutdown(self, timeout: Optional[float] = None, terminate: bool = False) -> bool:
-        """As `close`; nodes that were started with --client-shutdown end as soon as this program
-        lets them go. Any thread."""
+        """Do as `close`; nodes that were started with --client-shutdown end as soon as this program
+        releases them. Any thread."""
         return self._core.close(timeout, terminate, shutdown=True)
 
     def __enter__(self) -> 'JobCluster':
         return self
 
     def __exit__(self, kind: Any, value: Any, trace: Any) -> None:
-        """Waits for the jobs; leaving by an exception cancels them."""
+        """Wait for the jobs and close; if an exception has left the `with` block, the jobs are
+        cancelled."""
         self.close(terminate=kind is not None)
 
 
@@ -18098,8 +18258,8 @@ def wait_in_sight(book: JobBook, timeout: Optional[float]) -> bool:
 
 
 def too_few_nodes(wanted: int, timeout: float, ready: int, tried: str) -> str:
-    """Why a wait for nodes has ended: how many were wanted within so many seconds, and what was
-    tried."""
+    """Return why a wait for nodes has ended: how many were wanted within so many seconds, and what
+    was tried."""
     if wanted == 1:
         were = '1 node was'
     else:
@@ -18150,8 +18310,8 @@ def row_of_status(node: DispyNode) -> str:
 
 
 def pages_of_nodes(ask: Callable[[int, int], List[tuple]]) -> List[NodeInfo]:
-    """All that a scheduler tells of its nodes; ask(first, most) gets that many rows. Raises what
-    that raises."""
+    """Return all rows that a scheduler has of its nodes; `ask(first, most)` gets that many rows.
+    Raises what `ask` raises."""
     rows: List[NodeInfo] = []
     while True:
         page = ask(len(rows), NODES_PAGE)
@@ -18165,13 +18325,15 @@ class SharedOptions(NamedTuple):
     """The checked parameters that only a SharedJobCluster has."""
     scheduler: NodeSpec
     exclusive: bool
-    any_node: bool      # of the scheduler's nodes all may be used
+    any_node: bool      # all of the scheduler's nodes may be used
 
 
 class SchedulerCommands(NodeCommands):
-    """What the methods of a cluster ask about nodes that a scheduler has: its driver is asked.
+    """What the methods of a cluster ask about nodes of a scheduler: the driver of the scheduler
+    answers.
 
-    allocators - the program's; a scheduler knows them by their numbers, which begin with 1
+    allocators - those of the program; a scheduler knows them by their numbers, which begin with
+    1
     """
 
     def __init__(self, comp: str, book: JobBook, scheduler: NodeSpec,
@@ -18182,7 +18344,8 @@ class SchedulerCommands(NodeCommands):
         self._cargo = cargo
 
     def plain(self, specs: Sequence[NodeSpec]) -> List[tuple]:
-        """Return specs as they are sent to the scheduler; allocators stay here."""
+        """Return specs in the form in which they are sent to the scheduler; allocators are not
+        sent."""
         rows = []
         for spec in specs:
             number = 0
@@ -18244,27 +18407,27 @@ class SchedulerCommands(NodeCommands):
         return future
 
     def _pages(self) -> List[NodeInfo]:
-        """Return what the scheduler tells of its nodes. These may be thousands, so they come in
-        pages."""
+        """Return the rows that the scheduler has of its nodes. There may be thousands, so they come
+        in pages."""
         return pages_of_nodes(lambda first, most: self._call('nodes', first, most))
 
     def rows(self) -> List[NodeInfo]:
         """Return the nodes, or the scheduler while there is none. The row of the scheduler never
-        has CPUs, which would stand for all that it takes."""
+        has CPUs, which would be counted as those of a node."""
         if not self._is_connected():
             return [row._replace(cpus=0) for row in self._ask_here('nodes')]
         rows = self._pages()
         if rows:
             return rows
         reason = 'has no node for this cluster yet'
-        changed_rows: List[NodeInfo] = []
+        shown: List[NodeInfo] = []
         for row in self._ask_here('nodes'):
-            changed_row = row._replace(state='connected', reason=reason, cpus=0)
-            changed_rows.append(changed_row)
-        return changed_rows
+            scheduler = row._replace(state='connected', reason=reason, cpus=0)
+            shown.append(scheduler)
+        return shown
 
     def rows_at_end(self) -> List[NodeInfo]:
-        """Return the nodes, also when the cluster counts as closed."""
+        """Return the nodes, even if the cluster counts as closed."""
         if self._is_connected():
             return self._pages()
         return []
@@ -18272,7 +18435,7 @@ class SchedulerCommands(NodeCommands):
     def why_unloadable(self) -> str:
         """Return why no node can load the code of the computation; the text is empty if one may."""
         if self._is_connected():
-            # It has gone meanwhile
+            # It has ended in the meantime
             with contextlib.suppress(RuntimeError, concurrent.futures.TimeoutError):
                 return self._call('why_unloadable')  # type: ignore[no-any-return]
         return ''
@@ -18281,7 +18444,7 @@ class SchedulerCommands(NodeCommands):
         """Return a text which says what was tried to reach nodes, what came of it, and what to do.
         """
         if self._is_connected():
-            # It has gone meanwhile
+            # It has ended in the meantime
             with contextlib.suppress(RuntimeError, concurrent.futures.TimeoutError):
                 return self._call('complaint')  # type: ignore[no-any-return]
         return self._ask_here('complaint')  # type: ignore[no-any-return]
@@ -18294,16 +18457,16 @@ class SchedulerCommands(NodeCommands):
         return False
 
     def in_words(self, status: Callable[[], ClusterStatus]) -> str:
-        """Return the address of the scheduler, which is not asked: that may take as long as it
-        likes."""
+        """Return the address of the scheduler. The scheduler is not asked, because its answer may
+        take long."""
         return 'scheduler %s' % format_address(*self._scheduler[:2])
 
 
 class SharedDelivery(ResultDelivery):
-    """As ResultDelivery, for jobs that the scheduler has sent to a node.
+    """A ResultDelivery for jobs that the scheduler has sent to a node.
 
-    places - job -> the node where it is, as the scheduler has told. The driver's thread and
-        openers, each job in one at a time
+    places - job -> the node where it is, as the scheduler has reported. The driver's thread and
+    openers use it, each job in one thread at a time
     """
 
     def __init__(self, *parts: Any) -> None:
@@ -18340,7 +18503,7 @@ class SharedProgramCluster(ProgramCluster):
         else:
             nodes = self.nodes.plain(self.specs)
         self.specs = [shared.scheduler]
-        # Whether another process may carry on with the jobs
+        # Whether another process may continue with the jobs
         self.tell_scheduler(nodes, options.recover_file is not None)
 
     def tell_scheduler(self, nodes: Optional[List[tuple]], recovers: bool) -> None:
@@ -18363,7 +18526,7 @@ class SharedProgramCluster(ProgramCluster):
 
     def left_behind(self) -> Dict[Any, int]:
         """Return the nodes that outlive this program, with the number of jobs that run on there.
-        The scheduler cancels what waits."""
+        The scheduler cancels those that wait."""
         counts: Dict[Any, int] = collections.Counter()
         for job, row in list(self.delivery.places.items()):
             if job.status in (DispyJob.Running, DispyJob.ProvisionalResult):
@@ -18397,8 +18560,8 @@ class SharedProgramCluster(ProgramCluster):
                                               {})
 
     def answer_to(self, name: str, args: tuple) -> Any:
-        """Return what a scheduler asks; it also asks for the source and for the program's
-        allocators."""
+        """Return the answer to a question of a scheduler, which also asks for the source and for
+        the decisions of the program's allocators."""
         if name == 'source':
             return self.cargo.source()
         if name == 'allocate':
@@ -18412,12 +18575,12 @@ class SharedProgramCluster(ProgramCluster):
 
 
 class SharedJobCluster(JobCluster):
-    """As JobCluster, with nodes that a dispyscheduler shares between several programs.
+    """A JobCluster whose nodes a dispyscheduler shares between several programs.
 
     Parameters, in addition to those of JobCluster:
-    nodes - which of the scheduler's nodes may be used; None: all; those named here that it does not
-        know yet it looks for
-    scheduler_host - host name or address where dispyscheduler runs, as HOST or HOST:PORT; None:
+    nodes - which of the scheduler's nodes may be used; None: all. The scheduler looks for nodes
+        that are named here and that it does not know yet
+    scheduler_host - the host name or address where dispyscheduler runs, as HOST or HOST:PORT; None:
         this machine (old name: scheduler_node)
     scheduler_port - its TCP port (default 9702)
     exclusive - True: no other cluster uses these nodes at the same time
@@ -18443,9 +18606,9 @@ class SharedJobCluster(JobCluster):
             raise TypeError("scheduler_host=%.80r: it must be 'host' or 'host:port'" % (where,))
         host, port = host_and_port(
             where, in_range('scheduler_port', scheduler_port, SCHEDULER_PORT, 1, 65535, True))
-        node_spec = NodeSpec(host, port, scheduler=True)
+        spec = NodeSpec(host, port, scheduler=True)
         flag = flag_of('exclusive', exclusive)
-        self._shared = SharedOptions(node_spec, flag, any_node(nodes))
+        self._shared = SharedOptions(spec, flag, any_node(nodes))
         super().__init__(computation, nodes, *args, **options)
 
     def _make_core(self, computation: Any, options: ClusterOptions) -> ProgramCluster:
@@ -18453,11 +18616,13 @@ class SharedJobCluster(JobCluster):
 
 
 class NodeScan(NodeUser):
-    """What nodes there are and whether they can be used, without using them: a cluster for the
-    driver, but without a computation.
+    """Finds out which nodes exist and whether they can be used, without using them: for the driver,
+    it is a cluster without a computation.
 
-    nodes, port, secret, certfile, keyfile, cafile - as of JobCluster; nodes=None: all that answer
-        on the local network. Raises TypeError, ValueError, SecretError. A context manager.
+    nodes, port, secret, certfile, keyfile, cafile - as in JobCluster; nodes=None: all that answer
+    on the local network
+
+    Raises TypeError, ValueError or SecretError. The object is a context manager.
     """
     client = 'survey'
     warns = False
@@ -18483,14 +18648,15 @@ class NodeScan(NodeUser):
     def look(self,
              timeout: float = HANDSHAKE_TIME + 1.0,
              listen: float = SURVEY_TIME) -> List[DispyNode]:
-        """The nodes, when each that was named has answered or failed, at the latest after `timeout`
-        seconds; answers to a question to all are waited for `listen` seconds. `state` is
-        'connected', and `reason` then who uses it, or why it cannot be used."""
+        """Return the nodes, when each one that was named has answered or failed, at the latest
+        after `timeout` seconds; answers to a broadcast are awaited for `listen` seconds. The
+        `state` of a usable node is 'connected', and its `reason` says then who uses it; otherwise
+        `reason` says why it cannot be used."""
         began = time.monotonic()
         wild = any(spec.wild for spec in self.specs)
         while True:
-            # What is not known yet is looked for in the same turn: otherwise an answer could come
-            # between the two.
+            # Unknown nodes are looked for in the same turn: otherwise an answer could come in
+            # between.
             found = self.driver.ask(self._found)
             passed = time.monotonic() - began
             listens = wild and passed < listen
@@ -18529,7 +18695,7 @@ class NodeScan(NodeUser):
         return describe_node(peer, state, reason, peer.offered, 0)
 
     def close(self) -> None:
-        """Let the nodes go."""
+        """Release the nodes."""
         self.driver.ask(lambda: self.driver.forget(self.comp))
         drivers.release(self.driver)
 
@@ -18541,9 +18707,9 @@ class NodeScan(NodeUser):
 
 
 class Progress:
-    """How many jobs have ended, on stderr: tqdm's bar if it is installed, otherwise a line a
-    second, rewritten. In a notebook tqdm shows its bar there. Nothing is shown if stderr is neither
-    that nor a terminal."""
+    """Shows how many jobs have ended on stderr: with tqdm's bar if tqdm is installed, otherwise as
+    a line that is rewritten once a second. In a notebook, tqdm shows its bar there. Nothing is
+    shown if stderr is not a terminal and this is not a notebook with tqdm."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
@@ -18559,7 +18725,7 @@ class Progress:
 
     def _make_bar(self, total: Optional[int]) -> Any:
         """Return a bar of tqdm, or None if tqdm is not installed."""
-        with contextlib.suppress(ImportError):   # it is not asked for, only used
+        with contextlib.suppress(ImportError):   # it is used only if it is installed
             if not self._in_notebook:
                 import tqdm
                 return tqdm.tqdm(total=total, unit='job', file=sys.stderr)
@@ -18612,7 +18778,7 @@ class Progress:
 
 
 def in_notebook() -> bool:
-    """Whether what is printed is shown in a notebook: this is a kernel of Jupyter."""
+    """Return whether output is shown in a notebook, because this process is a kernel of Jupyter."""
     shell = getattr(sys.modules.get('IPython'), 'get_ipython', lambda: None)()
     if shell is None:
         return False
@@ -18623,7 +18789,7 @@ _OF_HISTORY = LazyPattern(r'_+|_\d+')
 
 
 def references_of_history(value: Any) -> int:
-    """How many references to a value there are because a notebook or prompt has shown it. Any
+    """Return how many references to a value exist because a notebook or prompt has shown it. Any
     thread."""
     spaces: List[Any] = [vars(builtins)]   # `_` of Python's own prompt
     shell = getattr(sys.modules.get('IPython'), 'get_ipython', lambda: None)()
@@ -18667,8 +18833,8 @@ def _own_hosts(host: Any) -> List[Any]:
 
 
 def _own_host(host: Any) -> Optional[Tuple[str, int]]:
-    """One of the parameter `host`: an address, ADDRESS:PORT or (address, port). Raises TypeError or
-    ValueError."""
+    """Return one element of the parameter `host`: an address, ADDRESS:PORT or (address, port).
+    Raises TypeError or ValueError."""
     if host is None:
         return None
     if isinstance(host, str):
@@ -18688,8 +18854,9 @@ def _own_host(host: Any) -> Optional[Tuple[str, int]]:
 
 
 def plain_number(value: Any, whole: bool = False) -> Any:
-    """An int or float for any number: of numpy, of an enum, a Fraction. None for what is no number,
-    also for bool; for NaN; and if it must be `whole` for others."""
+    """Return an int or float for any number: of numpy, of an enum, a Fraction. Returns None for an
+    object that is not a number, for bool, for NaN, and, if it must be `whole`, for a fractional
+    number."""
     # Numpy's
     if isinstance(value, bool):
         return None
@@ -18705,12 +18872,13 @@ def plain_number(value: Any, whole: bool = False) -> Any:
         return None
     try:
         return float(value)
-    except OverflowError:   # a fraction
+    except OverflowError:   # a number with a fraction
         return None
 
 
 def number_in(value: Any, whole: bool = False) -> Any:
-    """Return what plain_number returns; the number may also be given as text, as dispy 4 took it.
+    """Return what plain_number returns; the number may also be given as text, as dispy 4 accepted
+    it.
     """
     if isinstance(value, str):
         try:
@@ -18725,7 +18893,8 @@ def number_in(value: Any, whole: bool = False) -> Any:
 
 def in_range(name: str, value: Any, default: Any, low: float, high: float,
              whole: bool = False) -> Any:
-    """Return a parameter as a plain number. Raises ValueError if it is none or is out of range."""
+    """Return a parameter as a plain number. Raises ValueError if it is not a number or is out of
+    range."""
     if value is None:
         return default
     number = number_in(value, whole)
@@ -18758,13 +18927,13 @@ def flag_of(name: str, value: Any) -> bool:
     raise TypeError('%s=%.80r is neither True nor False' % (name, value))
 
 
-# What a resource may not be called, and how that is asked for instead
+# Names that a resource may not have, and how to request these instead
 _OTHER_NAMES = {'cpu': 'dispy_cpus', 'cpus': 'dispy_cpus', MEMORY: 'dispy_memory'}
 
 
 def request_of(name: str, value: Any) -> Request:
-    """Return what a parameter says of resources: {'gpu': 1}. Those of which it wants 0 are left
-    out. Raises TypeError or ValueError, which name the parameter."""
+    """Return a parameter that requests resources, such as {'gpu': 1}. Resources of which it
+    requests 0 are left out. Raises TypeError or ValueError, naming the parameter."""
     if not isinstance(value, collections.abc.Mapping):
         message = "%s=%.80r must be a dict of names and numbers, such as {'gpu': 1}" % (name, value)
         raise TypeError(message)
@@ -18782,7 +18951,7 @@ def request_of(name: str, value: Any) -> Request:
 
 
 def _take_options(kwargs: dict) -> Optional[dict]:
-    """Take the keywords that are the cluster's out of those of the job."""
+    """Remove the keywords that are for the cluster from those of the job, and return them."""
     repeats = _take_repeats(kwargs)
     options: Dict[str, Any] = {}
     resources = kwargs.pop('dispy_resources', None)
@@ -18807,7 +18976,8 @@ def _take_options(kwargs: dict) -> Optional[dict]:
 
 
 def _take_repeats(kwargs: dict) -> Optional[Repeats]:
-    """Take the keywords that say which failures are repeated. Raises TypeError or ValueError."""
+    """Remove the keywords that say which failures are repeated, and return them. Raises TypeError
+    or ValueError."""
     on = kwargs.pop('dispy_retry_on', None)
     delay = kwargs.pop('dispy_retry_delay', None)
     if on is None or on is False:
@@ -18851,7 +19021,8 @@ class DispyFuture(concurrent.futures.Future):  # type: ignore[type-arg]
 
     @property
     def _state(self) -> str:
-        """The state by the names of the standard library, which shows it and decides by it."""
+        """The state, by the names of the standard library, which uses it for display and for
+        decisions."""
         state = self._set_state
         job = self.job
         if state == 'PENDING' and job is not None:
@@ -18861,13 +19032,15 @@ class DispyFuture(concurrent.futures.Future):  # type: ignore[type-arg]
 
     @_state.setter
     def _state(self, state: str) -> None:
+        """The state, by the names of the standard library, which uses it for display and for
+        decisions."""
         self._set_state = state
 
     def cancel(self) -> bool:
-        """Cancel the call if it has not begun: its node is asked, and the answer is waited for, 1 s
-        at most. Returns whether it will never begin. As with other executors, what runs goes on
-        (`cluster.cancel` ends that too). In a thread with a running event loop the answer is not
-        waited for: the call is cancelled as soon as it has come. Any thread."""
+        """Cancel the call if it has not begun: its node is asked, and the answer is awaited, 1 s at
+        most. Returns whether the call will never begin. As with other executors, a running call
+        goes on (`cluster.cancel` ends that too). In a thread with a running event loop the answer
+        is not awaited: the call is cancelled as soon as it has come. Any thread."""
         if self.done():
             return self.cancelled()
         if self.job is None:
@@ -18896,8 +19069,8 @@ class DispyFuture(concurrent.futures.Future):  # type: ignore[type-arg]
             raise self._explained(exc, timeout)
 
     def _explained(self, exc: BaseException, timeout: Optional[float]) -> BaseException:
-        """Return the exception of a wait with a text, and an exception that the call has raised as
-        it is."""
+        """Return the exception of a wait with a text; an exception that the call has raised is
+        returned unchanged."""
         if self.done():
             return exc
         if self.job is None or exc.args:
@@ -18909,8 +19082,8 @@ class DispyFuture(concurrent.futures.Future):  # type: ignore[type-arg]
         return core_of(self._cluster).driver  # type: ignore[no-any-return]
 
     def settle(self, job: DispyJob) -> None:
-        """The job has ended. What it printed is shown here, unless the program takes that itself
-        (`on_output`). A callback thread."""
+        """Set the result or exception, because the job has ended. What it printed is shown here,
+        unless the program handles output itself (`on_output`). A callback thread."""
         core = core_of(self._cluster)
         if core.live_output.on_output is None:
             _show_printed(job)
@@ -18933,15 +19106,16 @@ class DispyFuture(concurrent.futures.Future):  # type: ignore[type-arg]
 
 
 def withdraw_all(driver: Driver, jobs: Sequence[Any]) -> None:
-    """Cancel those of the jobs that have not begun; the answers are not waited for. Any thread but
+    """Cancel those of the jobs that have not begun, without waiting for the answers. Any thread but
     the driver's."""
-    with contextlib.suppress(RuntimeError):   # the driver has ended, and its jobs with it
+    with contextlib.suppress(RuntimeError):   # the driver has ended, together with its jobs
         driver.ask(lambda: driver.cancels.withdraw_all(jobs))
 
 
 def withdraw(driver: Driver, job: DispyJob) -> bool:
-    """Cancel a job if it has not begun; whether it never will. Waits for the answer of its node
-    for WITHDRAW_TIME; then the job goes on. Any thread; without answer in the driver's."""
+    """Cancel a job if it has not begun. Returns whether it never will. Waits WITHDRAW_TIME for the
+    answer of its node; then the job goes on. Any thread; in the driver's thread it does not
+    wait."""
     if job.status in ENDED or driver.broken or threading.current_thread() is driver.thread:
         return job.status == DispyJob.Cancelled
     try:
@@ -18950,22 +19124,23 @@ def withdraw(driver: Driver, job: DispyJob) -> bool:
             return future.result(WITHDRAW_TIME)  # type: ignore[no-any-return]
         except concurrent.futures.TimeoutError:
             return driver.ask(lambda: driver.cancels.keep(job))  # type: ignore[no-any-return]
-    except RuntimeError:   # the driver has ended meanwhile, and its jobs with it
+    except RuntimeError:   # the driver has ended in the meantime, together with its jobs
         return job.status == DispyJob.Cancelled
 
 
 def _show_printed(job: DispyJob) -> None:
-    """Show what a call has printed, whole, when it has ended, as if a process of this machine had
+    """Print the complete output of a call when it has ended, as if a process of this machine had
     printed it."""
     for text, stream in ((job.stdout, sys.stdout), (job.stderr, sys.stderr)):
         if text and stream is not None:
-            with contextlib.suppress(OSError, ValueError):   # closed, or it lacks these characters
+            # The stream is closed, or cannot encode these characters
+            with contextlib.suppress(OSError, ValueError):
                 stream.write(str(text))
                 stream.flush()
 
 
 def _in_event_loop() -> bool:
-    """Whether this thread runs an event loop of asyncio, which must not be kept waiting."""
+    """Return whether this thread runs an event loop of asyncio, which must not be blocked."""
     asyncio = sys.modules.get('asyncio')
     if asyncio is None:
         return False
@@ -18973,17 +19148,18 @@ def _in_event_loop() -> bool:
 
 
 def _settle_future(job: DispyJob) -> None:
-    """The callback of an executor's cluster. Afterwards the job refers to the future no more:
-    both are freed, with the result, when the last reference to them is gone."""
+    """Settle the future of a job; this is the callback of an executor's cluster. Afterwards the job
+    does not refer to the future any more: both are freed, with the result, when the last reference
+    to them is gone."""
     future = job.future
     del job.future
     future.settle(job)
 
 
 class _ExecutorClusters:
-    """The clusters of an executor: one, and while the file of a module has changed those before
-    it, whose calls go on. Nothing that lasts refers to this, so that it is freed with the last
-    executor that uses it; its clusters are closed then."""
+    """The clusters of an executor: one and, after the file of a module has changed, the earlier
+    ones, whose calls go on. No long-lived object refers to this one, so that it is freed with the
+    last executor that uses it; its clusters are closed then."""
 
     def __init__(self, make_cluster: Callable[[], JobCluster]) -> None:
         self._make_cluster = make_cluster
@@ -18992,7 +19168,7 @@ class _ExecutorClusters:
         self._clusters = [self.cluster]    # that are open
         self._closed = False
         self._end = weakref.finalize(self, _close_later, self._clusters)
-        self._end.atexit = False           # the end of the program sees to clusters itself
+        self._end.atexit = False           # the end of the program handles clusters itself
 
     def current(self) -> JobCluster:
         """Return the cluster for a new call. Raises RuntimeError or BrokenProcessPool."""
@@ -19025,7 +19201,7 @@ class _ExecutorClusters:
             return self.cluster
 
     def close(self, wait: bool, cancel: bool) -> None:
-        """Take no more calls."""
+        """Accept no more calls."""
         with self._lock:
             self._closed = True
             clusters = list(self._clusters)
@@ -19039,7 +19215,7 @@ class _ExecutorClusters:
             cluster.close()
 
     def terminate(self) -> None:
-        """Take no more calls, and end those that run."""
+        """Accept no more calls, and end those that run."""
         with self._lock:
             self._closed = True
         for cluster in self._clusters:
@@ -19047,35 +19223,36 @@ class _ExecutorClusters:
 
 
 def _close_later(clusters: Sequence[JobCluster]) -> None:
-    """Close clusters when their jobs have ended. Any thread, also one that collects garbage."""
+    """Close clusters when their jobs have ended. Any thread, including one that collects
+    garbage."""
     def close() -> None:
         for cluster in clusters:
             cluster.close()
-    with contextlib.suppress(RuntimeError):   # the interpreter ends, and its clusters with it
+    with contextlib.suppress(RuntimeError):   # the interpreter ends, together with its clusters
         thread = threading.Thread(target=close, name='dispy-shutdown', daemon=True)
         thread.start()
 
 
 class DispyExecutor(concurrent.futures.Executor):
-    """A concurrent.futures.Executor whose calls run on the nodes of a cluster: any function a call,
-    exceptions as they were raised with the node's traceback as their cause. `cluster` is the
-    cluster.
+    """A concurrent.futures.Executor whose calls run on the nodes of a cluster: each call may name
+    another function, and exceptions are raised as on the node, with the node's traceback as their
+    cause. The attribute `cluster` is the cluster.
 
     Parameters:
-    max_workers - CPUs that calls use at once, over all nodes (default: all that these have). A node
-        that this program has started itself runs so many calls at once even if the machine has
-        fewer CPUs
-    nodes - as of JobCluster, whose other parameters but `computation` and `job_status` may be given
-        as well
-    initializer, initargs - a function and its arguments: each worker process calls it before its
-        first call. A node where it fails is not used; if there is no other, all futures and
-        `submit` raise BrokenExecutor
-    max_tasks_per_child - a worker process is replaced after so many calls (default: never)
+    max_workers - how many CPUs calls use at once, over all nodes (default: all that these have). A
+        node that this program has started itself runs this number of calls at once even if the
+        machine has fewer CPUs
+    nodes - as in JobCluster, whose other parameters except `computation` and `job_status` are also
+        accepted
+    initializer, initargs - a function and its arguments: each worker process calls the function
+        before its first call. A node where it fails is not used; if there is no other node, all
+        futures and `submit` raise BrokenExecutor
+    max_tasks_per_child - a worker process is replaced after this number of calls (default: never)
     mp_context - a context of `multiprocessing`, or the name of a start method: see `start_method`
-        of JobCluster. Any but fork and spawn is taken for spawn, and is named in the log, once
+        of JobCluster. Methods other than fork and spawn are treated as spawn, and are logged once
 
-    A worker process that is killed ends its call with WorkerLost, which is a BrokenExecutor; the
-    executor itself goes on. When the program ends, it waits for calls that have not ended; Ctrl-C
+    If a worker process is killed, its call ends with WorkerLost, which is a BrokenExecutor; the
+    executor itself goes on. At its end, the program waits for calls that have not ended; Ctrl-C
     ends that wait. Raises what JobCluster raises.
     """
     _cluster_class: Callable[..., JobCluster] = JobCluster
@@ -19113,9 +19290,10 @@ class DispyExecutor(concurrent.futures.Executor):
                      memory: Optional[int] = None, cpus: Optional[int] = None,
                      retries: Optional[int] = None,
                      resources: Optional[Mapping[str, int]] = None) -> 'DispyExecutor':
-        """An executor with the same workers, whose calls have these options: see `dispy_timeout`
-        and so on of JobCluster.submit. What is not given stays as it is. To shut down one of them
-        is to shut down all. Raises ValueError for an option out of range."""
+        """Return an executor with the same workers, whose calls have these options: see
+        `dispy_timeout` and so on of JobCluster.submit. Options that are not given remain unchanged.
+        Shutting down one of these executors shuts down all of them. Raises ValueError for an option
+        out of range."""
         given = _take_options({
             'dispy_timeout': timeout, 'dispy_priority': priority, 'dispy_memory': memory,
             'dispy_cpus': cpus, 'dispy_retries': retries, 'dispy_resources': resources})
@@ -19126,9 +19304,9 @@ class DispyExecutor(concurrent.futures.Executor):
 
     def submit(self, fn: Callable[..., Any], /,  # type: ignore[override]
                *args: Any, **kwargs: Any) -> DispyFuture:
-        """Call fn(*args, **kwargs) on a node. What pickling raises is the future's exception.
-        Raises RuntimeError after shutdown, BrokenExecutor if the initializer has failed on all
-        nodes, TypeError for what cannot be called. Any thread."""
+        """Call fn(*args, **kwargs) on a node, and return a DispyFuture. An exception that pickling
+        raises becomes that of the future. Raises RuntimeError after shutdown, BrokenExecutor if the
+        initializer has failed on all nodes, and TypeError if `fn` is not callable. Any thread."""
         if not callable(fn):
             raise TypeError('%.80r cannot be called' % (fn,))
         cluster = self._pool.current()
@@ -19142,11 +19320,11 @@ class DispyExecutor(concurrent.futures.Executor):
             future.set_exception(_pickling_error(exc))
             return future
         try:
-            next_number = next(submitter.numbers)
+            number = next(submitter.numbers)
             options = submitter.with_defaults(self._options)
-            submitter.enter(next_number, args, kwargs, options, payload, future)
+            submitter.enter(number, args, kwargs, options, payload, future)
         except RuntimeError as exc:
-            if cluster is not self._pool.cluster:   # it has been replaced meanwhile
+            if cluster is not self._pool.cluster:   # the cluster was replaced in the meantime
                 return self.submit(fn, *args, **kwargs)
             raise RuntimeError('cannot schedule new futures after shutdown: %s' % exc) from None
         return future
@@ -19158,10 +19336,11 @@ class DispyExecutor(concurrent.futures.Executor):
             chunksize: int = 1,
             buffersize: Optional[int] = None,
             progress: bool = False) -> Iterator[Any]:
-        """As in concurrent.futures: results come in order, `chunksize` inputs a job. All inputs are
-        taken at once; with `buffersize`, so many jobs are under way at most, and others are taken
-        as results are. Raises TimeoutError when the next result is not there `timeout` seconds
-        after the call, and what a call raised. `progress` as in JobCluster.map."""
+        """Do as in concurrent.futures: results come in order, and each job has `chunksize` inputs.
+        All inputs are read at once; with `buffersize`, at most so many jobs have been submitted and
+        not been consumed, and further inputs are read as results are consumed. Raises TimeoutError
+        if the next result is not there `timeout` seconds after the call, and the exception of a
+        call. `progress` is as in JobCluster.map."""
         if progress:
             results = self.map(fn, *iterables, timeout=timeout, chunksize=chunksize,
                                buffersize=buffersize)
@@ -19184,7 +19363,7 @@ class DispyExecutor(concurrent.futures.Executor):
         first = itertools.islice(inputs, buffersize)
         futures = collections.deque(self.submit(call, *args) for args in first)
         more = None
-        if buffersize is not None:   # what is not asked for shall not keep the executor
+        if buffersize is not None:   # the generator must not keep the executor alive
             more = functools.partial(_submit_next, weakref.ref(self), call, inputs)
         results = _results_of(futures, until, more)
         if chunksize == 1:
@@ -19192,16 +19371,16 @@ class DispyExecutor(concurrent.futures.Executor):
         return _flat(results)
 
     def __exit__(self, kind: Any, value: Any, trace: Any) -> None:
-        """As in concurrent.futures, waits for all calls; Ctrl-C and sys.exit end them."""
+        """Wait for all calls, as in concurrent.futures; Ctrl-C and sys.exit end them."""
         if kind is not None and not issubclass(kind, Exception):
             self._pool.terminate()
         else:
             self.shutdown()
 
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
-        """Take no more calls; wait for those there are (`cancel_futures`: for those that have
-        begun or that a CPU is about to take) and let the nodes go. Without `wait` that is done
-        later. Any thread."""
+        """Accept no more calls; wait for the existing ones (with `cancel_futures`: for those that
+        have begun or that a CPU is about to take) and release the nodes. Without `wait`, this
+        happens later. Any thread."""
         self._pool.close(wait, cancel_futures)
 
     def __repr__(self) -> str:
@@ -19224,8 +19403,9 @@ def _positive(name: str, value: Any) -> int:
 
 
 def _method_of(context: Any) -> str:
-    """The start method of workers that a context of `multiprocessing` stands for. One that there is
-    not is noted: forkserver, for one, also gives processes in which nothing of the program is."""
+    """Return the start method of workers for a context of `multiprocessing`. For a method that
+    workers do not have, such as forkserver, this is logged: it also creates processes that contain
+    nothing of the program."""
     if isinstance(context, str):
         method = context
     else:
@@ -19242,8 +19422,8 @@ _methods_noted: Set[str] = set()
 
 
 def _pickling_error(exc: BaseException) -> BaseException:
-    """The exception of a call that could not be pickled. One by which a program ends does not end
-    it."""
+    """Return the exception of a call that could not be pickled. SystemExit, which would end the
+    program, is replaced."""
     if isinstance(exc, SystemExit):
         error = pickle.PicklingError('the call could not be pickled: %r' % exc)
         error.__cause__ = exc
@@ -19262,8 +19442,8 @@ def _submit_next(executor: 'weakref.ref[DispyExecutor]', call: Callable[..., Any
 
 def _results_of(futures: Deque[DispyFuture], until: Optional[float],
                 more: Optional[Callable[[], List[DispyFuture]]]) -> Iterator[Any]:
-    """Results in order; when they are not wanted any more, the calls that have not begun are
-    cancelled. No result is referred to from here once it has been yielded."""
+    """Yield results in order; when the consumer stops, the calls that have not begun are cancelled.
+    No reference to a result remains here once it was yielded."""
     try:
         while futures:
             if more is not None:
@@ -19311,8 +19491,8 @@ _ending = False    # the interpreter ends, and executors take no more calls
 
 
 def _wait_for_executors() -> None:
-    """The program ends: what was submitted to executors is waited for, as the standard library
-    does. Ctrl-C ends that, and so does it that no node is to be had."""
+    """Wait, at the end of the program, for calls that were submitted to executors, as the standard
+    library does. Ctrl-C ends this wait, and so does the lack of any node."""
     global _ending
     if _ending:   # it has been done
         return
@@ -19329,22 +19509,23 @@ def _wait_for_executors() -> None:
             logger.warning('%s: the program is ending and does not wait for its calls any more',
                            core.name)
             return
-        except RuntimeError as exc:   # it was closed, or its driver has failed
+        except RuntimeError as exc:   # the cluster was closed, or its driver has failed
             logger.debug('%s: %s', core.name, exc)
 
 
-# Before other exit handlers, which may not submit calls any more
+# This runs before other exit handlers, which may not submit calls any more
 if hasattr(threading, '_register_atexit'):
     with contextlib.suppress(RuntimeError):   # it ends already
         threading._register_atexit(_wait_for_executors)
 
 
 class JoblibCall:
-    """A batch of joblib's calls on its way. joblib calls `result` or `get`."""
+    """A batch of joblib's calls that was submitted. joblib calls `result` or `get`."""
     __slots__ = ('parallel', 'job', '_callback', '_error', '_backend')
 
     def __init__(self, backend: Any, callback: Optional[Callable[[Any], Any]]) -> None:
-        self.parallel = getattr(callback, 'parallel', None)   # the Parallel that it belongs to
+        # The instance of Parallel to which it belongs
+        self.parallel = getattr(callback, 'parallel', None)
         self.job: Optional[DispyJob] = None
         self._backend = backend
         self._callback = callback
@@ -19382,7 +19563,7 @@ class JoblibCall:
 
 
 class _KeptCluster:
-    """A cluster of joblib's calls: with which options it was made, who uses it, and since when
+    """A cluster for joblib's calls: with which options it was made, who uses it, and since when
     nobody does."""
 
     def __init__(self, options: dict, cluster: JobCluster) -> None:
@@ -19393,8 +19574,8 @@ class _KeptCluster:
 
     @property
     def is_open(self) -> bool:
-        """Whether it can be used: it may have been closed, or be of the parent of a forked
-        process."""
+        """Return whether the cluster can be used: it may have been closed, or belong to the parent
+        of a forked process."""
         core = core_of(self.cluster)
         if core.closed:
             return False
@@ -19402,14 +19583,15 @@ class _KeptCluster:
 
 
 class JoblibClusters:
-    """Clusters that joblib's calls run on, by the options of their backends. One that no call uses
-    is kept for a while, since the next call wants the same as a rule. Any thread."""
+    """Clusters on which joblib's calls run, by the options of their backends. A cluster that no
+    call uses is kept for a while, since the next call usually wants the same options. Any
+    thread."""
     KEPT = 300.0       # s, as joblib's own backend keeps its workers
 
     def __init__(self) -> None:
         self._lock = threading.RLock()   # guards those below; held while a cluster is made
         self._kept: List[_KeptCluster] = []
-        self._asked: List[Tuple[Any, float, int]] = []   # nodes, when they were asked, CPUs
+        self._asked: List[Tuple[Any, float, int]] = []   # options, when the nodes were asked, CPUs
         self._timer: Optional[threading.Timer] = None
 
     def take(self, user: Any, options: dict, make: Callable[[], JobCluster]) -> JobCluster:
@@ -19439,7 +19621,7 @@ class JoblibClusters:
         return None
 
     def release(self, user: Any) -> None:
-        """Note that a user needs no cluster any more."""
+        """Note that a user does not need its cluster any more."""
         with self._lock:
             for kept in self._kept:
                 if user in kept.users:
@@ -19478,8 +19660,8 @@ class JoblibClusters:
             kept.cluster.close(terminate=True)
 
     def cpus_of(self, options: dict) -> int:
-        """CPUs that calls with these options would have. Nodes are asked for that and not used; the
-        answer is remembered."""
+        """Return the number of CPUs that calls with these options would have. Nodes are asked and
+        not used; the answer is remembered."""
         nodes = options.get('nodes')
         if nodes == LOCAL:
             return available_cpus()
@@ -19530,7 +19712,7 @@ class JoblibClusters:
 
 
 joblib_clusters = JoblibClusters()
-# What Parallel gives to all backends, and what is of joblib's own
+# Keywords that Parallel passes to all backends, and those of joblib's own
 _OF_JOBLIB = frozenset(('max_nbytes', 'temp_folder', 'mmap_mode', 'prefer', 'require', 'verbose',
                         'context', 'idle_worker_timeout'))
 JOBLIB_START = 30.0    # s that a call of joblib waits for its first node
@@ -19541,15 +19723,15 @@ THREAD_VARIABLES = (
 
 
 class JoblibRun:
-    """What a backend of joblib does with its batches: each is a job, and no more of them are under
-    way than there shall be. Any thread."""
+    """What a backend of joblib does with its batches: each is a job, and the number of jobs that
+    are submitted is limited. Any thread."""
 
     def __init__(self, options: dict) -> None:
         """Keep the options of the backend."""
         self.options = options
         self._lock = threading.Lock()    # guards those below
         self._cluster: Optional[JobCluster] = None
-        self._most = sys.maxsize         # jobs under way
+        self._most = sys.maxsize         # limit of submitted jobs
         self._calls: Set[JoblibCall] = set()
         self._waiting: Deque[Tuple[JoblibCall, Callable[..., Any]]] = collections.deque()
 
@@ -19563,7 +19745,7 @@ class JoblibRun:
             options['setup'] = functools.partial(set_numerical_threads, variables)
         digits = os.urandom(8).hex()
         start = functools.partial(run_batch, digits, initializer, tuple(initargs))
-        # What people are told of it
+        # The name for people
         start.__name__ = 'calls of joblib'  # type: ignore[attr-defined]
         if 'scheduler_host' in options:
             kind: Any = SharedJobCluster
@@ -19582,13 +19764,13 @@ class JoblibRun:
         return joblib_clusters.cpus_of(self.options)
 
     def begin(self, n_jobs: int) -> None:
-        """Prepare for calls, `n_jobs` of which may be under way. Raises what making a cluster
-        raises."""
+        """Prepare for calls; at most `n_jobs` of them are submitted at a time. Raises what creating
+        a cluster raises."""
         cluster = joblib_clusters.take(self, self.options, self._make)
         nodes = core_of(cluster).nodes
         cpus = 0
         for row in nodes.rows():
-            # As many processes as are asked for
+            # As many processes as were requested
             if row.key == LOCAL:
                 if n_jobs > row.offered:
                     nodes.ask('set_cpus', row.key, n_jobs)
@@ -19605,7 +19787,7 @@ class JoblibRun:
         joblib_clusters.release(self)
 
     def submit(self, call: JoblibCall, function: Callable[..., Any]) -> JoblibCall:
-        """Submit a batch, or queue it while as many as allowed are under way."""
+        """Submit a batch, or queue it if the limit is reached."""
         with self._lock:
             wait = len(self._calls) >= self._most
             if wait:
@@ -19620,7 +19802,7 @@ class JoblibRun:
         try:
             call.job = self._cluster.submit_job_id(call, function)  # type: ignore[union-attr]
         except Exception as exc:
-            # Of the user's objects, which cannot be pickled; or the cluster has been closed
+            # The user's objects cannot be pickled, or the cluster was closed
             error: Exception = exc
             core = core_of(self._cluster)
             if not core.closed:
@@ -19653,14 +19835,14 @@ class JoblibRun:
             if job is None:
                 continue
             if job.status not in ENDED:
-                # The cluster has ended, and its jobs with it
+                # The cluster has ended, together with its jobs
                 with contextlib.suppress(RuntimeError):
                     self._cluster.cancel(job)  # type: ignore[union-attr]
 
 
 def _above_joblib(backend: Any) -> str:
-    """Below what a call stands that is to use this backend, if that has taken the CPUs already: as
-    with joblib's own backends."""
+    """Return what a call that is to use this backend is nested in, if its CPUs are in use already:
+    processes of multiprocessing, or threads; else ''. joblib's own backends do the same."""
     process = sys.modules.get('multiprocessing.process')
     if process is not None:
         if process.current_process().daemon:
@@ -19673,10 +19855,11 @@ def _above_joblib(backend: Any) -> str:
 
 
 def joblib_backend(parallel: Any) -> Any:
-    """Return the class of the backend, made from what the module joblib.parallel has."""
+    """Return the class of the backend, made from the classes in the module joblib.parallel."""
     class DispyBackend(  # type: ignore[misc, name-defined]
             parallel.AutoBatchingMixin, parallel.ParallelBackendBase):
-        """joblib's calls as jobs; see joblib's documentation of ParallelBackendBase."""
+        """A backend that runs joblib's calls as jobs; see joblib's documentation of
+        ParallelBackendBase."""
         supports_retrieve_callback = supports_timeout = supports_inner_max_num_threads = True
         default_n_jobs = -1
 
@@ -19699,8 +19882,8 @@ def joblib_backend(parallel: Any) -> Any:
             return self._run
 
         def effective_n_jobs(self, n_jobs: Optional[int]) -> int:
-            """How many calls at once n_jobs stands for: negative numbers count from the CPUs of all
-            nodes downwards, -1 is all."""
+            """Return how many calls at once `n_jobs` means: negative numbers count from the CPUs of
+            all nodes downwards, -1 means all."""
             if n_jobs == 0:
                 raise ValueError('n_jobs == 0 in Parallel has no meaning')
             # A job has one CPU
@@ -19723,7 +19906,7 @@ def joblib_backend(parallel: Any) -> Any:
             return n_jobs
 
         def configure(self, n_jobs: int = 1, parallel: Any = None, **options: Any) -> int:
-            """Begin, and wait for a node. Keywords of Parallel come here, too."""
+            """Begin, and wait for a node. Keywords of Parallel arrive here, too."""
             self._options.update(
                 (name, value) for name, value in options.items() if name not in _OF_JOBLIB)
             count = self.effective_n_jobs(n_jobs)
@@ -19740,20 +19923,21 @@ def joblib_backend(parallel: Any) -> Any:
             run = self._get_run()
             return run.submit(JoblibCall(run, callback), func)
 
-        apply_async = submit   # its name before joblib 1.4
+        apply_async = submit   # the name of this method before joblib 1.4
 
         def retrieve_result_callback(self, out: JoblibCall) -> Any:
             """Return what a batch returned. Raises what it raised."""
             return out.result()
 
         def terminate(self) -> None:
-            """The end of a call. The cluster is kept for the next one."""
+            """Handle the end of a call. The cluster is kept for the next one."""
             if self._run is not None:
                 self._run.end()
             self.reset_batch_stats()
 
         def abort_everything(self, ensure_ready: bool = True) -> None:
-            """End the calls that are left: one has raised, and they are not wanted any more."""
+            """End the calls that are left: one has raised an exception, so that they are not wanted
+            any more."""
             if self._run is not None:
                 self._run.abort()
     SequentialBackend = parallel.SequentialBackend
@@ -19764,20 +19948,20 @@ def joblib_backend(parallel: Any) -> Any:
 def register_joblib() -> None:
     """Make `with joblib.parallel_config(backend='dispy', nodes=...)` work; keywords are those of
     JobCluster, with scheduler_host those of SharedJobCluster, and initializer, initargs and
-    inner_max_num_threads. Done by itself where joblib is imported, before dispy or after it.
-    Raises ImportError without joblib."""
+    inner_max_num_threads. This is done automatically if joblib is imported, before dispy or after
+    it. Raises ImportError without joblib."""
     import joblib
     offer_to_joblib(joblib_backend)
     assert 'dispy' in joblib.parallel.BACKENDS   # ours
 
 
 class _WhenJoblibComes:
-    """Registers the backend when joblib is imported: the first finder in sys.meta_path, until
+    """Registers the backend when joblib is imported: it is the first finder in sys.meta_path until
     then."""
 
     def find_spec(self, name: str, path: Any = None, target: Any = None) -> Any:
-        """Return the spec of joblib.parallel, found by the other finders; nothing else is found
-        here."""
+        """Return the spec of joblib.parallel, which the other finders have found; nothing else is
+        found here."""
         if name != 'joblib.parallel':
             return None
         sys.meta_path.remove(self)  # type: ignore[arg-type]
@@ -19804,8 +19988,8 @@ else:
 
 @atexit.register
 def _at_exit() -> None:
-    """The program ends with clusters open: end what is left, and say so. After an exception that
-    nobody caught, what runs on nodes goes on to its end."""
+    """End the clusters that are open when the program ends, and log it. After an exception that
+    nobody caught, jobs that run on nodes go on to their end."""
     _wait_for_executors()
     clusters = list(_clusters)
     staying: List[ProgramCluster] = []
@@ -19834,8 +20018,8 @@ def _at_exit() -> None:
 
 
 def _may_stay(core: ProgramCluster) -> bool:
-    """Whether a cluster has something on nodes that can be collected after the end of this
-    program."""
+    """Return whether a cluster has jobs or results on nodes that can be collected after the end of
+    this program."""
     if core.trail is None:
         return False
     if not core.trail.path:
@@ -19844,13 +20028,13 @@ def _may_stay(core: ProgramCluster) -> bool:
         return False
     try:
         return bool(core.driver.ask(core.left_behind))
-    except Exception as exc:  # of the driver, which has failed or does not answer
+    except Exception as exc:  # the driver has failed or does not answer
         logger.debug('%s: %s', core.name, exc)
         return False
 
 
 def _stay_behind(cores: List[ProgramCluster]) -> None:
-    """Let go of nodes without a message, so that they go on, and log what becomes of the jobs."""
+    """Release nodes without a message, so that they go on, and log what becomes of the jobs."""
     until = time.monotonic() + LEAVE_TIME
     owed_lengths = [len(core.book.owed) for core in cores]
     owed = sum(owed_lengths)
@@ -19871,13 +20055,13 @@ def _stay_behind(cores: List[ProgramCluster]) -> None:
     for core in cores:
         nodes.update(core.left_behind())
     trails = [core.trail for core in cores if core.trail is not None]
-    jobs_left = _jobs_left(nodes, owed)
-    logger.warning('the program ends by an error, and %s; %s', jobs_left, _how_to_collect(trails))
+    what_stays = _jobs_left(nodes, owed)
+    logger.warning('the program ends by an error, and %s; %s', what_stays, _how_to_collect(trails))
 
 
 def _cancel_at_scheduler(core: ProgramCluster, until: float) -> None:
-    """Cancel what waits at the scheduler, which might begin before it is known that nobody waits
-    for it."""
+    """Cancel the jobs that wait at the scheduler, which might begin before the scheduler knows that
+    nobody waits for them."""
     core.cancel_waiting(False)
     while time.monotonic() < until:
         jobs = core.driver.ask(core.jobs_owed)
@@ -19901,7 +20085,7 @@ def _jobs_left(nodes: Dict[Any, int], owed: int) -> str:
 
 
 def _how_to_collect(trails: List[ComputationNotes]) -> str:
-    """Return a text which says what collects the results of jobs that run on, and what ends these
+    """Return a text which says how to collect the results of jobs that run on, and how to end these
     jobs."""
     if all(trail.script for trail in trails):
         calls = ['dispy.recover_jobs()']
@@ -19911,9 +20095,10 @@ def _how_to_collect(trails: List[ComputationNotes]) -> str:
 
 
 def _ended_by_error() -> bool:
-    """Whether an exception that nobody caught ends this program: not Ctrl-C, nor sys.exit. The
-    interpreter notes it in sys.last_value, as prompts, notebooks and test runners do with each
-    that they have caught and shown: that is an older one, and decides nothing."""
+    """Return whether an exception that nobody caught ends this program, other than Ctrl-C or
+    sys.exit. The interpreter stores the exception in sys.last_value, as prompts, notebooks and test
+    runners do with each exception that they have caught and shown: these are older ones, and do not
+    count."""
     last_exc = getattr(sys, 'last_exc', None)
     error = last_exc or getattr(sys, 'last_value', None)
     if error is None:
@@ -19931,7 +20116,8 @@ def _ended_by_error() -> bool:
     trace = error.__traceback__ or getattr(sys, 'last_traceback', None)
     if trace is None:
         return False
-    # It begins with the frame that has caught the exception; if nobody has, with the first of all.
+    # The traceback begins with the frame that has caught the exception; if it was not caught, with
+    # the outermost frame.
     code = trace.tb_frame.f_code
     globals_ = trace.tb_frame.f_globals
     if globals_.get('__name__') == 'runpy':   # python -m
@@ -19943,15 +20129,15 @@ def _ended_by_error() -> bool:
 
 
 # --------------------------------------------------------------------------------------------------
-# The shell: commands, their arguments and what is written of them. Nothing here runs a command;
-# what reads or writes a file says so
+# The shell: commands, their arguments and the files that are written. Nothing here runs a command;
+# functions that read or write a file say so
 # --------------------------------------------------------------------------------------------------
 
 EXTENSION = LazyPattern(r'\.[^/.]+\Z')
 
 
 def without_extension(path: str) -> str:
-    """What {.} stands for: a path without the extension of its last part."""
+    """Return what {.} stands for: a path without the extension of its last part."""
     return EXTENSION.sub('', path)
 
 
@@ -19970,7 +20156,7 @@ def last_part_without_extension(path: str) -> str:
     return without_extension(last_part(path))
 
 
-# What follows the number in a replacement string -> what is made of the value
+# What follows the number in a replacement string -> the function that is applied to the value
 FORMS: Dict[str, Callable[[str], str]] = {
     '': str,
     '.': without_extension,
@@ -19984,19 +20170,19 @@ REPLACEMENT = LazyPattern(r'\{(?:(#)|(-?[1-9][0-9]*)?(\.|//|/\.|/)?)\}')
 class Replacement(NamedTuple):
     """A replacement string of a template."""
     is_number: bool                 # {#}: the number of the job
-    which: int                      # of the value, from 1 or from the end; 0: all values
+    which: int                      # the number of the value, from 1 or from the end; 0: all values
     form: Callable[[str], str]
 
     @classmethod
     def parse(cls, match: Any) -> 'Replacement':
-        """Of a match of REPLACEMENT."""
+        """Return the replacement string for a match of REPLACEMENT."""
         number, which, form = match.groups()
         is_number = number is not None
         index = int(which or 0)
         return cls(is_number, index, FORMS[form or ''])
 
     def texts(self, values: Sequence[str], number: int) -> List[str]:
-        """What it stands for. A value that is not there is empty."""
+        """Return the texts for which it stands. A missing value is an empty text."""
         if self.is_number:
             return [str(number)]
         if self.which == 0:
@@ -20010,9 +20196,9 @@ class Replacement(NamedTuple):
 
 
 class Template:
-    """A text with replacement strings, such as {} or {1.}. `quotes`: what they stand for is quoted
-    for a shell, except at the beginning of the text, where it is the name of a program or a whole
-    command line, as with GNU parallel."""
+    """A text with replacement strings, such as {} or {1.}. `quotes` says that the texts for which
+    they stand are quoted for a shell, except at the beginning of the template, which is the name of
+    a program or a whole command line, as with GNU parallel."""
 
     def __init__(self, text: str, quotes: bool = False) -> None:
         self.text = text
@@ -20021,8 +20207,8 @@ class Template:
         end = 0
         for match in REPLACEMENT.finditer(text):
             if match.start() > end:
-                short_text = text[end:match.start()]
-                self._pieces.append(short_text)
+                between = text[end:match.start()]
+                self._pieces.append(between)
             self._pieces.append(Replacement.parse(match))
             end = match.end()
         if end < len(text):
@@ -20030,7 +20216,7 @@ class Template:
         self.replaces = any(isinstance(piece, Replacement) for piece in self._pieces)
 
     def expand(self, values: Sequence[str], number: int) -> str:
-        """The text for a job."""
+        """Return the text for a job."""
         if not self.replaces:
             return self.text
         return ''.join(self._texts(values, number))
@@ -20046,8 +20232,8 @@ class Template:
             yield ' '.join(texts)
 
     def words(self, values: Sequence[str], number: int) -> List[str]:
-        """The words of a command for which this stands: one, or, where it is a lone {}, as many as
-        there are values."""
+        """Return the words of a command for which this template stands: one or, if it is only {},
+        as many as there are values."""
         first, *others = self._pieces or ['']
         if isinstance(first, Replacement) and not others:
             return first.texts(values, number)
@@ -20055,8 +20241,8 @@ class Template:
 
 
 def _in_path(name: str) -> Optional[str]:
-    """What PATH has by this name. Windows looks into the working directory before, which nodes do
-    not have."""
+    """Return the file that PATH has by this name. Windows looks into the working directory first,
+    which nodes do not have."""
     found = shutil.which(name)
     if found is None or os.name != 'nt':
         return found
@@ -20066,18 +20252,18 @@ def _in_path(name: str) -> Optional[str]:
 
 
 class ProgramFile(NamedTuple):
-    """Where the program of a command comes from."""
-    word: str                   # what a node runs
-    path: Optional[str] = None  # the file that travels; None: the nodes have the program
-    by_python: bool = False     # a node's Python runs the file
+    """Where the program of a command is found."""
+    word: str                   # the word that a node runs
+    path: Optional[str] = None  # the file that is sent; None: the nodes have the program
+    by_python: bool = False     # whether a node's Python runs the file
 
     @classmethod
     def find(cls, word: str) -> 'ProgramFile':
-        """Of the first word of a command. Looks at files. Raises FileNotFoundError, and ValueError
-        for a file that cannot be run.
+        """Find the first word of a command. This examines files. Raises FileNotFoundError, and
+        ValueError for a file that cannot be run.
 
-        A path travels, unless it is what PATH finds for its name; so does a file in the working
-        directory that PATH does not find.
+        A path is sent to the nodes, unless PATH finds it by its name; a file in the working
+        directory that PATH does not find is sent, too.
         """
         name = os.path.basename(word)
         installed = _in_path(name)
@@ -20096,7 +20282,7 @@ class ProgramFile(NamedTuple):
 
 
 def is_python_script(path: str) -> bool:
-    """Whether a file is one that Python runs, by its name or its first line."""
+    """Return whether Python runs a file, by its name or its first line."""
     if path.endswith('.py'):
         return True
     with open(path, 'rb') as file:
@@ -20106,14 +20292,14 @@ def is_python_script(path: str) -> bool:
     return b'python' in line
 
 
-# What makes one word a line for a shell
+# Characters that make a single word a line for a shell
 SHELL_SIGNS = LazyPattern(r'[\s|&;<>()$`\\"\'*?\[~]')
 FIRST_WORD = LazyPattern(r'\s*([\w./+@%:,-]+)(?=\s|\Z)')
 
 
 class Command:
-    """What is run for each input: words, of which the first is a program, or one line for `sh`.
-    `travels`: a program that is not installed goes to the nodes."""
+    """The command for each input: words, of which the first is a program, or one line for `sh`.
+    `travels`: a program that is not installed is sent to the nodes."""
 
     def __init__(self, words: Sequence[str], travels: bool = True) -> None:
         self.is_given = bool(words)
@@ -20152,7 +20338,8 @@ class Command:
         texts[0] = self.program.word
 
     def _find_program_of_line(self, texts: List[str]) -> None:
-        """A line may begin with anything; what is no program here is left to the shell there."""
+        """Find the program of a line, which may begin with anything; if its first word is not a
+        program here, the shell of the node handles it."""
         match = FIRST_WORD.match(texts[0])
         if match is None:
             return
@@ -20169,10 +20356,10 @@ class Command:
         return self.program.word
 
     def words(self, values: Sequence[str], number: int) -> List[str]:
-        """What a node runs, as CommandLines takes it."""
+        """Return the words that a node runs, as CommandLines takes them."""
         if self.is_line:
-            expand = self._templates[0].expand(values, number)
-            return ['sh', '-c', expand]
+            line = self._templates[0].expand(values, number)
+            return ['sh', '-c', line]
         words = self._words(values, number)
         if self.program.by_python:
             words.insert(0, RUN_BY_PYTHON)
@@ -20185,14 +20372,14 @@ class Command:
         return words
 
     def text(self, values: Sequence[str], number: int) -> str:
-        """The command of a job as people read it, and as a shell would take it."""
+        """Return the command of a job for people, in a form that a shell accepts."""
         if self.is_line:
             return self._templates[0].expand(values, number)
         return ' '.join(map(shlex.quote, self._words(values, number)))
 
     @property
     def name(self) -> str:
-        """Of the computation, for people."""
+        """Return the name of the computation, for people."""
         words = self._templates[0].text.split(None, 1)
         if not words:
             return 'commands'
@@ -20207,7 +20394,7 @@ RECORDS_READ = 1 << 16      # bytes read at once
 
 
 def records(read: Callable[[int], bytes], delimiter: bytes) -> Iterator[str]:
-    """Records that are ended by a delimiter, each as soon as it has come, and as it is."""
+    """Yield records that a delimiter ends, each as soon as it has come, and unchanged."""
     rest = b''
     while True:
         data = read(RECORDS_READ)
@@ -20220,8 +20407,9 @@ def records(read: Callable[[int], bytes], delimiter: bytes) -> Iterator[str]:
 
 
 def records_of(path: str, delimiter: bytes) -> Iterator[str]:
-    """Records of a file, or of standard input ('-'), which is read without Python's buffer: a
-    thread that waits in it holds a lock without which the interpreter cannot end."""
+    """Yield the records of a file, or of standard input ('-'). Standard input is read without
+    Python's buffer: a thread that waits in it holds a lock without which the interpreter cannot
+    end."""
     if path == '-':
         yield from records(functools.partial(os.read, 0), delimiter)
         return
@@ -20230,7 +20418,7 @@ def records_of(path: str, delimiter: bytes) -> Iterator[str]:
 
 
 def split_as_shell(line: str) -> Union[Values, ValueError]:
-    """The words of a line of --args-file; what is wrong with one that cannot be split."""
+    """Return the words of a line of --args-file, or the error for a line that cannot be split."""
     try:
         return tuple(shlex.split(line))
     except ValueError as exc:
@@ -20238,13 +20426,13 @@ def split_as_shell(line: str) -> Union[Values, ValueError]:
 
 
 def linked(sources: Sequence[Iterable[str]]) -> Iterator[Values]:
-    """One value of each source, as long as all have one."""
+    """Yield one value of each source, as long as all of them have one."""
     return zip(*sources)
 
 
 def combinations(groups: Sequence[Sequence[Iterable[str]]]) -> Iterator[Values]:
-    """Each combination of the values of groups; the sources of a group are linked. The first group
-    is read as it comes."""
+    """Yield each combination of the values of groups; the sources of a group are linked. The first
+    group is read as it comes."""
     first, *others = groups
     rest = []
     for group in others:
@@ -20255,7 +20443,7 @@ def combinations(groups: Sequence[Sequence[Iterable[str]]]) -> Iterator[Values]:
 
 
 def in_columns(values: Values, separator: Any) -> Values:
-    """The columns of all values, without the space around them."""
+    """Return the columns of all values, without the space around them."""
     columns: List[str] = []
     for value in values:
         columns += separator.split(value)
@@ -20266,7 +20454,7 @@ SOURCE_MARKS = (':::', '::::', ':::+', '::::+')
 
 
 def split_sources(words: Sequence[str]) -> Tuple[List[str], List[Tuple[str, List[str]]]]:
-    """The words of a command, and what follows each of the marks behind it."""
+    """Return the words of a command, and the words after each of the marks that follow it."""
     command: List[str] = []
     groups: List[Tuple[str, List[str]]] = []
     here = command
@@ -20280,8 +20468,8 @@ def split_sources(words: Sequence[str]) -> Tuple[List[str], List[Tuple[str, List
 
 
 class Inputs:
-    """The arguments of the jobs, read as they are wanted. Iterating yields, for each job, its
-    values, or a ValueError for a line that has none."""
+    """The arguments of the jobs, which are read as they are wanted. Iterating yields, for each job,
+    its values, or a ValueError for a line that has none."""
 
     def __init__(self, args: argparse.Namespace, marked: Sequence[Tuple[str, List[str]]]) -> None:
         self._own = list(map(split_as_shell, args.args))
@@ -20298,14 +20486,14 @@ class Inputs:
             message = ('-a and --args-file have the arguments of whole jobs: they do not go '
                        'together with %s' % ', '.join((*SOURCE_MARKS, '--arg-file')))
             raise ValueError(message)
-        # Whether standard input is where the arguments come from, for want of anything else
+        # Whether arguments come from standard input because no other source was given
         self.is_stdin = not self.is_old and not self._groups
         if self.is_stdin:
             self._groups.append([self._records('-')])
 
     @property
     def is_old(self) -> bool:
-        """Whether whole argument lists are given, each split as a shell does."""
+        """Return whether complete argument lists are given, each split as a shell does."""
         return bool(self._own or self._file)
 
     def _records(self, path: str) -> Iterator[str]:
@@ -20314,13 +20502,14 @@ class Inputs:
 
     @staticmethod
     def _check(path: str) -> None:
-        """One that cannot be read is told before anything runs. A pipe can be opened only once."""
+        """Raise the error of a file that cannot be read before anything runs. A pipe can be opened
+        only once."""
         is_pipe = os.path.exists(path) and not os.path.isfile(path)
         if path != '-' and not is_pipe:
             open(path, 'rb').close()
 
     def _add(self, mark: str, words: List[str]) -> None:
-        """What follows a mark: values, or files of values."""
+        """Add what follows a mark: values, or files of values."""
         if mark.startswith('::::'):
             sources = list(map(self._records, words))
         else:
@@ -20360,15 +20549,15 @@ OLD_HALTS = {'0': 'never', '1': 'soon,fail=1', '2': 'now,fail=1', '-1': 'soon,su
 
 
 class HaltRule(NamedTuple):
-    """When no more jobs are started."""
-    is_now: bool        # those that run are cancelled
+    """The rule for when no more jobs are started."""
+    is_now: bool        # whether running jobs are cancelled
     why: str            # what is counted: 'fail', 'success' or 'done'
     limit: int
-    is_percent: bool    # of all jobs
+    is_percent: bool    # whether the number is a percentage of all jobs
 
     @classmethod
     def parse(cls, text: str) -> Optional['HaltRule']:
-        """A rule as GNU parallel has it; None for 'never'. Raises ArgumentTypeError."""
+        """Return a rule in the form of GNU parallel; None for 'never'. Raises ArgumentTypeError."""
         text = OLD_HALTS.get(text, text)
         if text == 'never':
             return None
@@ -20387,7 +20576,7 @@ class HaltRule(NamedTuple):
         return '%s,%s=%d%s' % (when, self.why, self.limit, '%' * self.is_percent)
 
     def is_reached(self, done: int, failed: int, total: int) -> bool:
-        """Whether to stop, after so many jobs of all."""
+        """Return whether to stop, after so many of all jobs."""
         success = done - failed
         counts = {'fail': failed, 'success': success, 'done': done}
         counted = counts[self.why]
@@ -20396,7 +20585,8 @@ class HaltRule(NamedTuple):
         return counted >= self.limit
 
     def exit_status(self, last: int, failed: int, total: int) -> int:
-        """When it has been reached; `last`: exit status of the job that did that."""
+        """Return the exit status when the rule has applied; `last` is the exit status of the job
+        that caused this."""
         if self.why == 'success':
             return 0
         if self.is_percent:
@@ -20414,7 +20604,7 @@ NO_STATUS = -1           # in the log: the job has no exit status
 
 
 class Ended(NamedTuple):
-    """A job that has ended, as the shell speaks of it."""
+    """A job that has ended, in the terms of the shell."""
     number: int
     values: Values
     command: str
@@ -20424,25 +20614,25 @@ class Ended(NamedTuple):
     seconds: float = 0.0     # how long it ran
     sent: int = 0            # bytes of its files
     status: int = 0          # exit status, or NO_STATUS
-    signal: int = 0          # that has ended it
+    signal: int = 0          # the signal that has ended it
     reason: str = ''         # why it has failed; empty if it has not
     stdout: bytes = b''
     stderr: bytes = b''
 
     @property
     def shell_status(self) -> int:
-        """What a shell would call its exit status."""
+        """Return the exit status that a shell would report."""
         if self.signal:
             return 128 + self.signal
         return self.status & 255
 
     @property
     def tag(self) -> str:
-        """Its arguments in one text."""
+        """Return its arguments in one text."""
         return ' '.join(self.values)
 
     def message(self) -> str:
-        """A line on its failure."""
+        """Return a line about its failure."""
         if self.values:
             about = ' (%s)' % shown(self.tag)
         else:
@@ -20455,7 +20645,7 @@ class Ended(NamedTuple):
 
 
 def shown(text: str) -> str:
-    """Arguments in a message: one line, not too long for it."""
+    """Return arguments for a message: in one line, shortened if necessary."""
     text = ' '.join(text.split())
     if len(text) > 100:
         return text[:97] + '...'
@@ -20463,8 +20653,8 @@ def shown(text: str) -> str:
 
 
 def open_table(path: str, appends: bool, columns: Sequence[str]) -> Any:
-    """A file of lines with columns, of which each is written as soon as it is there; new, or one
-    that is added to."""
+    """Open a file of lines with columns, in which each line is written as soon as it is complete;
+    it is a new file, or one to which lines are added."""
     if appends:
         mode = 'a'
     else:
@@ -20476,7 +20666,7 @@ def open_table(path: str, appends: bool, columns: Sequence[str]) -> Any:
 
 
 def write_row(file: Any, columns: Iterable[Any]) -> None:
-    """Add a line to a table. What is empty is a dash."""
+    """Add a line to a table. An empty value is written as a dash."""
     words = []
     for column in columns:
         word = JobLog.one_line(str(column)) or '-'
@@ -20485,8 +20675,8 @@ def write_row(file: Any, columns: Iterable[Any]) -> None:
 
 
 class JobLog:
-    """--joblog: a line for each job that has ended, in GNU parallel's columns, and the node's name
-    behind them. Appends to a file, or writes a new one."""
+    """--joblog: a table with a line for each job that has ended, in GNU parallel's columns,
+    followed by the node's name. Lines are appended to a file, or a new file is written."""
     COLUMNS = ('Seq', 'Host', 'Starttime', 'JobRuntime', 'Send', 'Receive', 'Exitval', 'Signal',
                'Command', 'Node')
     ROW = LazyPattern(r'(\d+)\t(?:[^\t]*\t){5}(-?\d+)\t(\d+)\t([^\t\n]*)')
@@ -20505,18 +20695,18 @@ class JobLog:
         write_row(self._file, columns)
 
     def close(self) -> None:
-        """All is in the file."""
+        """Close the file."""
         self._file.close()
 
     @staticmethod
     def one_line(command: str) -> str:
-        """A command without what separates columns and lines."""
+        """Return a command without characters that separate columns and lines."""
         return re.sub(r'[\t\r\n]', ' ', command)
 
     @classmethod
     def read(cls, path: str) -> Dict[int, Tuple[bool, str]]:
-        """Number -> whether the job has gone well, and its command; of the last line on each job.
-        Reads the file; one that is not there is empty."""
+        """Return number -> (whether the job has succeeded, its command), from the last line about
+        each job. This reads the file; a missing file is empty."""
         found: Dict[int, Tuple[bool, str]] = {}
         with contextlib.suppress(FileNotFoundError):
             with open(path, encoding='utf-8', errors='surrogateescape') as file:
@@ -20528,21 +20718,21 @@ class JobLog:
 
 
 class Resume:
-    """Which jobs an earlier run has done, by its log."""
+    """Which jobs an earlier run has done, according to its log."""
 
     def __init__(self, path: str, again: bool) -> None:
         self._path = path
-        self._again = again                # those that failed
+        self._again = again                # whether failed jobs are run again
         self._known = JobLog.read(path)
-        self.changed = ''                  # what is to be said of a log that does not fit
+        self.changed = ''                  # the message about a log that does not match
 
     def skips(self, number: int, command: str) -> bool:
-        """Whether a job is not run. Notes the first whose command is another now."""
+        """Return whether a job is not run. Notes the first job whose command differs now."""
         if number not in self._known:
             return False
         is_well, known = self._known[number]
-        one_line = JobLog.one_line(command)
-        if known != one_line:
+        now = JobLog.one_line(command)
+        if known != now:
             if not self.changed:
                 self.changed = ('job %d is now `%s`, and was `%s` when %s was written. Jobs are '
                                 'known by their numbers alone: --resume needs the same command '
@@ -20552,34 +20742,34 @@ class Resume:
 
 
 def write_file(path: str, data: bytes) -> None:
-    """A file with this content."""
+    """Write a file with this content."""
     with open(path, 'wb') as file:
         file.write(data)
 
 
 ESCAPES = {'\\': '\\\\', '/': '\\_', '\t': '\\t', '\n': '\\n', '\0': '\\0'}
-NAME_LONGEST = 200        # bytes of a file's name; file systems take 255
+NAME_LONGEST = 200        # bytes of a file's name; file systems permit 255
 
 
 def as_file_name(value: str) -> str:
-    """An argument as the name of a directory, as GNU parallel writes it."""
+    """Return an argument as the name of a directory, in the way of GNU parallel."""
     signs = []
     for sign in value:
         signs.append(ESCAPES.get(sign, sign))
     name = ''.join(signs)
     if name in ('', '.', '..'):
-        name = '\\' + name   # no argument gives this otherwise
+        name = '\\' + name   # no argument yields this otherwise
     data = os.fsencode(name)
     if len(data) > NAME_LONGEST:
-        digest_text = hashlib.sha256(data).hexdigest()
-        digest = digest_text[:16]
+        digits = hashlib.sha256(data).hexdigest()
+        digest = digits[:16]
         begin = os.fsdecode(data[:NAME_LONGEST - 20])
         name = '%s~%s' % (begin, digest)
     return name
 
 
 def results_path(values: Values) -> str:
-    """Below --results, the directory for a job with these arguments."""
+    """Return the directory for a job with these arguments below that of --results."""
     parts: List[str] = []
     for number, value in enumerate(values, 1):
         parts += [str(number), as_file_name(value)]
@@ -20587,7 +20777,8 @@ def results_path(values: Values) -> str:
 
 
 class ResultFiles:
-    """--results: the output of each job in a directory by its arguments, and a table."""
+    """--results: the output of each job in a directory that is named by its arguments, and a
+    table."""
     TABLE = 'jobs.tsv'
     COLUMNS = ('Seq', 'Arguments', 'Node', 'Status', 'Directory')
 
@@ -20603,10 +20794,10 @@ class ResultFiles:
         name = self._free_name(ended)
         directory = os.path.join(self._root, name)
         os.makedirs(directory, exist_ok=True)
-        stdout_path = os.path.join(directory, 'stdout')
-        write_file(stdout_path, ended.stdout)
-        stderr_path = os.path.join(directory, 'stderr')
-        write_file(stderr_path, ended.stderr)
+        path_of_stdout = os.path.join(directory, 'stdout')
+        write_file(path_of_stdout, ended.stdout)
+        path_of_stderr = os.path.join(directory, 'stderr')
+        write_file(path_of_stderr, ended.stderr)
         path = os.path.join(directory, 'seq')
         write_file(path, b'%d' % ended.number)
         reason = ended.reason or 'ok'
@@ -20614,7 +20805,7 @@ class ResultFiles:
         write_row(self._table, columns)
 
     def _free_name(self, ended: Ended) -> str:
-        """Jobs with the same arguments have a directory each."""
+        """Return an unused name, because jobs with the same arguments have a directory each."""
         name = results_path(ended.values)
         if not name or name in self._used:
             name = '%s~%d' % (name, ended.number)
@@ -20622,12 +20813,12 @@ class ResultFiles:
         return name
 
     def close(self) -> None:
-        """All is in the files."""
+        """Close the table."""
         self._table.close()
 
 
 class NumberedFiles:
-    """--output: the output of each job in two files by its number."""
+    """--output: the output of each job in two files that are named by its number."""
 
     def __init__(self, directory: str) -> None:
         self._directory = directory
@@ -20641,32 +20832,32 @@ class NumberedFiles:
         write_file(path + '.err', ended.stderr)
 
     def close(self) -> None:
-        """Each file has been closed."""
+        """Do nothing, because each file has been closed."""
 
 
 LINES = LazyPattern(rb'[^\n]*\n|[^\n]+')
 
 
 def tagged(data: bytes, tag: str) -> bytes:
-    """Lines with the arguments of their job before each."""
+    """Return lines with the arguments of their job before each."""
     prefix = os.fsencode(tag) + b'\t'
     lines = LINES.findall(data)
     return b''.join(prefix + line for line in lines)
 
 
 class ShownOutput:
-    """--line-buffer: how much of the output of jobs that run has been shown."""
+    """--line-buffer: how much of the output of running jobs has been shown."""
 
     def __init__(self) -> None:
         self._held: Dict[Tuple[int, str], bytearray] = {}   # not shown yet
         self._shown: Dict[Tuple[int, str], int] = {}        # bytes
 
     def add(self, number: int, stream: str, data: bytes) -> None:
-        """A job has printed this."""
+        """Note that a job has printed this."""
         self._held.setdefault((number, stream), bytearray()).extend(data)
 
     def take(self, number: int, stream: str) -> bytes:
-        """The whole lines that are to be shown now."""
+        """Return the complete lines that are to be shown now."""
         held = self._held.get((number, stream), bytearray())
         end = held.rfind(b'\n') + 1
         data = bytes(held[:end])
@@ -20676,7 +20867,7 @@ class ShownOutput:
         return data
 
     def rest(self, number: int, stream: str, whole: bytes) -> bytes:
-        """What has not been shown of the output of a job that has ended."""
+        """Return the part of the output of a job that has ended which has not been shown."""
         self._held.pop((number, stream), None)
         return whole[self._shown.pop((number, stream), 0):]
 
@@ -20687,7 +20878,8 @@ HOST_WITH_CPUS = LazyPattern(r'(?:([0-9]+)/)?((?:ssh://)?[^/]+)\Z')
 
 
 def cpus_and_host(word: str) -> Tuple[int, str]:
-    """'4/host': at most 4 CPUs of a host; without a number 0, which means all."""
+    """Split '4/host', which means at most 4 CPUs of a host; without a number the CPUs are 0, which
+    means all."""
     match = HOST_WITH_CPUS.match(word)
     if match is None:
         raise ValueError('%r is not HOST, HOST:PORT or either with CPUS/ before it' % word)
@@ -20696,7 +20888,7 @@ def cpus_and_host(word: str) -> Tuple[int, str]:
 
 
 def hosts_in(path: str) -> List[str]:
-    """The hosts of a file for --hosts, as written there. Reads the file."""
+    """Return the hosts in a file for --hosts, as they are written there. This reads the file."""
     words: List[str] = []
     with open(path) as file:
         for line in file:
@@ -20706,8 +20898,8 @@ def hosts_in(path: str) -> List[str]:
 
 
 def as_node(word: str) -> Any:
-    """An element of `nodes` for a host as -n and --hosts have it. What is for ssh alone, a user and
-    ssh's port, is left out."""
+    """Return an element of `nodes` for a host as -n and --hosts have it. The parts that are for ssh
+    alone, a user and ssh's port, are left out."""
     cpus, host = cpus_and_host(word)
     if host.startswith('ssh://'):
         host = host[len('ssh://'):]
@@ -20729,7 +20921,7 @@ DURATION_PART = LazyPattern(r'(\d*\.?\d+)([smhd]?)')
 
 
 def duration_option(text: str) -> float:
-    """Seconds, or such as 1m30s or 2h."""
+    """Parse a number of seconds, or a time such as 1m30s or 2h."""
     if not text or DURATION.match(text) is None:
         raise argparse.ArgumentTypeError('%r is not a time such as 10, 1.5, 90s or 1h30m' % text)
     seconds = 0.0
@@ -20740,14 +20932,14 @@ def duration_option(text: str) -> float:
 
 
 def count_option(text: str) -> int:
-    """Read a whole number that is at least 1."""
+    """Parse a whole number that is at least 1."""
     if not text.isdigit() or int(text) < 1:
         raise argparse.ArgumentTypeError('%r is not a whole number above 0' % text)
     return int(text)
 
 
 def resource_option(text: str) -> Tuple[str, int]:
-    """Read NAME=N."""
+    """Parse NAME=N."""
     name, _, count = text.partition('=')
     try:
         request = request_of('--resource', {name: int(count)})
@@ -20757,26 +20949,26 @@ def resource_option(text: str) -> Tuple[str, int]:
 
 
 def slots_option(text: str) -> int:
-    """How many jobs at once; 0: as many as the nodes have CPUs."""
+    """Parse the number of jobs that run at once; 0 means as many as the nodes have CPUs."""
     if text in ('0', '100%'):
         return 0
     return count_option(text)
 
 
 def delimiter_option(text: str) -> bytes:
-    """What ends a record, with escapes such as \\n, \\0 and \\x1f."""
+    """Parse what ends a record, with escapes such as \\n, \\0 and \\x1f."""
     try:
-        decoded = os.fsencode(text).decode('unicode_escape')
-        data = decoded.encode('latin-1')
+        unescaped = os.fsencode(text).decode('unicode_escape')
+        data = unescaped.encode('latin-1')
     except UnicodeError:
-        data = os.fsencode(text)   # no escapes, but signs beyond Latin-1
+        data = os.fsencode(text)   # there are no escapes, but characters beyond Latin-1
     if not data:
         raise argparse.ArgumentTypeError('it is empty; -0 has records that end with NUL')
     return data
 
 
 def pattern_option(text: str) -> Any:
-    """Read a regular expression."""
+    """Parse a regular expression."""
     try:
         return re.compile(text)
     except re.error as exc:
@@ -20785,17 +20977,17 @@ def pattern_option(text: str) -> Any:
 
 
 class OptionParser(argparse.ArgumentParser):
-    """Options that end where a command begins, as of `env` and GNU parallel: what follows the first
-    word that is no option is not looked at. Values may begin with a dash. Wrong usage ends the
-    program with the exit status 255."""
+    """A parser for options that end where a command begins, like those of `env` and GNU parallel:
+    everything after the first word that is not an option is left alone. Values may begin with a
+    dash. Wrong usage ends the program with the exit status 255."""
 
     def error(self, message: str) -> NoReturn:
-        """Say what is wrong, and end."""
+        """Print what is wrong, and end the program."""
         self.print_usage(sys.stderr)
         self.exit(EXIT_USAGE, '%s: error: %s\n' % (self.prog, message))
 
     def split(self, argv: Sequence[str]) -> Tuple[List[str], List[str]]:
-        """Options, each in one word, and what follows them."""
+        """Return the options, each as one word, and the words that follow them."""
         left = collections.deque(argv)
         options: List[str] = []
         while left and left[0][:1] == '-' and left[0] != '-':
@@ -20809,7 +21001,7 @@ class OptionParser(argparse.ArgumentParser):
         return options, list(left)
 
     def _long(self, word: str, left: Deque[str]) -> str:
-        """An option with its value behind a sign, which may be the next word."""
+        """Return an option with its value after an equals sign; the value may be the next word."""
         name, sign, value = word.partition('=')
         name = self._whole_name(name)
         if self._option_string_actions[name].nargs == 0:
@@ -20819,7 +21011,8 @@ class OptionParser(argparse.ArgumentParser):
         return '%s=%s' % (name, value)
 
     def _whole_name(self, name: str) -> str:
-        """An option from its beginning, or in dispy 4's spelling with underscores."""
+        """Return the full name of an option from its beginning, or from dispy 4's spelling with
+        underscores."""
         known = self._option_string_actions
         name = name.replace('_', '-')
         if name in known:
@@ -20843,14 +21036,14 @@ class OptionParser(argparse.ArgumentParser):
         return left.popleft()
 
     def _short(self, word: str, left: Deque[str]) -> Iterator[str]:
-        """Options of one letter, several of which may stand in one word."""
+        """Return options of one letter, several of which may be in one word."""
         for index, letter in enumerate(word[1:], 2):
             action = self._option_string_actions.get('-' + letter)
             if action is None:
                 self.error('there is no option -%s' % letter)
             value = word[index:]
             if letter == 'd' and not value and not self._is_delimiter(left):
-                yield '--debug'   # dispy 4's meaning
+                yield '--debug'   # the meaning in dispy 4
             elif action.nargs == 0:
                 yield '-' + letter
             else:
@@ -20888,7 +21081,7 @@ that failed, 101 for more than 100, and 255 if the command line is wrong or no n
 such a name is run as ./deploy.'''
 
 
-# Title of a group -> its options: how they are written, and what argparse is told of them
+# Title of a group -> its options: their names, and the arguments for argparse
 OPTIONS: Dict[str, List[Tuple[Tuple[str, ...], Dict[str, Any]]]] = {
     'instead of running a command': [
         (('--list-nodes',), {
@@ -21077,10 +21270,10 @@ def make_parser() -> OptionParser:
 
 
 class Plan:
-    """What a command line asks for. It does not change."""
+    """What a command line requests. It does not change."""
 
     def __init__(self, args: argparse.Namespace, words: Sequence[str]) -> None:
-        """Looks at files. Raises ValueError, OSError."""
+        """Examines files. Raises ValueError or OSError."""
         command, marked = split_sources(words)
         self.args = args
         self.command = Command(command, args.workdir is None)
@@ -21097,7 +21290,7 @@ class Plan:
             self._check_commands(inputs)
 
     def _check_commands(self, inputs: Inputs) -> None:
-        """The arguments are the commands: wait for the first."""
+        """Wait for the first argument, because the arguments are the commands."""
         first = list(itertools.islice(inputs, 1))
         if not first or inputs.is_old:
             raise ValueError('PROGRAM is missing, and there are no command lines as arguments')
@@ -21111,13 +21304,14 @@ class Plan:
                              '--return each has one of its own')
 
     def _directory(self) -> Optional[str]:
-        """Where commands run, on the nodes; None: in the directory of the job's files."""
+        """Return the directory in which commands run on the nodes; None for the directory of the
+        job's files."""
         if self.args.workdir is None:
             return None
         return os.path.abspath(os.path.expanduser(self.args.workdir))
 
     def _options(self) -> Dict[str, Any]:
-        """What `submit` is told of each job."""
+        """Return the keywords of `submit` for each job."""
         args = self.args
         found = {'dispy_timeout': args.timeout, 'dispy_memory': args.memory,
                  'dispy_cpus': args.cpus, 'dispy_priority': args.priority,
@@ -21129,12 +21323,13 @@ class Plan:
 
     @property
     def paces(self) -> bool:
-        """Whether no job may wait behind others at a node."""
+        """Return whether no job may wait behind others on a node."""
         return bool(self.args.delay or self.args.halt)
 
     @property
     def counts_first(self) -> bool:
-        """Whether all arguments are read before the first job, to know how many there are."""
+        """Return whether all arguments are read before the first job, to know how many there
+        are."""
         rule = self.args.halt
         if rule is not None and rule.is_percent:
             return True
@@ -21142,11 +21337,11 @@ class Plan:
 
     @property
     def is_resumed(self) -> bool:
-        """Whether what an earlier run has written is added to."""
+        """Return whether this run continues the files that an earlier run has written."""
         return bool(self.args.resume or self.args.resume_failed)
 
     def words(self, values: Values, number: int) -> List[str]:
-        """The arguments of a job."""
+        """Return the arguments of a job."""
         words = self.command.words(values, number)
         if self.directory is not None:
             words.append(RUN_IN + self.directory)
@@ -21157,7 +21352,7 @@ class Plan:
         return words
 
     def files(self, values: Values, number: int) -> OwnDirectory:
-        """The files of a job alone."""
+        """Return the files for a job alone."""
         files = OwnDirectory()
         for template in self.transfers:
             path = template.expand(values, number)
@@ -21167,7 +21362,8 @@ class Plan:
 
     @staticmethod
     def _below(path: str, option: str) -> str:
-        """A path as the job has it: below its directory, as it is below ours."""
+        """Return a path as the job has it: it is below the job's directory as it is below the
+        working directory here."""
         name = os.path.normpath(path)
         if os.path.isabs(name):
             name = os.path.relpath(name)
@@ -21183,27 +21379,28 @@ class Plan:
 # --------------------------------------------------------------------------------------------------
 
 JOBS_AHEAD = 1000          # jobs that have been read and have not ended
-BYTES_AHEAD = 256 << 20    # the same of the files of jobs, which are in memory
-CPUS_ASKED = 0.5           # s between two looks at how many CPUs there are
+BYTES_AHEAD = 256 << 20    # bytes of the files of these jobs, which are in memory
+CPUS_ASKED = 0.5           # s between two requests for the number of CPUs
 LINE_EVERY = 0.1           # s between two lines with the progress
 OUTPUT_HELD = 1 << 16      # bytes of output that are written at once
-LATE = 1.0                 # s without a job that has ended, after which the line is written anew
+LATE = 1.0                 # s without the end of a job after which the line is written again
 
 
 class Window:
-    """How many jobs are under way, and whether another may start. Any thread."""
+    """How many jobs are in progress, and whether another one may start. Any thread."""
 
     def __init__(self, most: Callable[[], int], changes: bool) -> None:
         self._most = most
-        self._changes = changes         # what `most` returns
-        self._is_full = False           # jobs are let in again when a part of them has ended
+        self._changes = changes         # whether the result of `most` changes
+        self._is_full = False           # jobs may start again when a part of them has ended
         self._changed = threading.Condition()
         self.count = 0
         self._bytes = 0
         self.is_closed = False
 
     def enter(self, size: int) -> bool:
-        """Wait until a job with so many bytes of files may start; False: none may any more."""
+        """Wait until a job with so many bytes of files may start. Returns false if none may start
+        any more."""
         with self._changed:
             while not self.is_closed and not self._has_room(size):
                 self._changed.wait(CPUS_ASKED if self._changes else None)
@@ -21225,7 +21422,7 @@ class Window:
         return self._bytes + size <= BYTES_AHEAD
 
     def leave(self, size: int) -> None:
-        """A job has ended."""
+        """Note that a job has ended."""
         with self._changed:
             self.count -= 1
             self._bytes -= size
@@ -21233,7 +21430,7 @@ class Window:
                 self._changed.notify()
 
     def pause(self, seconds: float) -> None:
-        """Wait so long, or until no job may start any more."""
+        """Wait for so many seconds, or until no job may start any more."""
         with self._changed:
             self._changed.wait_for(lambda: self.is_closed, seconds)
 
@@ -21245,19 +21442,19 @@ class Window:
 
 
 class Terminal:
-    """Standard output and error: what jobs print, messages, and at a terminal a line with the
-    progress, which never stands between them. The main thread. Raises BrokenPipeError when nobody
-    reads any more."""
+    """Standard output and error: what jobs print, messages and, on a terminal, a line with the
+    progress, which never appears between them. The main thread uses this class. Raises
+    BrokenPipeError when nobody reads any more."""
 
     def __init__(self) -> None:
         self._shows = sys.stderr.isatty()
-        self._line = ''                # that stands there
-        self._next = 0.0               # when another may, by the monotonic clock
+        self._line = ''                # the line that is shown
+        self._next = 0.0               # the monotonic time when another line may be written
         self._held: List[bytes] = []   # of standard output, not written yet
         self._size = 0
 
     def out(self, data: bytes) -> None:
-        """Of a job's standard output."""
+        """Write to standard output what a job has written there."""
         if data:
             self._held.append(data)
             self._size += len(data)
@@ -21265,19 +21462,20 @@ class Terminal:
                 self.flush()
 
     def err(self, data: bytes) -> None:
-        """Of a job's standard error, behind all that has been printed before."""
+        """Write to standard error what a job has written there, after everything that has been
+        printed before."""
         if data:
             self.flush()
             self._erase()
             self._write(sys.stderr.buffer, data)
 
     def message(self, text: str) -> None:
-        """Print a line of our own."""
+        """Print a line of dispy itself."""
         data = (text + '\n').encode(errors='backslashreplace')
         self.err(data)
 
     def flush(self) -> None:
-        """All that has been printed is written."""
+        """Write everything that has been printed."""
         if self._held:
             self._erase()
             data = b''.join(self._held)
@@ -21296,7 +21494,7 @@ class Terminal:
             self._write(sys.stderr.buffer, b'\r\033[K')
 
     def progress(self, line: Callable[[], str], at_once: bool = False) -> None:
-        """Show how far it is, if it is time for that."""
+        """Show the progress, if it is time for that."""
         if not self._shows:
             return
         now = time.monotonic()
@@ -21310,7 +21508,7 @@ class Terminal:
         self._write(sys.stderr.buffer, b'\r%s\033[K' % data)
 
     def close(self) -> None:
-        """What is shown stays there, in a line of its own."""
+        """Leave what is shown on a line of its own."""
         self.flush()
         if self._line:
             self._line = ''
@@ -21318,14 +21516,14 @@ class Terminal:
 
 
 class Tally:
-    """How many jobs there are, and how many have ended. The main thread."""
+    """The number of jobs, and how many have ended. The main thread uses this class."""
 
     def __init__(self, display: str) -> None:
         self._display = display        # 'eta', 'bar' or ''
         self._began = time.monotonic()
         self.total: Optional[int] = None   # if that is known
         self.read = 0
-        self.skipped = 0                   # that an earlier run has done
+        self.skipped = 0                   # the jobs that an earlier run has done
         self.done = 0
         self.failed = 0
         self.last_status = 0           # exit status of the job that ended last
@@ -21339,7 +21537,7 @@ class Tally:
 
     @property
     def all(self) -> int:
-        """How many jobs there are, as far as that is known."""
+        """Return the number of jobs, as far as it is known."""
         if self.total is None:
             return self.read
         return self.total - self.skipped
@@ -21369,14 +21567,14 @@ class Tally:
 
 
 class Names:
-    """The names of nodes by their addresses. The main thread."""
+    """The names of nodes by their addresses. The main thread uses this class."""
 
     def __init__(self, cluster: JobCluster) -> None:
         self._cluster = cluster
         self._known: Dict[str, str] = {}
 
     def of(self, address: str) -> str:
-        """The name of the node at an address; the address if there are several."""
+        """Return the name of the node at an address; the address itself if there are several."""
         if address and address not in self._known:
             self._look(address)
         return self._known.get(address, '')
@@ -21391,7 +21589,7 @@ class Names:
 
 
 class PendingJob(NamedTuple):
-    """A job on its way."""
+    """A job that was submitted."""
     values: Values
     command: str
     size: int = 0            # bytes of its files
@@ -21415,15 +21613,15 @@ class TotalKnown(NamedTuple):
 
 
 class Printed(NamedTuple):
-    """A job that runs has printed this."""
+    """A running job has printed this."""
     number: int
     stream: str
     data: bytes
 
 
 class Feeder:
-    """Reads arguments and submits jobs, in a thread of its own: they may come slowly. The main
-    thread is told by `events`."""
+    """Reads arguments and submits jobs in a thread of its own, because arguments may come slowly.
+    The main thread gets `events`."""
 
     def __init__(self, plan: Plan, cluster: JobCluster, window: Window,
                  events: 'queue.SimpleQueue[Any]', resume: Optional[Resume]) -> None:
@@ -21434,7 +21632,7 @@ class Feeder:
         self._resume = resume
         self._last = -math.inf                     # when a job was started
         self.skipped = 0                           # jobs that an earlier run has done
-        self.jobs: Dict[int, PendingJob] = {}       # under way
+        self.jobs: Dict[int, PendingJob] = {}       # submitted jobs
         self.order: Deque[int] = collections.deque()   # numbers of jobs, as they were submitted
 
     def start(self) -> None:
@@ -21450,7 +21648,7 @@ class Feeder:
                 inputs = list(inputs)
                 self._events.put(TotalKnown(len(inputs)))
             self._submit_all(inputs)
-        except (OSError, ValueError, RuntimeError) as exc:   # files, and a cluster that has ended
+        except (OSError, ValueError, RuntimeError) as exc:   # by files, or a closed cluster
             error = str(exc)
         self._events.put(InputEnd(error))
 
@@ -21475,8 +21673,8 @@ class Feeder:
         if self._window.enter(0):
             self.jobs[number] = PendingJob(values, '')
             self.order.append(number)
-            not_submitted = NotSubmitted(number, values, str(exc))
-            self._events.put(not_submitted)
+            event = NotSubmitted(number, values, str(exc))
+            self._events.put(event)
 
     def _submit(self, number: int, values: Values) -> None:
         try:
@@ -21502,10 +21700,10 @@ class Feeder:
         try:
             job = self._cluster.submit_job_id(number, *words, **options)
         except (OSError, ValueError) as exc:
-            not_submitted = NotSubmitted(number, values, str(exc))
-            self._events.put(not_submitted)
+            event = NotSubmitted(number, values, str(exc))
+            self._events.put(event)
         else:
-            job.call_when_ended(self._events.put)   # by way of the callbacks it takes longer
+            job.call_when_ended(self._events.put)   # the callbacks would take longer
 
     def _wait_for_turn(self) -> None:
         delay = self._plan.args.delay
@@ -21517,12 +21715,12 @@ class Feeder:
 
 
 class Halted(Exception):
-    """No more jobs are wanted, and those that run neither."""
+    """No more jobs are started, and those that run are not wanted either."""
 
 
 class Shell:
-    """Runs what a plan says: owns the cluster, the terminal and the files that are written. The
-    main thread; only `_cpus` is called by another."""
+    """Runs a plan: it owns the cluster, the terminal and the files that are written. The main
+    thread uses this class, except for `_most`."""
 
     def __init__(self, plan: Plan) -> None:
         """Opens the files. Raises OSError."""
@@ -21533,11 +21731,12 @@ class Shell:
         self._tally = Tally(self._display())
         self._window = Window(self._most, plan.paces)
         self._live = ShownOutput()
-        self._waiting: Dict[int, Ended] = {}   # have ended before an earlier one (--keep-order)
+        # Jobs that have ended before an earlier one (--keep-order)
+        self._waiting: Dict[int, Ended] = {}
         self._input_ended = False
         self._input_failed = False
         self._halted = False
-        self._cpus_known = (0, -math.inf)      # how many, and when that was asked
+        self._cpus_known = (0, -math.inf)      # the number of CPUs, and when it was requested
         self._resume = self._open_resume()
         self._log: Optional[JobLog] = None
         self._files: List[Any] = []
@@ -21568,7 +21767,7 @@ class Shell:
     # -- the cluster -------------------------------------------------------------------------------
 
     def open(self, nodes: Any, access: Dict[str, Any]) -> None:
-        """Make the cluster that runs the jobs. Raises what making one raises."""
+        """Make the cluster that runs the jobs. Raises what making a cluster raises."""
         args = self._args
         path = self._plan.command.program.path
         depends = list(args.depends)
@@ -21606,7 +21805,7 @@ class Shell:
         self._events.put(Printed(job.id, stream, data))
 
     def _most(self) -> int:
-        """How many jobs may be under way. The thread that submits."""
+        """Return how many jobs may be in progress. The thread that submits."""
         if not self._plan.paces:
             return JOBS_AHEAD
         cpus, when = self._cpus_known
@@ -21626,13 +21825,13 @@ class Shell:
     # -- the run -----------------------------------------------------------------------------------
 
     def run(self) -> int:
-        """Run all; it has been opened. Returns the exit status. Raises OSError for what cannot be
-        written."""
+        """Run all jobs, after `open`. Returns the exit status. Raises OSError for a file that
+        cannot be written."""
         try:
             with self._cluster:
                 self._run()
         except Halted:
-            pass    # by --halt; what it has told decides about the exit status below
+            pass    # because of --halt, which determines the exit status below
         except NoNodes as exc:
             self._terminal.message('dispy: %s' % exc)
             return EXIT_USAGE
@@ -21641,7 +21840,7 @@ class Shell:
             message = 'dispy: interrupted: %d of %d jobs had ended, the others were cancelled' % (
                 done, done + len(self._feeder.jobs))
             self._terminal.message(message)
-            return 130   # as a shell has it: 128 and the signal's number
+            return 130   # as in a shell: 128 and the signal's number
         finally:
             self._close_files()
         self._show_progress(True)
@@ -21676,7 +21875,7 @@ class Shell:
         return self._input_ended or self._window.is_closed
 
     def _next_event(self) -> Any:
-        """What comes next. While nothing does, all that has been printed can be seen."""
+        """Return the next event. While none comes, everything that has been printed is visible."""
         with contextlib.suppress(queue.Empty):
             return self._events.get_nowait()
         self._terminal.flush()
@@ -21694,7 +21893,7 @@ class Shell:
 
     def _on_event(self, event: Any) -> None:
         if isinstance(event, DispyJob):
-            if event.id in self._feeder.jobs:   # an end may be told twice
+            if event.id in self._feeder.jobs:   # an end may be reported twice
                 self._on_ended(self._ended_of(event))
         elif isinstance(event, Printed):
             self._on_printed(event)
@@ -21714,7 +21913,7 @@ class Shell:
                                    'started' % event.error)
 
     def _ended_of(self, job: DispyJob) -> Ended:
-        """What is said of a job that has ended."""
+        """Return the description of a job that has ended."""
         submitted = self._feeder.jobs[job.id]
         address = job.ip_addr or ''
         status = NO_STATUS
@@ -21727,13 +21926,13 @@ class Shell:
                 by_signal = max(-job.result, 0)
         if job.status != JobState.FINISHED or job.result:
             word, where, reason = state_of(job)
-            reason = reason or job.exception or word   # also of one that somebody has cancelled
+            reason = reason or job.exception or word   # including a job that was cancelled
             node = node or where
         seconds = 0.0
         if job.start_time and job.end_time:
             seconds = job.end_time - job.start_time
         begin = job.start_time or job.end_time or 0.0
-        stdout: Any = job.stdout or b''   # of a program they are bytes
+        stdout: Any = job.stdout or b''   # for a program they are bytes
         stderr: Any = job.stderr or b''
         return Ended(job.id, submitted.values, submitted.command, node, address, begin, seconds,
                      submitted.size, status, by_signal, reason, stdout, stderr)
@@ -21776,7 +21975,7 @@ class Shell:
             self._show_lines(order[0])
 
     def _show(self, ended: Ended) -> None:
-        """The output and the fate of a job."""
+        """Show the output of a job, and how it ended."""
         for stream, data in (('stdout', ended.stdout), ('stderr', ended.stderr)):
             if self._args.line_buffer:
                 data = self._live.rest(ended.number, stream, data)
@@ -21795,7 +21994,8 @@ class Shell:
             self._terminal.err(data)
 
     def _on_printed(self, event: Printed) -> None:
-        """Of a job that runs; if it has ended meanwhile, it has been shown."""
+        """Show what a running job has printed; if it has ended in the meantime, its output has been
+        shown already."""
         number = event.number
         if number in self._feeder.jobs:
             self._live.add(number, event.stream, event.data)
@@ -21804,7 +22004,7 @@ class Shell:
                 self._show_lines(number)
 
     def _show_lines(self, number: int) -> None:
-        """The whole lines that a job has printed."""
+        """Show the complete lines that a job has printed."""
         submitted = self._feeder.jobs.get(number)
         if submitted is None:
             return
@@ -21820,16 +22020,16 @@ class Shell:
 # --------------------------------------------------------------------------------------------------
 
 STACKS_TIME = 1.0         # s that a daemon may take to write its stacks
-LOG_LINES = 200           # of each log, from its end
-LOG_BYTES = 1 << 16       # that are looked at for these
+LOG_LINES = 200           # lines from the end of each log
+LOG_BYTES = 1 << 16       # bytes that are read for these
 DAEMONS = ('dispynode', 'dispyscheduler', 'dispy_httpd', 'dispy-httpd')
-# Options of daemons whose values are told; of the others only their names are
+# Options of daemons whose values are reported; of the others only the names are
 PLAIN_OPTIONS = frozenset((
     '-c', '--cpus', '-i', '--host', '--ip-addr', '--ext-host', '-p', '--port', '--name',
     '--dest-path-prefix', '--scheduler-host', '-n', '--node', '--node-port', '--log-file',
     '--state-dir', '--max-file-size', '--zombie-interval', '--ping-interval', '--pulse-interval',
     '--httpd', '--msg-timeout', '--serve'))
-# What is left out of texts -> what stands there instead
+# What is removed from texts -> the replacement
 LEFT_OUT = [
     (re.compile(r'(https?://[^/\s]+)/\S*'), r'\1/<left out>'),
     (re.compile(r'(token|secret|password)([=:]\s*)\S+', re.I), r'\1\2<left out>'),
@@ -21846,17 +22046,17 @@ class BugReport:
         self._lines: List[str] = []
 
     def add(self, title: str, find: Callable[[], Iterable[str]]) -> None:
-        """A section with the lines that are found."""
+        """Add a section with the lines that a function returns."""
         self._lines += ['', '== %s' % title]
         try:
             self._lines += map(self.plain, find())
         except Exception as exc:
-            # Whatever is wrong here, the other sections are wanted all the more
+            # Whatever fails here, the other sections are needed
             line = 'it cannot be found: %s: %s' % (type(exc).__name__, exc)
             self._lines.append(self.plain(line))
 
     def plain(self, line: str) -> str:
-        """A line without what nobody else may see."""
+        """Return a line without what nobody else may see."""
         for secret in self._secrets:
             line = line.replace(secret, '<left out>')
         for pattern, words in LEFT_OUT:
@@ -21880,21 +22080,21 @@ def versions() -> Iterator[str]:
 
 
 def surroundings() -> Iterator[str]:
-    """Variables and files that dispy reads."""
+    """Return the variables and files that dispy reads."""
     for name in sorted(os.environ):
         if name.startswith('DISPY_') and name != 'DISPY_SECRET':
             yield '%s=%s' % (name, os.environ[name])
     yield 'DISPY_SECRET is %s' % ('set' if 'DISPY_SECRET' in os.environ else 'not set')
     path = dispynode.secret_path()
     if os.path.exists(path):
-        st_mode = os.stat(path).st_mode
-        yield 'the secret file %s has mode %o' % (path, stat.S_IMODE(st_mode))
+        mode = os.stat(path).st_mode
+        yield 'the secret file %s has mode %o' % (path, stat.S_IMODE(mode))
     else:
         yield 'there is no secret file %s' % path
 
 
 def told_words(words: Sequence[str]) -> Iterator[str]:
-    """A daemon's command line, without the values of options that may be secret."""
+    """Return a daemon's command line, without the values of options that may be secret."""
     tells = True
     for word in words:
         name, sign, _ = word.partition('=')
@@ -21906,7 +22106,7 @@ def told_words(words: Sequence[str]) -> Iterator[str]:
 
 
 def daemons() -> List[Any]:
-    """The processes of dispy's daemons that belong to this user."""
+    """Return the processes of dispy's daemons that belong to this user."""
     import psutil
     found = []
     for process in psutil.process_iter(['cmdline', 'username', 'pid']):
@@ -21928,7 +22128,8 @@ def _own_name() -> str:
 
 
 def processes() -> Iterator[str]:
-    """The daemons on this machine: what they are, and what each thread of them waits in."""
+    """Return the daemons on this machine: what they are, and where in the kernel each of their
+    threads waits."""
     import psutil
     for process in daemons():
         with contextlib.suppress(psutil.Error):
@@ -21941,12 +22142,13 @@ def processes() -> Iterator[str]:
 
 
 def waits_of(process: int) -> Iterator[str]:
-    """For each thread of a process, its name and the function of the kernel that it is in."""
+    """Return, for each thread of a process, its name and the function of the kernel in which it
+    is."""
     root = '/proc/%d/task' % process
     if not os.path.isdir(root):   # another system
         return
     for thread in sorted(os.listdir(root), key=int):
-        with contextlib.suppress(OSError):   # it has ended meanwhile, or belongs to root
+        with contextlib.suppress(OSError):   # it has ended in the meantime, or belongs to root
             words = []
             for name in ('comm', 'wchan'):
                 path = os.path.join(root, thread, name)
@@ -21957,8 +22159,8 @@ def waits_of(process: int) -> Iterator[str]:
 
 
 def stacks() -> Iterator[str]:
-    """The stacks of the daemons on this machine: where each thread of them is in the program, and
-    no values."""
+    """Return the stacks of the daemons on this machine: where in the program each of their threads
+    is, without any values."""
     for process in daemons():
         path = _stacks_path(process.pid)
         if path is None:
@@ -21972,7 +22174,7 @@ def stacks() -> Iterator[str]:
 
 
 def _stacks_path(process: int) -> Optional[str]:
-    """Where a daemon writes its stacks at SIGUSR2; None if it does not."""
+    """Return where a daemon writes its stacks at SIGUSR2; None if it does not."""
     root = '/proc/%d/fd' % process
     with contextlib.suppress(OSError):   # another system, or the process of another user
         status = _since('/proc/%d/status' % process)
@@ -21981,7 +22183,7 @@ def _stacks_path(process: int) -> Optional[str]:
             return None
         signals = int(caught.group(1), 16)
         if not signals >> (signal.SIGUSR2 - 1) & 1:
-            return None   # the signal would end it
+            return None   # the signal would kill it
         for name in os.listdir(root):
             path = os.path.join(root, name)
             if os.readlink(path).startswith('/memfd:' + STACKS):
@@ -21990,7 +22192,7 @@ def _stacks_path(process: int) -> Optional[str]:
 
 
 def _read_stacks(path: str) -> List[str]:
-    """What a daemon has written, when no more comes."""
+    """Return what a daemon has written, when no more comes."""
     until = time.monotonic() + STACKS_TIME
     data = b''
     while time.monotonic() < until:
@@ -22003,9 +22205,9 @@ def _read_stacks(path: str) -> List[str]:
 
 
 def logs() -> Iterator[str]:
-    """The last lines of the logs of daemons on this machine."""
-    expanded_path = os.path.expanduser('~/.dispy/*/log')
-    found = set(glob.glob(expanded_path))
+    """Return the last lines of the logs of daemons on this machine."""
+    pattern = os.path.expanduser('~/.dispy/*/log')
+    found = set(glob.glob(pattern))
     for process in daemons():
         words = process.info['cmdline']
         for word, value in zip(words, words[1:]):
@@ -22015,14 +22217,14 @@ def logs() -> Iterator[str]:
         yield '-- %s' % path
         with contextlib.suppress(OSError):
             with open(path, 'rb') as file:
-                file_size = os.path.getsize(path)
-                file.seek(max(0, file_size - LOG_BYTES))
+                size = os.path.getsize(path)
+                file.seek(max(0, size - LOG_BYTES))
                 lines = file.read().decode(errors='replace').splitlines()
             yield from lines[-LOG_LINES:]
 
 
 def nodes_seen(args: argparse.Namespace) -> Iterator[str]:
-    """The table of nodes, as of --list-nodes."""
+    """Return the table of nodes, as --list-nodes prints it."""
     table = io.StringIO()
     with contextlib.redirect_stdout(table), contextlib.redirect_stderr(table):
         _look_at_nodes(args)
@@ -22037,7 +22239,7 @@ def _known_secrets(args: argparse.Namespace) -> Iterator[str]:
 
 
 def _report(argv: Sequence[str]) -> int:
-    """`dispy report`. Returns the exit status."""
+    """Carry out `dispy report`. Returns the exit status."""
     parser = OptionParser(prog='dispy report', description=(
         'Write a file for a report of a fault: versions, settings, daemons of this machine with '
         'the last lines of their logs, and the nodes. Secrets, tokens and arguments of jobs are '
@@ -22072,22 +22274,24 @@ def _report(argv: Sequence[str]) -> int:
 
 
 # --------------------------------------------------------------------------------------------------
-# Command line: nodes that an engine such as Slurm places
+# Command line: nodes that an engine such as Slurm runs
 # --------------------------------------------------------------------------------------------------
 
 ENGINE_TIME = 60.0            # s that a command of an engine may take
-ADAPT_EVERY = 5.0             # s between two looks at what waits
-END_IDLE = 60.0               # s without jobs after which a node ends that is not one of MIN
+ADAPT_EVERY = 5.0             # s between two checks of the waiting jobs
+END_IDLE = 60.0               # s without jobs after which a node beyond MIN ends
 POD_IMAGE = 'python:3.12-slim'
 POD_GRACE = 60                # s that a node in a pod has to end
 POD_LABEL = 'app=dispy-node'
-# How a pod writes dispynode.py and the secret where only it can read them, and runs it
+# The commands with which a pod writes dispynode.py and the secret where only it can read them, and
+# runs the node
 POD_START = ('umask 077; python3 -c "import zlib; open(\'/tmp/dispynode.py\', \'wb\').write('
              'zlib.decompress(open(\'/dispy/dispynode\', \'rb\').read()))" && '
              'cp /dispy-secret/secret /tmp/secret && exec ')
 
 
-# The Job of a node, without what differs, and what all nodes have: dispynode.py and the secret
+# The Job of a node, without the parts that differ, and the Secret of all nodes: dispynode.py and
+# the secret
 POD_JOB: Dict[str, Any] = {
     'apiVersion': 'batch/v1', 'kind': 'Job',
     'metadata': {'labels': {'app': 'dispy-node'}, 'generateName': 'dispy-node-'},
@@ -22114,20 +22318,20 @@ class NodeRequest(NamedTuple):
     """What an engine is asked for: a part of a host, for some time, for one node."""
     cpus: int
     seconds: int                  # its time limit
-    memory: int = 0               # bytes; 0: what the engine gives if nothing is said
+    memory: int = 0               # bytes; 0: the default of the engine
     gpus: int = 0
     queue: str = ''               # or partition, or namespace
     log: str = ''                 # the directory for what nodes print
-    more: Tuple[str, ...] = ()    # options for the engine, as they stand in its scripts
-    image: str = ''               # of containers
+    more: Tuple[str, ...] = ()    # options for the engine, in the form of its scripts
+    image: str = ''               # the image of containers
 
     @property
     def megabytes(self) -> int:
-        """The memory, rounded up."""
+        """The memory in MiB, rounded up."""
         return -(-self.memory >> 20)
 
     def fields(self) -> Dict[str, Any]:
-        """What stands in options of engines."""
+        """Return the values for the options of engines."""
         found: Dict[str, Any] = self._asdict()
         minutes, seconds = divmod(self.seconds, 60)
         hours, minutes = divmod(minutes, 60)
@@ -22142,21 +22346,22 @@ class NodeRequest(NamedTuple):
 
 
 class Engine:
-    """A system that gives a part of a host for some time, to whoever submits a script with options
-    in comments. The subclasses have what each of them understands."""
+    """A system that gives a part of a host for some time to a user who submits a script with
+    options in comments. The subclasses have the commands and options of each system."""
     name = ''
     title = ''
-    number = ''                   # what a shell there puts in place for the number of its job
-    mark = ''                     # begins a comment with an option
+    number = ''                   # the shell variable with the number of the job
+    mark = ''                     # the beginning of a comment with an option
     submits: Sequence[str] = ()   # the command that reads a script
     cancels: Sequence[str] = ()   # the command that ends jobs, whose numbers follow
     lists: Sequence[str] = ()     # the command that prints the jobs of this user
-    answer = re.compile(r'\s*(\S+)\s*\Z')   # what `submits` prints, with the number of the job
-    # Field of a request, or '' for always -> the options that it takes, with fields
+    # The output of `submits`, which contains the number of the job
+    answer = re.compile(r'\s*(\S+)\s*\Z')
+    # Field of a request, or '' for always -> the options that it requires, with fields
     table: Dict[str, Sequence[str]] = {}
 
     def options(self, request: NodeRequest) -> List[str]:
-        """What is asked for, in options."""
+        """Return the options that describe the request."""
         fields = request.fields()
         found: List[str] = []
         for field, options in self.table.items():
@@ -22165,7 +22370,7 @@ class Engine:
         return found
 
     def script(self, request: NodeRequest, command: str) -> str:
-        """The script that runs the command of a node."""
+        """Return the script that runs the command of a node."""
         lines = ['#!/bin/sh']
         for option in (*self.options(request), *request.more):
             lines.append('%s %s' % (self.mark, option))
@@ -22185,7 +22390,7 @@ class Engine:
         self._run([*self.cancels, *jobs])
 
     def alive(self, jobs: Iterable[str]) -> Set[str]:
-        """Those of these jobs that wait or run. Raises DispyError."""
+        """Return those of these jobs that wait or run. Raises DispyError."""
         said = self._run(self.lists)
         known = self.listed(said)
         found = set()
@@ -22196,7 +22401,7 @@ class Engine:
         return found
 
     def listed(self, said: str) -> Set[str]:
-        """The numbers of the jobs in what `lists` has printed."""
+        """Return the numbers of the jobs in the output of `lists`."""
         found = set()
         for line in said.splitlines():
             words = line.split()
@@ -22225,12 +22430,12 @@ class Engine:
         return said
 
     def is_nothing(self, done: 'subprocess.CompletedProcess[bytes]') -> bool:
-        """Whether a command that has failed says that there are no jobs."""
+        """Return whether a command that has failed says that there are no jobs."""
         return False
 
 
 class SlurmEngine(Engine):
-    """Slurm, as sbatch, scancel and squeue have it."""
+    """Slurm, with sbatch, scancel and squeue."""
     name = 'slurm'
     title = 'Slurm'
     number = '$SLURM_JOB_ID'
@@ -22264,11 +22469,11 @@ class PbsEngine(Engine):
 
     @property
     def lists(self) -> Sequence[str]:  # type: ignore[override]
-        """The command that prints the jobs of this user."""
+        """Return the command that prints the jobs of this user."""
         return ('qselect', '-u', _user_name())
 
     def options(self, request: NodeRequest) -> List[str]:
-        """The others stand in the table; CPUs, memory and GPUs in one chunk."""
+        """Return the options of the table, and CPUs, memory and GPUs in one chunk."""
         chunk = '-l select=1:ncpus=%d' % request.cpus
         if request.memory:
             chunk += ':mem=%dmb' % request.megabytes
@@ -22296,13 +22501,13 @@ class LsfEngine(Engine):
     }
 
     def is_nothing(self, done: 'subprocess.CompletedProcess[bytes]') -> bool:
-        """bjobs fails if there are none."""
+        """Return whether a failure of bjobs means that there are no jobs."""
         return b'No unfinished job' in done.stderr
 
 
 class SgeEngine(Engine):
-    """Grid Engine. Its parallel environment and its name of GPUs are the site's: 'smp' and 'gpu',
-    unless options for the engine say others."""
+    """Grid Engine. The names of its parallel environment and of GPUs depend on the site: they are
+    'smp' and 'gpu', unless options for the engine give others."""
     name = 'sge'
     title = 'Grid Engine'
     number = '$JOB_ID'
@@ -22320,13 +22525,13 @@ class SgeEngine(Engine):
 
     @property
     def lists(self) -> Sequence[str]:  # type: ignore[override]
-        """The command that prints the jobs of this user."""
+        """Return the command that prints the jobs of this user."""
         return ('qstat', '-u', _user_name())
 
 
 class KubernetesEngine(Engine):
-    """Kubernetes: a Job with one pod for each node; dispynode.py and the secret are mounted
-    there."""
+    """Kubernetes: a Job with one pod for each node, into which dispynode.py and the secret are
+    mounted."""
     name = 'k8s'
     title = 'Kubernetes'
     number = '$HOSTNAME'
@@ -22337,7 +22542,7 @@ class KubernetesEngine(Engine):
 
     @staticmethod
     def manifest(request: NodeRequest, command: str) -> Dict[str, Any]:
-        """The Job of a node."""
+        """Return the Job of a node."""
         job = copy.deepcopy(POD_JOB)
         spec = job['spec']
         spec['activeDeadlineSeconds'] = request.seconds
@@ -22359,7 +22564,7 @@ class KubernetesEngine(Engine):
 
     @staticmethod
     def files(source: bytes, secret: bytes) -> List[Dict[str, Any]]:
-        """What all nodes have: dispynode.py and the secret."""
+        """Return the files that all nodes have: dispynode.py and the secret."""
         files = copy.deepcopy(POD_FILES)
         compressed = zlib.compress(source, 9)
         packed = base64.b64encode(compressed)
@@ -22369,7 +22574,7 @@ class KubernetesEngine(Engine):
         return files
 
     def listed(self, said: str) -> Set[str]:
-        """The Jobs that have not ended."""
+        """Return the Jobs that have not ended."""
         found = set()
         for job in json.loads(said)['items']:
             status = job.get('status', {})
@@ -22387,16 +22592,16 @@ class KubernetesEngine(Engine):
         return self.listed(said).intersection(jobs)
 
     def put_files(self, source: bytes, secret: bytes) -> None:
-        """Make what all nodes have, anew. Raises DispyError."""
+        """Create the files that all nodes have, or replace them. Raises DispyError."""
         for item in self.files(source, secret):
             kind = item['kind'].lower()
             name = item['metadata']['name']
             self._run([*self.cancels, '%s/%s' % (kind, name)])
-            dumped = json.dumps(item)
-            self._run(self.submits, dumped)
+            manifest = json.dumps(item)
+            self._run(self.submits, manifest)
 
     def remove_files(self) -> None:
-        """Remove what `put_files` has made. Raises DispyError."""
+        """Remove what `put_files` has created. Raises DispyError."""
         self._run([*self.cancels, 'configmap/dispy-node', 'secret/dispy-node'])
 
 
@@ -22408,8 +22613,8 @@ ENGINE_OPTIONS = frozenset('--' + name for name in ENGINES)
 
 
 class EngineNodes:
-    """The jobs by which an engine places nodes for this user, in a file that outlives this process.
-    A context, so that one deploy or stop changes it at a time.
+    """The jobs of an engine that run nodes for this user, in a file that outlives this process. The
+    object is a context manager, so that one deploy or stop at a time changes the file.
 
     jobs - number of a job -> whether its node stays when it has no jobs
     """
@@ -22457,7 +22662,7 @@ class EngineNodes:
         return job
 
     def end(self) -> int:
-        """End all. Returns how many there were. Raises DispyError."""
+        """End all of them. Returns how many there were. Raises DispyError."""
         self.look()
         count = len(self.jobs)
         if count:
@@ -22469,7 +22674,7 @@ class EngineNodes:
         return count
 
     def _remove_files(self) -> None:
-        """Remove what nodes were given, unless those of other engines need it."""
+        """Remove the files that nodes were given, unless nodes of other engines need them."""
         names = os.listdir(self.directory)
         others = [name for name in names if name.endswith('.json')]
         if others not in ([], [os.path.basename(self._path)]):
@@ -22481,15 +22686,15 @@ class EngineNodes:
 
 
 class NodeDemand(NamedTuple):
-    """What a scheduler has to do, for whoever places its nodes."""
-    waiting: int      # jobs that wait for a CPU, without those that a limit holds
+    """What a scheduler has to do, for the process that starts its nodes."""
+    waiting: int      # jobs that wait for a CPU, without those that a limit holds back
     idle: int         # CPUs that are idle
     there: int        # nodes that were placed and are connected
 
 
 def nodes_lacking(demand: NodeDemand, alive: int, cpus: int, least: int, most: int) -> int:
-    """How many nodes more are to be asked for. `alive` were and have not ended, with so many CPUs
-    each; there shall be `least` to `most`."""
+    """Return how many more nodes are to be requested. `alive` nodes were requested and have not
+    ended, with so many CPUs each; the total is to be between `least` and `most`."""
     coming = max(0, alive - demand.there)
     jobs = demand.waiting - demand.idle
     jobs -= coming * cpus
@@ -22500,10 +22705,10 @@ def nodes_lacking(demand: NodeDemand, alive: int, cpus: int, least: int, most: i
 
 
 class NodePlacement:
-    """What is asked of an engine by `dispy deploy`: nodes with these options."""
+    """What `dispy deploy` requests from an engine: nodes with these options."""
 
     def __init__(self, engine: Engine, args: argparse.Namespace, options: List[str]) -> None:
-        """Raises ValueError, OSError, DispyError."""
+        """Examines the options. Raises ValueError, OSError or DispyError."""
         import dispynode
         self.engine = engine
         self._args = args
@@ -22523,7 +22728,7 @@ class NodePlacement:
             self._secret_file = '/tmp/secret'
             self._script = '/tmp/dispynode.py'
         parser = dispynode.make_parser()
-        self.node = parser.parse_args(self._words(True) + options)   # wrong ones are told here
+        self.node = parser.parse_args(self._words(True) + options)   # wrong ones are reported here
         dispynode.Lifetime.of_options(self.node, 0.0)
         self.request = NodeRequest(args.cpus, int(args.time))
         given = {}
@@ -22536,7 +22741,7 @@ class NodePlacement:
         self.request = self.request._replace(**given)
 
     def _words(self, stays: bool) -> List[str]:
-        """The options of a node that tell it what the engine is told."""
+        """Return the options of a node that tell it what was requested from the engine."""
         args = self._args
         told = {'port': '0'}
         told['scheduler-host'] = args.scheduler_host
@@ -22557,8 +22762,8 @@ class NodePlacement:
         return words
 
     def command(self, stays: bool) -> str:
-        """The command of a node, for a shell. Its name and its directory have the number of the
-        job."""
+        """Return the command of a node, for a shell. Its name and its directory contain the number
+        of the job."""
         engine = self.engine
         name = '%s-%s' % (engine.name, engine.number)
         words = [self._args.python]
@@ -22570,7 +22775,7 @@ class NodePlacement:
         return ' '.join(words)
 
     def put_files(self) -> None:
-        """Put what nodes need where they find it. Raises OSError, DispyError."""
+        """Put the files that nodes need where they find them. Raises OSError or DispyError."""
         if isinstance(self.engine, KubernetesEngine):
             self.engine.put_files(self._source, self.secret)
             return
@@ -22580,14 +22785,14 @@ class NodePlacement:
                 write_private(path, data)
 
     def add(self, count: int, stays: bool) -> None:
-        """Ask for nodes, within the context of `nodes`. Raises DispyError."""
+        """Request nodes, in the context of `nodes`. Raises DispyError."""
         command = self.command(stays)
         for _ in range(count):
             job = self.nodes.add(self.request, command, stays)
             print('%s: job %s is submitted' % (self.engine.title, job), flush=True)
 
     def adapt(self, demand: NodeDemand, least: int, most: int) -> None:
-        """Ask for as many nodes as are lacking. Raises DispyError, OSError."""
+        """Request as many nodes as are lacking. Raises DispyError or OSError."""
         with self.nodes:
             self.nodes.look()
             jobs = self.nodes.jobs
@@ -22602,7 +22807,7 @@ class DemandOfScheduler:
     """Asks a scheduler what it has to do."""
 
     def __init__(self, placement: NodePlacement, args: argparse.Namespace) -> None:
-        """Raises ValueError, OSError, DispyError."""
+        """Connects to the scheduler. Raises ValueError, OSError or DispyError."""
         import dispy_httpd
         import dispyscheduler
         self._prefix = placement.engine.name + '-'
@@ -22616,7 +22821,8 @@ class DemandOfScheduler:
         self._operator = dispyscheduler.Operator(self.link.ask)
 
     def look(self) -> NodeDemand:
-        """What there is to do. Raises RuntimeError, DispyError or OSError if that is not told."""
+        """Return what the scheduler has to do. Raises RuntimeError, DispyError or OSError if the
+        scheduler does not answer."""
         waiting = 0
         for program in self._operator.programs():
             waiting += max(0, program['waiting'] - program['limited'])
@@ -22630,7 +22836,7 @@ class DemandOfScheduler:
 
 
 def _range_option(text: str) -> Tuple[int, int]:
-    """Read MIN:MAX."""
+    """Parse MIN:MAX."""
     least, _, most = text.partition(':')
     if least.isdigit() and most.isdigit():
         bounds = (int(least), int(most))
@@ -22639,7 +22845,7 @@ def _range_option(text: str) -> Tuple[int, int]:
     raise argparse.ArgumentTypeError('%r is not MIN:MAX, such as 0:10' % text)
 
 
-# What is told of nodes that an engine places
+# Messages about nodes that an engine runs
 PLACING: Tuple[Tuple[str, Dict[str, Any]], ...] = (
     ('--scheduler-host', {
         'default': socket.gethostname(), 'metavar': 'HOST[:PORT]',
@@ -22708,12 +22914,12 @@ def _engine_parser(task: str) -> argparse.ArgumentParser:
 
 
 def _engine_of(args: argparse.Namespace) -> Tuple[Engine, int]:
-    """The engine that is meant, and the number that is given with it, or 0."""
+    """Return the engine that the options name, and the number that is given with it, or 0."""
     for name, engine in ENGINES.items():
         number = getattr(args, name)
         if number is not None:
             return engine, number
-    raise AssertionError('no engine')   # the parser wants one
+    raise AssertionError('no engine')   # the parser requires one
 
 
 def _check_placement(args: argparse.Namespace, engine: Engine, count: int) -> None:
@@ -22728,7 +22934,7 @@ def _check_placement(args: argparse.Namespace, engine: Engine, count: int) -> No
 
 
 def _adapt(placement: NodePlacement, args: argparse.Namespace) -> int:
-    """Place nodes as jobs wait, until Ctrl-C. Raises ValueError, OSError, DispyError."""
+    """Start nodes as jobs wait, until Ctrl-C. Raises ValueError, OSError or DispyError."""
     source = DemandOfScheduler(placement, args)
     never = threading.Event()
     try:
@@ -22750,7 +22956,8 @@ def _adapt(placement: NodePlacement, args: argparse.Namespace) -> int:
 
 
 def _place(task: str, argv: List[str], options: List[str]) -> int:
-    """`dispy deploy` and `dispy stop` of nodes that an engine places. Returns the exit status."""
+    """Carry out `dispy deploy` and `dispy stop` for nodes that an engine runs. Returns the exit
+    status."""
     parser = _engine_parser(task)
     args = parser.parse_args(argv)
     engine, count = _engine_of(args)
@@ -22783,20 +22990,21 @@ def _place(task: str, argv: List[str], options: List[str]) -> int:
 # --------------------------------------------------------------------------------------------------
 
 DEPLOY_TIME = 30.0            # s that a deployed daemon may take until it listens
-DEPLOYED = 'dispy: '          # begins the line that says on a host what deploy or stop has done
+DEPLOYED = 'dispy: '          # begins the line in which a host reports what was done
 
 
 class Deployment:
     """The node that was deployed on this host for this user: its file, its log, and a note of how
     it was started.
 
-    The directory has the host's name, since hosts may share a home. A context, so that one deploy
-    or stop is at work at a time; at its end the directory goes unless something is deployed.
+    The name of the directory contains that of the host, since hosts may share a home directory. The
+    object is a context manager, so that one deploy or stop works at a time; at its end the
+    directory is removed unless a node is deployed.
     """
 
     def __init__(self) -> None:
-        expanded_path = os.path.expanduser('~')
-        self._directory = os.path.join(expanded_path, '.dispy', platform.node() or 'node')
+        home = os.path.expanduser('~')
+        self._directory = os.path.join(home, '.dispy', platform.node() or 'node')
         self._script, self._noted, self._log = (os.path.join(self._directory, name)
                                                 for name in ('dispynode.py', 'note', 'log'))
         self._note: dict = {}
@@ -22821,15 +23029,15 @@ class Deployment:
     def __exit__(self, *exc: Any) -> None:
         if not self._note:
             shutil.rmtree(self._directory)
-            with contextlib.suppress(OSError):   # other hosts have theirs there
+            with contextlib.suppress(OSError):   # the directory has those of other hosts
                 os.rmdir(os.path.dirname(self._directory))
         self._lock.close()
 
     def deploy(self, source: bytes, secret: bytes, options: List[str], replace_secret: bool,
                restart: bool) -> str:
-        """Have a node run from this source with these options and, if one is given, this secret.
-        Returns what was done. Raises StartError, SecretError or OSError, and then nothing is left
-        of a node that does not run."""
+        """Run a node from this source with these options and, if one is given, this secret. Returns
+        a text that says what was done. Raises StartError, SecretError or OSError; in this case
+        nothing remains of a node that does not run."""
         path = secret_path()
         if secret:
             have = self._present_secret(path)
@@ -22861,7 +23069,7 @@ class Deployment:
                 write_private(path, secret + b'\n')
             self._start(options, ['--secret-file', path] if secret else [])
         except (OSError, StartError) as exc:
-            if self._running():   # it does not end, or has not been touched
+            if self._running():   # it does not end, or was not to be ended
                 raise
             self._undo(path, put, foreign)
             raise StartError('%s%s' %
@@ -22870,8 +23078,9 @@ class Deployment:
                                         self._note['pid'])
 
     def stop(self, when_idle: bool = False, grace: Optional[float] = None) -> str:
-        """Undo `deploy`. Returns what was done. With `when_idle`, the node ends when its jobs have
-        ended, and at most `grace` seconds later in any case. Raises StartError or OSError."""
+        """Undo `deploy`. Returns a text that says what was done. With `when_idle`, the node ends
+        when its jobs have ended, and at the latest after `grace` seconds. Raises StartError or
+        OSError."""
         if not self._note:
             return 'nothing was deployed here'
         pid = self._running()
@@ -22900,21 +23109,21 @@ class Deployment:
                 stderr=output,
                 start_new_session=True)
         self._note['pid'] = process.pid
-        dumped = json.dumps(self._note)
-        write_private(self._noted, dumped.encode())
+        note = json.dumps(self._note)
+        write_private(self._noted, note.encode())
         until = time.monotonic() + DEPLOY_TIME
         found = None
         while found is None:
             try:
                 process.wait(0.05)
             except subprocess.TimeoutExpired:
-                # Main logs it
+                # `main` logs it
                 found = re.search(rb'at port (\d+), PID %d\n' % process.pid, _since(log, begin))
             if process.returncode is not None or time.monotonic() > until:
                 process.kill()
                 code = process.wait()
-                decoded = _since(self._log, said).decode(errors='replace')
-                raise StartError(decoded.strip().rpartition('\n')[2] or 'it ' + exit_text(code))
+                printed = _since(self._log, said).decode(errors='replace')
+                raise StartError(printed.strip().rpartition('\n')[2] or 'it ' + exit_text(code))
         port = int(found.group(1))
         self._note.update(port=port,
                           root=os.path.abspath(args.dest_path_prefix or default_directory(port)))
@@ -22922,8 +23131,8 @@ class Deployment:
         write_private(self._noted, data)
 
     def _running(self) -> int:
-        """PID of the daemon, 0 when it runs no more. A number that was given to another process is
-        not taken for it."""
+        """Return the PID of the daemon, 0 if it does not run any more. Another process that has got
+        the same PID is recognized."""
         pid = self._note.get('pid', 0)
         if not pid:
             return 0
@@ -22937,7 +23146,7 @@ class Deployment:
         return 0
 
     def _busy(self) -> bool:
-        """Whether a computation is there."""
+        """Return whether a computation is on the node."""
         root = self._note.get('root', '')
         if not os.path.isdir(root):
             return False
@@ -22945,7 +23154,8 @@ class Deployment:
         return any(name.startswith('p-') for name in names)
 
     def _let_finish(self, pid: int, grace: Optional[float]) -> None:
-        """Wait until it has no jobs any more and has ended for that, or for `grace` seconds."""
+        """Wait until the node has no jobs any more and has ended because of that, or for `grace`
+        seconds."""
         until = math.inf
         if grace is not None:
             until = time.monotonic() + grace
@@ -22955,14 +23165,14 @@ class Deployment:
             time.sleep(0.1)
 
     def _grace(self) -> float:
-        """Seconds that its jobs have when it is stopped."""
+        """Return how many seconds its jobs have when it is stopped."""
         wanted = self._note.get('wanted', {})
         parser = dispynode.make_parser()
         return float(parser.parse_args(wanted.get('options', [])).grace)
 
     def _end(self, pid: int) -> None:
-        """SIGTERM, and another for one that does not end by itself. Its directory goes if nothing
-        is in it."""
+        """Send SIGTERM, and a second one if the node does not end. Its directory is removed if it
+        is empty."""
         begin = time.monotonic() + self._grace()
         for until in (begin + 2 * GRACE, begin + 5 * GRACE):
             if self._running():
@@ -22973,19 +23183,21 @@ class Deployment:
         if self._running():
             raise StartError('PID %d does not end after SIGTERM' % pid)
         root = self._note.get('root', '')
-        with contextlib.suppress(OSError):   # not there, or other nodes have theirs beside it
+        # It does not exist, or other nodes have theirs beside it
+        with contextlib.suppress(OSError):
             if set(os.listdir(root)) <= KEEPING_FILES:
                 shutil.rmtree(root)
                 os.rmdir(os.path.dirname(default_directory(0)))
 
     def _undo(self, path: str, put: str, foreign: bytes) -> None:
-        """Take away what `deploy` has put here, and put back the secret that it has replaced."""
+        """Remove what `deploy` has put here, and restore the secret that it has replaced."""
         self._remove()
         if put and foreign:
             write_private(path, foreign + b'\n')
 
     def _remove(self) -> None:
-        """Take away what `deploy` has put here; the secret if it is the one that it put there."""
+        """Remove what `deploy` has put here; the secret if it is the one that `deploy` has put
+        there."""
         path = secret_path()
         if os.path.lexists(path) and self._digest(read_secret(path)) == self._note.get('secret'):
             os.unlink(path)
@@ -22998,7 +23210,8 @@ class Deployment:
         return hashlib.sha256(secret).hexdigest()
 
     def _digest_put(self, secret: bytes, foreign: bytes) -> str:
-        """The digest of the secret that will have been put here; empty if it was here before."""
+        """Return the digest of the secret that will have been put here; empty if it was here
+        before."""
         if not secret:
             return self._note.get('secret', '')  # type: ignore[no-any-return]
         if secret != foreign:
@@ -23013,18 +23226,18 @@ class Deployment:
 
 
 def _since(path: str, begin: int = 0) -> bytes:
-    """What a file has from there on; nothing if there is no such file."""
+    """Return the contents of a file from an offset on; nothing if there is no such file."""
     try:
         with open(path, 'rb') as file:
             file.seek(begin)
             return file.read()
-    except (FileNotFoundError, ProcessLookupError):   # the latter of /proc
+    except (FileNotFoundError, ProcessLookupError):   # the latter for /proc
         return b''
 
 
 def deployment(source: bytes, task: str, *request: Any) -> None:
-    """Called by what `dispy deploy` and `stop` send to `python -` on a host. One line says what was
-    done, on stdout after DEPLOYED, or why not, on stderr."""
+    """Carry out a request that `dispy deploy` or `dispy stop` sends to `python -` on a host. One
+    line on stdout after DEPLOYED says what was done, or one on stderr why it failed."""
     try:
         if os.name == 'nt':
             raise StartError('deploy cannot start a daemon on Windows: run dispynode.py there')
@@ -23038,7 +23251,7 @@ def deployment(source: bytes, task: str, *request: Any) -> None:
         sys.exit(str(exc))
 
 
-# What the parts that run on a host need there: nothing of this module.
+# The source that the parts which run on a host need; they use nothing else of this module.
 HOST_IMPORTS = '''import contextlib, hashlib, json, math, os, platform, re, shutil, signal
 import subprocess, sys, time
 from typing import Any, List, Optional
@@ -23048,8 +23261,8 @@ from dispynode import (GRACE, KEEPING_FILES, SecretError, StartError, default_di
 DEPLOY_TIME = %r
 DEPLOYED = %r
 ''' % (DEPLOY_TIME, DEPLOYED)
-# What a host's Python is given to run. It says itself if it is too old, and takes no module from
-# the directory it is in.
+# The program that a host's Python runs. It reports itself if that is too old, and imports no module
+# from its working directory.
 REMOTE = """import sys
 if sys.version_info < (3, 8):
     version = sys.version.split()[0]
@@ -23065,7 +23278,8 @@ deployment(source, *%a)
 
 
 def program_of_host() -> str:
-    """The source of what runs on a host: it uses dispynode, and nothing else that is ours."""
+    """Return the source of the program that runs on a host: it uses dispynode, and no other module
+    of dispy."""
     lines, _ = inspect.findsource(deployment)
     # Before Python 3.13, inspect parses the whole of this file for the source of a class.
     first = lines.index('class Deployment:\n')
@@ -23080,7 +23294,7 @@ SSH_OPTIONS = [
     '-T', '-o', 'BatchMode=yes', '-o', 'ConnectTimeout=10', '-o', 'ServerAliveInterval=10', '-o',
     'ControlMaster=no'
 ]
-HOST_TIME = 150.0             # s for all that is done on a host: an end, a start, and a slow line
+HOST_TIME = 150.0             # s for everything on a host: an end, a start, and a slow connection
 
 
 def _deploy_parser(task: str) -> argparse.ArgumentParser:
@@ -23134,8 +23348,8 @@ def _deploy_parser(task: str) -> argparse.ArgumentParser:
 
 
 def _on_host(command: List[str], program: bytes, patience: Optional[float]) -> Tuple[bool, str]:
-    """Run a program by ssh: whether it did what it should, and the line that says so, or why
-    not. It has `patience` seconds."""
+    """Run a program by ssh. Returns whether it succeeded, and the line that says what was done or
+    why it failed. `patience` is the time limit in seconds."""
     try:
         done = subprocess.run(command,
                               input=program,
@@ -23152,8 +23366,8 @@ def _on_host(command: List[str], program: bytes, patience: Optional[float]) -> T
 
 
 def _request(task: str, args: argparse.Namespace, options: List[str]) -> Tuple[Any, ...]:
-    """What the program at the other end of ssh is to do; `options` are dispynode's. Raises
-    ValueError, OSError, DispyError."""
+    """Return what the program at the other end of ssh is to do; `options` are those of dispynode.
+    Raises ValueError, OSError or DispyError."""
     import dispynode
     if task != 'deploy':
         if options:
@@ -23161,7 +23375,7 @@ def _request(task: str, args: argparse.Namespace, options: List[str]) -> Tuple[A
         if args.grace is not None and not args.when_idle:
             raise ValueError('--grace says how long --when-idle waits, which is not given')
         return (task, args.when_idle, args.grace)
-    node = dispynode.make_parser().parse_args(options)   # wrong ones are told here, once
+    node = dispynode.make_parser().parse_args(options)   # wrong ones are reported here, once
     if node.secret:
         raise ValueError('-s/--secret can be seen in the list of processes of every host: '
                          '--secret-file before the --')
@@ -23173,7 +23387,7 @@ def _request(task: str, args: argparse.Namespace, options: List[str]) -> Tuple[A
 
 
 def _patience(task: str, args: argparse.Namespace) -> Optional[float]:
-    """Seconds that a host may take for what it is to do; None: any number."""
+    """Return the time limit of a request to a host in seconds; None: no limit."""
     if task == 'stop' and args.when_idle:
         if args.grace is None:
             return None
@@ -23182,7 +23396,8 @@ def _patience(task: str, args: argparse.Namespace) -> Optional[float]:
 
 
 def _deploy(task: str, argv: List[str]) -> int:
-    """`dispy deploy` and `dispy stop`. Returns the number of hosts that failed, at most 101."""
+    """Carry out `dispy deploy` and `dispy stop`. Returns the number of hosts that failed, at most
+    101."""
     import dispynode
     if '--' in argv:
         ours, options = (argv[:argv.index('--')], argv[argv.index('--') + 1:])
@@ -23192,8 +23407,8 @@ def _deploy(task: str, argv: List[str]) -> int:
         return _place(task, ours, options)
     parser = _deploy_parser(task)
     args = parser.parse_intermixed_args(ours)
-    absolute_path = os.path.abspath(dispynode.__file__)
-    with open(absolute_path, 'rb') as source:
+    path = os.path.abspath(dispynode.__file__)
+    with open(path, 'rb') as source:
         packed = base64.b64encode(zlib.compress(source.read()))
     try:
         ssh = shlex.split(args.ssh)
@@ -23212,8 +23427,8 @@ def _deploy(task: str, argv: List[str]) -> int:
     program = (REMOTE % (packed, program_of_host(), request)).encode()
     failed = 0
     width = max(map(len, hosts))
-    thread_pool_executor = concurrent.futures.ThreadPoolExecutor(min(32, len(hosts)))
-    with thread_pool_executor as pool:
+    executor = concurrent.futures.ThreadPoolExecutor(min(32, len(hosts)))
+    with executor as pool:
         for host, (done, text) in zip(
                 hosts, pool.map(_on_host, commands, itertools.repeat(program),
                                 itertools.repeat(_patience(task, args)))):
@@ -23224,7 +23439,7 @@ def _deploy(task: str, argv: List[str]) -> int:
 
 
 def _listed(node: DispyNode) -> Tuple[str, ...]:
-    """The line of a node in the list."""
+    """Return the line of a node in the list."""
     address = format_address(node.ip_addr, node.port) if node.port else node.ip_addr
     row = [address, node.name or '-']
     if node.state == 'connected':
@@ -23243,7 +23458,7 @@ def _listed(node: DispyNode) -> Tuple[str, ...]:
 
 
 def _list_nodes(nodes: List[DispyNode]) -> int:
-    """A line a node. Returns 0 if any can be used, else 1."""
+    """Print a line for each node. Returns 0 if any can be used, else 1."""
     rows = [('ADDRESS', 'NAME', 'CPUS', 'CPU FREE', 'MEMORY FREE', 'RESOURCES', 'DISPY', 'PYTHON',
              'STATE')]
     usable = 0
@@ -23266,7 +23481,7 @@ def _list_nodes(nodes: List[DispyNode]) -> int:
 
 
 def _nodes_of(args: argparse.Namespace) -> Any:
-    """The nodes that a command line names, as `nodes` of a cluster. Reads files."""
+    """Return the nodes that a command line names, as `nodes` of a cluster. Reads files."""
     words = list(args.nodes)
     for path in args.hosts:
         words += hosts_in(path)
@@ -23278,7 +23493,7 @@ def _nodes_of(args: argparse.Namespace) -> Any:
 
 
 def _access_of(args: argparse.Namespace) -> Dict[str, Any]:
-    """Secret and certificate, as options of a cluster."""
+    """Return secret and certificate, as options of a cluster."""
     if args.secret or args.secret_file:
         secret: Optional[bytes] = find_secret(args.secret, args.secret_file)
     else:
@@ -23299,14 +23514,14 @@ def _look_at_nodes(args: argparse.Namespace) -> int:
     if args.scheduler_host is not None:
         raise ValueError('--list-nodes asks the nodes themselves; '
                          '`python -m dispyscheduler nodes` asks a scheduler')
-    logger.setLevel(logging.ERROR)   # the table says it
-    node_scan = NodeScan(_nodes_of(args), **_access_of(args))
-    with node_scan as survey:
+    logger.setLevel(logging.ERROR)   # the table shows it
+    scan = NodeScan(_nodes_of(args), **_access_of(args))
+    with scan as survey:
         return _list_nodes(survey.look())
 
 
 def _dry_run(plan: Plan) -> int:
-    """--dry-run: the commands of the jobs."""
+    """Carry out --dry-run: print the commands of the jobs."""
     terminal = Terminal()
     for number, values in enumerate(plan.inputs, 1):
         if isinstance(values, ValueError):
@@ -23319,14 +23534,16 @@ def _dry_run(plan: Plan) -> int:
 
 
 def _tell_of_terminal(plan: Plan) -> None:
-    """Whoever has forgotten the arguments would wait for ever."""
+    """Print that arguments are read from the terminal, because a user who has forgotten the
+    arguments would wait forever."""
     if plan.reads_stdin and os.isatty(0):
         print('dispy: the arguments are read from the terminal, one per line, until Ctrl-D',
               file=sys.stderr)
 
 
 def _run_commands(parser: OptionParser, args: argparse.Namespace, words: Sequence[str]) -> int:
-    """Everything but the modes with an option of their own. Returns the exit status."""
+    """Carry out everything except the modes with an option of their own. Returns the exit
+    status."""
     try:
         plan = Plan(args, words)
         if args.dry_run:
@@ -23342,7 +23559,7 @@ def _run_commands(parser: OptionParser, args: argparse.Namespace, words: Sequenc
         return shell.run()
     except BrokenPipeError:
         raise
-    except OSError as exc:   # what is written has no room, for instance
+    except OSError as exc:   # for example there is no room for what is written
         print('dispy: %s' % exc, file=sys.stderr)
         return EXIT_USAGE
 
@@ -23362,17 +23579,17 @@ def _choose(argv: List[str]) -> int:
 
 
 def _end_quietly() -> int:
-    """Whoever reads our output has gone, as `head` does. What is still to be written goes nowhere:
-    otherwise the interpreter would complain of it at its end."""
+    """Discard what is still to be written, because the reader of the output has ended, as `head`
+    does: otherwise the interpreter would report an error at its end."""
     nothing = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nothing, 1)
     os.dup2(nothing, 2)
-    return 141   # as a shell has it: 128 and the number of SIGPIPE
+    return 141   # as in a shell: 128 and the number of SIGPIPE
 
 
 def main(argv: Optional[Sequence[str]] = None) -> int:
-    """The command line. Returns the number of jobs that failed, at most 101; wrong usage ends the
-    program with 255."""
+    """Run the command line. Returns the number of jobs that failed, at most 101; wrong usage ends
+    the program with 255."""
     if argv is None:
         argv = sys.argv[1:]
     words = list(argv)
@@ -23388,4 +23605,4 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     except BrokenPipeError:
         return _end_quietly()
     except KeyboardInterrupt:
-        return 130   # as a shell has it: 128 and the signal's number
+        return 130   # as in a shell: 128 and the signal's number

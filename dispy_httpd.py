@@ -173,7 +173,7 @@ from typing import (
 
 try:
     from dispy import drivers
-except ImportError as exc:   # this file was copied alone, or beside one of another release
+except ImportError as exc:   # this file was copied alone, or with one of another release
     text = str(exc)
     if exc.name == 'dispy':
         text = ('dispy_httpd.py needs the files dispy.py and dispynode.py of the same release '
@@ -200,50 +200,50 @@ __all__ = ['DispyHTTPServer']
 # Constants
 # --------------------------------------------------------------------------------------------------
 
-SNAPSHOTS_APART = 0.25        # s between two snapshots at least
-SAMPLES_APART = 1.0           # s between two points of a plot, and two snapshots when nobody looks
-PLOT_POINTS = 240             # then every second one is dropped
+SNAPSHOTS_APART = 0.25        # minimum s between two snapshots
+SAMPLES_APART = 1.0           # s between two points of a plot, and two snapshots if nobody watches
+PLOT_POINTS = 240             # when there are so many, every second one is dropped
 RATE_SPAN = 30.0              # s over which the rate is measured
-REPORTS_A_TURN = 20           # questions asked in one turn of the driver
-# Seconds after a request that snapshots are still taken as often as asked for
+REPORTS_A_TURN = 20           # requests that are made in one turn of the driver
+# Seconds after a request during which snapshots are still taken as often as requested
 LOOKED_FOR = 5.0
 # Bytes of a running job's output; jobs with output
 OUTPUT_KEPT = 4096
 OUTPUTS_KEPT = 1000
 PER_PAGE = 50
 PER_PAGE_MOST = 200
-SCHEDULER_PAGE = 100          # rows asked of a scheduler at once: a few ms of its loop
-TEXTS_KEPT = 20000            # arguments of jobs as text
-JOBS_PAGE = 500               # rows about jobs that a scheduler is asked for at once
-LIST_APART = 1.0              # s between two lists of all jobs at least
-WAITING_LISTED = 2000         # of the waiting jobs of a cluster
-BARS_KEPT = 200000            # of the timeline
-# Seconds after which nodes are asked for their history if nobody looks
+SCHEDULER_PAGE = 100          # rows in one answer of a scheduler: a few ms of its loop
+TEXTS_KEPT = 20000            # texts of arguments of jobs
+JOBS_PAGE = 500               # rows about jobs in one answer of a scheduler
+LIST_APART = 1.0              # minimum s between two lists of all jobs
+WAITING_LISTED = 2000         # waiting jobs of a cluster that are listed
+BARS_KEPT = 200000            # bars of the timeline
+# Seconds after which nodes are asked for their history if nobody watches
 HISTORY_APART = 10.0
-STACKS_TIME = 5.0             # s that a node may take to tell the stacks of a job
-STACKS_STEP = 0.1             # s between two questions for them
-ACCOUNTS_KEPT = 50000         # sums of a day, user and computation
+STACKS_TIME = 5.0             # s that a node may take to send the stacks of a job
+STACKS_STEP = 0.1             # s between two requests for them
+ACCOUNTS_KEPT = 50000         # sums for a day, user and computation
 DAY = 86400.0                 # s
-NODE_POINTS = 240             # of a node's history
-BINS = 600                    # of the time that it shows
-BARS_NAMED = 5                # jobs that are named where a bar stands for many
-RUNS_KEPT = 60.0              # s that runs of a width are kept after they were asked for
-# Seconds by which a job may seem to begin before the one before it has ended
+NODE_POINTS = 240             # points of a node's history
+BINS = 600                    # bins of the time that the timeline shows
+BARS_NAMED = 5                # jobs that are named if a bar stands for many
+RUNS_KEPT = 60.0              # s that runs of a width are kept after a request
+# Seconds by which a job may seem to begin before the previous one has ended
 CLOCK_STEP = 0.005
-SNAPSHOT_SHARE = 20           # a snapshot that takes the driver 1 s is the only one in so many
-# Bytes of a request
+SNAPSHOT_SHARE = 20           # a snapshot that takes the driver 1 s is the only one in so many s
+# Limits of a request in bytes
 MAX_LINE = 4096
 MAX_HEAD = 16384
 MAX_BODY = 65536
 MAX_CONNECTIONS = 64
-IO_TIME = 10.0                # s for a request to come, and for an answer to be taken
-SIGNAL_CHECK = 0.5            # s after which a signal is seen at the latest
-HEALTHY_AGE = 30.0            # s since the last snapshot after which the server is not well
-METRICS_CLUSTERS = 100        # rows of metrics for clusters; the older ones are one row
+IO_TIME = 10.0                # s for a request to arrive, and for an answer to be received
+SIGNAL_CHECK = 0.5            # maximum s until a signal is handled
+HEALTHY_AGE = 30.0            # s since the last snapshot after which the server is not healthy
+METRICS_CLUSTERS = 100        # rows of metrics for clusters; older ones are one row
 METRICS_USERS = 50            # the same for users
 OTHERS = 'others'             # the label of that row
 TOKEN = re.compile('[A-Za-z0-9_-]{16,200}')
-HEARTBEAT = 2.0               # s of silence in a stream: a browser that has gone is noticed
+HEARTBEAT = 2.0   # s between signs of life in a stream, which show whether the browser is gone
 
 logger = dispy.logger
 
@@ -258,8 +258,7 @@ class Refusal(Exception):
 
 
 # --------------------------------------------------------------------------------------------------
-# What of a job can be shown. Nothing of the user's is called: opening his objects could run his
-# code.
+# What can be shown of a job. No code of the user's is called: opening the objects could run it.
 # --------------------------------------------------------------------------------------------------
 
 def _new_instance(cls: type, *args: Any, **kwargs: Any) -> Any:
@@ -267,7 +266,7 @@ def _new_instance(cls: type, *args: Any, **kwargs: Any) -> Any:
 
 
 def _do_nothing(self: Any, *args: Any, **kwargs: Any) -> None:
-    """Leave out what a pickle does to an object."""
+    """Do nothing, in the place of what a pickle does to an object."""
 
 
 def _return_self(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -275,8 +274,8 @@ def _return_self(self: Any, *args: Any, **kwargs: Any) -> Any:
 
 
 class _Placeholder(type):
-    """A class that stands for one that is not a builtin. Its instances accept what a pickle does to
-    them, and are shown as their type."""
+    """The base of classes that replace classes which are not builtins. Their instances accept what
+    a pickle does to them, and are shown as their type."""
     METHODS = {
         '__new__': _new_instance,
         '__init__': _do_nothing,
@@ -302,11 +301,10 @@ class _Placeholder(type):
 
 
 class _SafeUnpickler(pickle.Unpickler):
-    """Opens a pickle of builtins. A class that stands for it takes the place of every other
-    name."""
+    """Opens a pickle of builtin values. A placeholder replaces every other class."""
 
     def find_class(self, module: str, name: str) -> Any:
-        # How a class of the program itself travels
+        # The names by which a class of the program itself is pickled
         if (module, name) == ('dispynode', 'class_of'):
             return lambda tracker, version, module, name, make, args: _Placeholder(name)
         if (module, name) == ('dispynode', 'function_of'):
@@ -319,16 +317,16 @@ class _SafeUnpickler(pickle.Unpickler):
         raise pickle.UnpicklingError('a persistent id')
 
 
-LONG = reprlib.Repr()         # of the arguments of a job that is shown alone
+LONG = reprlib.Repr()         # for the arguments of a job that is shown alone
 LONG.maxlevel = 6
 LONG.maxstring = LONG.maxother = 2000
 LONG.maxlist = LONG.maxtuple = LONG.maxdict = LONG.maxset = 100
-LONG_MOST = 10000             # characters of that
+LONG_MOST = 10000             # characters of these
 
 
 def arguments_text(payload: Any, form: Optional[reprlib.Repr] = None) -> str:
-    """Return the short form of a job's packed arguments, or a longer one by `form`. Large ones are
-    not opened."""
+    """Return the short form of a job's packed arguments, or a longer one by `form`. Large arguments
+    are not opened."""
     if payload is None:
         return ''
     if isinstance(payload, int):
@@ -343,7 +341,7 @@ def arguments_text(payload: Any, form: Optional[reprlib.Repr] = None) -> str:
         _check_memo(bytes(body))
         opener = _SafeUnpickler(io.BytesIO(body))
         args, kwargs = opener.load()[:2]
-        # As no program packs them: they might have no end
+        # No program packs arguments so: they might be endless
         if type(args) is not tuple or type(kwargs) is not dict:
             raise ValueError('no arguments')
         if form is None:
@@ -353,13 +351,13 @@ def arguments_text(payload: Any, form: Optional[reprlib.Repr] = None) -> str:
             word = form.repr(value)
             words.append('%.80s=%s' % (name, word))
         return ', '.join(words)[:LONG_MOST]
-    except Exception:  # an unpickler without the real classes may stumble over anything
+    except Exception:  # an unpickler without the real classes may raise anything
         return hidden
 
 
 def _check_memo(data: bytes) -> None:
-    """Raise ValueError for a pickle that ends in the middle, or whose memo would be given memory up
-    to some far index."""
+    """Raise ValueError for a pickle that is truncated, or that uses a large memo index, for which
+    memory would be allocated."""
     for opcode, value, _ in pickletools.genops(data):
         if opcode.name not in ('PUT', 'BINPUT', 'LONG_BINPUT') or value is None:
             continue
@@ -383,8 +381,8 @@ def last_line(text: str) -> str:
 
 
 class History:
-    """Jobs that have ended and CPUs that were used over time, and the rate. The snapshot
-    thread's."""
+    """The numbers of ended jobs and of CPUs in use over time, and the rate. The snapshot thread
+    uses this class."""
 
     def __init__(self) -> None:
         self.points: List[List[float]] = []
@@ -393,7 +391,7 @@ class History:
         self._recent: Deque[Tuple[float, int]] = collections.deque()
 
     def add(self, now: float, ended: int, used: int, cpus: int) -> float:
-        """Add a point and return how many jobs end in a second. Time before the first job ended
+        """Add a point and return how many jobs end in a second. The time before the first job ended
         does not count."""
         self._add_recent(now, ended)
         last = -math.inf
@@ -425,7 +423,7 @@ class History:
         points = self.points
         if len(points) >= PLOT_POINTS:
             points = points[::2]
-        # A new list: others may be reading the old one
+        # This is a new list, because others may be reading the old one
         self.points = [*points, point]
         if len(self.points) > PLOT_POINTS // 2 + 1:
             return
@@ -435,8 +433,8 @@ class History:
 
 
 # --------------------------------------------------------------------------------------------------
-# The timeline: when jobs ran on the CPUs of nodes. What has ended is brought into runs of bins as
-# it comes, and a browser gets what is new: neither costs more for the jobs that were before.
+# The timeline: when jobs ran on the CPUs of nodes. Ended jobs are merged into runs of bins as they
+# come, and a browser gets the new ones: the cost of neither depends on earlier jobs.
 # --------------------------------------------------------------------------------------------------
 
 JobKey = Tuple[int, int]   # cluster, number of the job there
@@ -445,29 +443,30 @@ Placed = Dict[str, List[List[Any]]]
 
 
 def key_of(row: dict) -> JobKey:
-    """Return what names a listed job."""
+    """Return the key that identifies a listed job."""
     return row['cluster'], row['job']
 
 
 class Bar(NamedTuple):
-    """A job on one CPU of a node."""
+    """A job on one CPU of a node, as the timeline shows it."""
     began: float
     ended: float
     kind: int      # place in BAR_KINDS
     key: JobKey
 
 
-# In the order in which one hides another where both are too short to be seen
+# In the order in which one hides another if both are too short to be visible
 BAR_KINDS = ('done', 'cancelled', 'failed')
 
 
 class Runs:
     """The bars of a CPU in bins of one width. A run is four numbers: its first bin since the epoch,
-    its last, the kind, and how many jobs it stands for. Only the last run may still change.
+    its last bin, the kind, and the number of jobs that it stands for. Only the last run may still
+    change.
 
     first - how many runs have been forgotten
     changes - how many bars were added
-    used - when it was last asked for
+    used - when it was last requested
     """
     __slots__ = ('width', 'first', 'runs', 'changes', 'used')
 
@@ -502,9 +501,9 @@ class Runs:
             self.first += 1
 
     def after(self, known: int) -> Tuple[int, List[int]]:
-        """Return the number of the first run that a browser which has so many does not have as it
-        is now, and four numbers for each from there on: bins from the end of the one before it
-        (of the first, since the epoch), bins to its last, kind, jobs."""
+        """Return the number of the first run of which a browser with so many runs does not have the
+        present state, and four numbers for each run from there on: bins from the end of the
+        previous one (for the first, since the epoch), bins to its last one, kind, jobs."""
         begin = max(known - 1, self.first)
         found: List[int] = []
         end = 0
@@ -515,7 +514,7 @@ class Runs:
 
 
 class Lane:
-    """What ran on one CPU of a node, the first to end first."""
+    """The jobs that ran on one CPU of a node, in the order in which they ended."""
     __slots__ = ('bars', 'runs')
 
     def __init__(self) -> None:
@@ -564,16 +563,17 @@ class Lane:
 
 class Timeline:
     """The last BARS_KEPT bars of jobs, on the CPUs of nodes. Which CPU a job had is not known: it
-    is given one that was free then. Its methods are called one at a time, see `JobList`."""
+    is assigned one that was free then. Only one thread at a time calls its methods, see
+    `JobList`."""
 
     def __init__(self) -> None:
         self._nodes: Dict[str, List[Lane]] = {}
         # Lanes in the order in which their bars came
         self._order: Deque[Lane] = collections.deque()
-        self.count = 0   # of the bars that have come
-        # Running jobs -> their node, and the lanes that they are shown on
+        self.count = 0   # the number of bars that have come
+        # Running jobs -> their node, and the lanes on which they are shown
         self._held: Dict[JobKey, Tuple[str, List[int]]] = {}
-        self._taken: Dict[str, Set[int]] = {}   # by node, these lanes
+        self._taken: Dict[str, Set[int]] = {}   # these lanes, by node
 
     def add(self, row: dict) -> None:
         """Add a job that has ended."""
@@ -598,7 +598,7 @@ class Timeline:
 
     def _free(self, row: dict) -> List[int]:
         """Return lanes of a job's node that were free when it began, those that were used last;
-        others are made where there are too few."""
+        lanes are added if there are too few."""
         lanes = self._nodes.setdefault(row['node'], [])
         taken = self._taken.get(row['node'], ())
         latest = row['began'] + CLOCK_STEP
@@ -661,18 +661,18 @@ class Timeline:
         return lanes[lane].bars_at(begin, end)
 
     def forget_nodes(self, known: Iterable[str]) -> None:
-        """Forget the nodes of which no bar is left, but for those that are known."""
+        """Forget the nodes that have no bars left, except those that are known."""
         for node in set(self._nodes).difference(known):
             if not any(lane.bars for lane in self._nodes[node]):
                 del self._nodes[node]
 
 
 # --------------------------------------------------------------------------------------------------
-# Jobs one by one: a list of those that wait, run and have ended. Made for requests, whatever the
-# source; nothing here belongs to a driver's thread.
+# Jobs one by one: a list of those that wait, run and have ended. It is made for requests, whatever
+# the source is; nothing here belongs to a driver's thread.
 # --------------------------------------------------------------------------------------------------
 
-# What a page asks for by `state` -> the states of the jobs that it gets
+# The word `state` of a request -> the states of the jobs that it gets
 STATE_GROUPS: Dict[str, Tuple[str, ...]] = {
     '': ('waiting', 'waits there', 'running', 'done', 'failed', 'cancelled'),
     'waiting': ('waiting', 'waits there'),
@@ -683,10 +683,10 @@ STATE_GROUPS: Dict[str, Tuple[str, ...]] = {
     'ended': ('done', 'failed', 'cancelled'),
 }
 ENDED_STATES = frozenset(STATE_GROUPS['ended'])
-# Fields of a listed job that are sent; `payload` and `name` become texts before
+# Fields of a listed job that are sent, after `payload` and `name` were replaced by texts
 LISTED_FIELDS = ('cluster', 'job', 'id', 'arguments', 'state', 'status', 'node', 'where', 'seconds',
                  'attempts', 'submitted', 'began', 'ended', 'cpus', 'text')
-# What of a node's row the timeline needs
+# The fields of a node's row that the timeline needs
 TIMELINE_FIELDS = ('id', 'name', 'address', 'state', 'cpus')
 NEW_LISTED_JOB: Dict[str, Any] = {
     'name': None,
@@ -703,8 +703,8 @@ NEW_LISTED_JOB: Dict[str, Any] = {
     'text': '',
     'stdout': b'',
     'stderr': b'',
-    'lost_with': (),   # nodes that were lost while it was there
-    'known': False,   # whether the source has the arguments, and does not need to be asked
+    'lost_with': (),   # nodes that were lost while the job was there
+    'known': False,   # whether the arguments are here and need not be requested
 }
 
 
@@ -721,8 +721,8 @@ def listed_job(cluster: int, job: int, name: Any, state: str, **fields: Any) -> 
 
 
 def last_time(row: dict) -> float:
-    """Return by what jobs are sorted: when something has happened last or, of those that wait, less
-    the later they were submitted."""
+    """Return the sort key of jobs: the time of the last event of a job; for jobs that wait, a
+    number that decreases with the order of submission."""
     for name in ('ended', 'began'):
         if row[name] is not None:
             return float(row[name])
@@ -769,7 +769,7 @@ def listed_end(job: EndedJob, node: str) -> dict:
 
 
 def listed_bar(bar: Bar) -> dict:
-    """Return the row of a job of which only its bar is known any more."""
+    """Return the row of a job of which only its bar is still known."""
     cluster, job = bar.key
     state = BAR_KINDS[bar.kind]
     row = listed_job(cluster, job, job, state)
@@ -781,7 +781,7 @@ def listed_bar(bar: Bar) -> dict:
 
 
 def listed_failure(failed: FailedJob) -> dict:
-    """Return the row of a job of which only that it failed is known any more."""
+    """Return the row of a job of which only its failure is still known."""
     row = listed_job(failed.cluster, failed.key, failed.job, 'failed')
     row['status'] = state_word(failed.status)
     row['payload'] = failed.payload
@@ -794,14 +794,14 @@ def listed_failure(failed: FailedJob) -> dict:
 
 
 class JobTexts:
-    """Arguments of jobs as text, those that were shown last. Any thread."""
+    """The texts of the arguments of those jobs that were shown last. Any thread."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._texts: 'collections.OrderedDict[JobKey, str]' = collections.OrderedDict()
 
     def missing(self, rows: Iterable[dict]) -> List[dict]:
-        """Return the rows whose text has to be made."""
+        """Return the rows whose texts must be made."""
         with self._lock:
             return [row for row in rows if key_of(row) not in self._texts]
 
@@ -818,16 +818,19 @@ class JobTexts:
 
 
 class JobList:
-    """All jobs of a source that can be shown. It is made anew at most once in LIST_APART seconds,
-    for all browsers. `jobs` is the part of the source that knows them, such as ClusterJobs:
+    """All jobs of a source that can be shown. The list is made again at most once in LIST_APART
+    seconds, for all browsers. `jobs` is the part of the source that knows the jobs, such as
+    ClusterJobs, with these methods:
 
-    ended() - EndedJob and id of the node, of those that have ended since it was called last
-    current() - rows of those that wait or run; then `unlisted` is how many more of them wait
-    failures() - FailedJob of those that have failed
-    arguments(rows) - the packed arguments of rows whose arguments are not `known`
-    details(row) - what else is known of a job that has not ended
-    attempts(row) - FailedAttempt of a job
-    sights(keys, wants_stacks) - JobSight of those that run, None where it is not known yet
+    ended() - return EndedJob and id of the node, for the jobs that have ended since the last call
+    current() - return the rows of jobs that wait or run, and set `unlisted` to the number of
+        further waiting jobs
+    failures() - return FailedJob of the jobs that have failed
+    arguments(rows) - return the packed arguments of rows whose arguments are not `known`
+    details(row) - return what else is known of a job that has not ended
+    attempts(row) - return FailedAttempt of a job
+    sights(keys, wants_stacks) - return JobSight of running jobs, None for those of which it is not
+        known yet
     """
 
     def __init__(self, jobs: Any) -> None:
@@ -836,18 +839,19 @@ class JobList:
         self._ended: 'collections.OrderedDict[JobKey, dict]' = collections.OrderedDict()
         self._rows: List[dict] = []
         self._made = -math.inf
-        self._asked = False                 # a page has asked for jobs
-        self._counted = 0                   # jobs that have ended, by the last snapshot
-        # Jobs that are not in the list: it has all that were counted before it was made
+        self._asked = False                 # whether a page has requested jobs
+        self._counted = 0                   # jobs that had ended at the last snapshot
+        # Jobs that are not in the list, which has all that were counted before it was made
         self.unlisted = {'waiting': 0, 'ended': 0}
-        self._placed: Placed = {}           # jobs that run, for the timeline
+        self._placed: Placed = {}           # running jobs, for the timeline
         self._placed_at = -math.inf
         self.texts = JobTexts()
         self.shows_arguments = True
         self.timeline = Timeline()
 
     def follow(self, clusters: List[dict]) -> None:
-        """Take what has ended meanwhile, once a page has asked for jobs. The snapshot thread."""
+        """Take the jobs that have ended in the meantime, once a page has asked for jobs. The
+        snapshot thread."""
         counted = 0
         for row in clusters:
             counted += row['done']
@@ -863,7 +867,7 @@ class JobList:
             logger.debug('the jobs that have ended cannot be asked: %s', exc)
 
     def forget(self) -> None:
-        """Forget all jobs: their numbers will mean others."""
+        """Forget all jobs, because their numbers will stand for other jobs."""
         with self._lock:
             self._ended.clear()
             self._rows = []
@@ -883,7 +887,7 @@ class JobList:
             self._ended.popitem(last=False)
 
     def rows(self) -> List[dict]:
-        """Return the rows of all jobs, which are not changed any more. Raises RuntimeError."""
+        """Return the rows of all jobs, which do not change any more. Raises RuntimeError."""
         with self._lock:
             now = time.monotonic()
             if now - self._made < LIST_APART:
@@ -892,7 +896,7 @@ class JobList:
             counted = self._counted
             try:
                 current = self._jobs.current()
-                self._take()   # behind `current`, so that no job is missing
+                self._take()   # after `current`, so that no job is missing
             except (RuntimeError, concurrent.futures.TimeoutError) as exc:
                 logger.debug('the jobs cannot be asked: %s', exc)
             found = {key_of(row): row for row in current}
@@ -911,14 +915,14 @@ class JobList:
             return self._rows
 
     def bars(self, nodes: List[dict], span: int) -> Tuple[List[dict], int]:
-        """Return the rows of the timeline for these nodes, with the Runs of their CPUs since so
-        many seconds ago, and a number that changes with them. Raises RuntimeError."""
+        """Return the rows of the timeline for these nodes, with the Runs of their CPUs in the last
+        so many seconds, and a number that changes with them. Raises RuntimeError."""
         with self._lock:
             now = time.monotonic()
             if now - self._placed_at >= SNAPSHOTS_APART:
                 running = {key_of(row): row for row in self._jobs.running()}
                 self._take()
-                # Once each, also those that run a second time
+                # Each once, even if it runs a second time
                 once = list(running.values())
                 self._placed = self.timeline.place(once)
                 self._placed_at = time.monotonic()
@@ -935,8 +939,8 @@ class JobList:
             return rows, self.timeline.count
 
     def new_runs(self, row: dict, known: 'Dict[Runs, Tuple[int, int]]') -> List[List[Any]]:
-        """Return of the lanes in a row of `bars` what a browser does not know: the lane, the number
-        of the first run, and the numbers of runs. `known` is how many of each it has."""
+        """Return what a browser does not have of the lanes in a row of `bars`: the lane, the number
+        of the first run, and the numbers of runs. `known` is how many runs of each lane it has."""
         found: List[List[Any]] = []
         with self._lock:
             for number, runs in enumerate(row['lanes']):
@@ -955,7 +959,7 @@ class JobList:
         """Return the rows of jobs that ran on a CPU of a node between two times, the last
         first."""
         with self._lock:
-            self._take()   # what the page may know not to run any more
+            self._take()   # jobs that no longer run
             bars = self.timeline.bars_at(node, lane, begin, end)
             rows = []
             for bar in bars:
@@ -973,7 +977,8 @@ class JobList:
         raise Refusal(404, 'job %d of cluster %d is not known any more' % (key[1], key[0]))
 
     def fill_in(self, rows: List[dict], most: int = PER_PAGE_MOST) -> None:
-        """Make the texts of these jobs' arguments, of at most so many that have to be asked for."""
+        """Make the texts of these jobs' arguments, for at most so many of those that must be
+        requested."""
         if not self.shows_arguments:
             return
         unknown = []
@@ -986,11 +991,11 @@ class JobList:
         for at in range(0, min(len(unknown), most), SCHEDULER_PAGE):
             some = unknown[at:at + SCHEDULER_PAGE]
             for row, payload in zip(some, self._jobs.arguments(some)):
-                if payload is not None:   # otherwise it has ended meanwhile
+                if payload is not None:   # otherwise it has ended in the meantime
                     self.texts.add(row, arguments_text(payload))
 
     def shown(self, row: dict) -> dict:
-        """Return what of a row is sent."""
+        """Return the part of a row that is sent."""
         shown = {name: row.get(name) for name in LISTED_FIELDS}
         shown['arguments'] = self.texts.of(row)
         shown['text'] = last_line(row['text'])
@@ -1000,7 +1005,7 @@ class JobList:
         return shown
 
     def details(self, key: JobKey) -> dict:
-        """Return all that is known of a job. Raises Refusal."""
+        """Return everything that is known of a job. Raises Refusal."""
         row = self.find(key)
         self.fill_in([row])
         shown = self.shown(row)
@@ -1027,12 +1032,12 @@ class JobList:
     def _attempts(self, row: dict) -> List[FailedAttempt]:
         try:
             return self._jobs.attempts(row)  # type: ignore[no-any-return]
-        except RuntimeError as exc:   # closed meanwhile
+        except RuntimeError as exc:   # closed in the meantime
             logger.debug('the attempts of a job: %s', exc)
             return []
 
     def show_output(self, rows: List[dict]) -> None:
-        """Ask for what running jobs have printed, and fill in what is known of it."""
+        """Request what running jobs have printed, and fill in what is known of it."""
         keys = list(map(key_of, rows))
         try:
             sights = self._jobs.sights(keys, False)
@@ -1046,7 +1051,7 @@ class JobList:
                 row['live'] = True
 
     def stacks(self, key: JobKey) -> str:
-        """Return the stacks of the process of a running job as they are now. Raises Refusal."""
+        """Return the present stacks of the process of a running job. Raises Refusal."""
         began = time.monotonic()
         while True:
             sight, = self._jobs.sights([key], True)
@@ -1063,7 +1068,7 @@ class JobList:
 
 
 class JobFilter:
-    """What of the jobs a query asks for; its words are taken out of the query. Raises Refusal."""
+    """Which jobs a query requests; its words are removed from the query. Raises Refusal."""
 
     def __init__(self, query: Dict[str, str]) -> None:
         state = query.pop('state', '')
@@ -1077,7 +1082,7 @@ class JobFilter:
         self.search = query.pop('search', '').lower()
 
     def fits(self, row: dict) -> bool:
-        """Return whether a row is asked for, whatever is searched."""
+        """Return whether the query requests a row, whatever text it searches."""
         if row['state'] not in self._states:
             return False
         if self._cluster and row['cluster'] != self._cluster:
@@ -1087,7 +1092,7 @@ class JobFilter:
         return not self._group or group_key(row) == self._group
 
     def search_in(self, rows: List[dict], texts: JobTexts) -> List[dict]:
-        """Return the rows that have what is searched."""
+        """Return the rows that contain the text that is searched."""
         found = []
         for row in rows:
             arguments = texts.of(row)
@@ -1096,7 +1101,7 @@ class JobFilter:
         return found
 
     def is_found(self, row: dict, arguments: str) -> bool:
-        """Return whether the text that is searched is in a row."""
+        """Return whether a row contains the text that is searched."""
         reason = last_line(row['text'])
         texts = (row['id'], arguments, row['where'], reason)
         everything = '\n'.join(texts)
@@ -1105,24 +1110,24 @@ class JobFilter:
 
 # --------------------------------------------------------------------------------------------------
 # Sources: where snapshots come from. Each has `snapshot`, `jobs`, `failures`, `act`, `close`, and
-# gives plain values.
+# returns plain values.
 # --------------------------------------------------------------------------------------------------
 
-# What of a node's row is shown over time
+# The fields of a node's row that are shown over time
 _history_of = operator.itemgetter('used', 'cpus', 'load', 'memory')
 
 
 class NodeHistories:
-    """CPUs used, load, and free memory and disk of nodes over time: NODE_POINTS of each, of which
-    every second one is dropped when there are as many. The snapshot thread's."""
+    """CPUs in use, load, and free memory and disk of nodes over time: NODE_POINTS of each; when
+    there are so many, every second one is dropped. The snapshot thread uses this class."""
 
     def __init__(self) -> None:
         self._points: Dict[str, List[tuple]] = {}
         self._apart: Dict[str, float] = {}
 
     def add(self, rows: List[dict], now: float) -> None:
-        """Take what is known of all nodes now, and put into each row as `plot` what is known of
-        that node; forget the nodes that have gone."""
+        """Add the present figures of all nodes, and put into each row as `plot` those of the node
+        over time; forget the nodes that have gone."""
         seen = set()
         for row in rows:
             name = row['id']
@@ -1147,13 +1152,13 @@ class NodeHistories:
             self._apart[name] = 2 * apart
         at = round(now, 1)
         values = _history_of(row)
-        # A new list: requests may be reading the old one
+        # This is a new list, because requests may be reading the old one
         self._points[name] = [*points, (at, *values)]
 
 
 class ClusterView(Monitor):
-    """A cluster that is shown: `given` is what the program has, `cluster` what its driver knows of
-    it. `output` and `live_from` belong to the driver's thread."""
+    """A cluster that is shown: `given` is the object that the program has, `cluster` what its
+    driver knows of it. `output` and `live_from` belong to the driver's thread."""
 
     def __init__(self, number: int, given: Any) -> None:
         self.number = number
@@ -1164,20 +1169,20 @@ class ClusterView(Monitor):
         self.ended_jobs = EndedJobs()
         # Job -> the end of what it has printed to stdout and to stderr
         self.output: 'collections.OrderedDict[DispyJob, List[bytes]]' = collections.OrderedDict()
-        # Node -> its link when this began: output is not sent along it
+        # Node -> its link when this view began: output is not sent on it
         self.live_from: Dict[Any, Any] = {}
         self.closed_at = 0.0   # when the cluster was closed, in s since the epoch
 
     @property
     def looks_only(self) -> bool:
-        """Whether this stands for nodes that are watched and not for a cluster."""
+        """Return whether this stands for nodes that are observed and not for a cluster."""
         return self.cluster.cargo is None
 
     def failed(self, job: DispyJob, payload: Any) -> None:
         """Note a job that has failed."""
         if job.status == DispyJob.Cancelled:
             return
-        text = job._exception   # without the arguments, which may not be shown
+        text = job._exception   # without the arguments, which must not be shown
         if text is None:
             text = 'exit status %s' % (job.result,)
         node = job.ip_addr or ''
@@ -1227,7 +1232,7 @@ class ClusterView(Monitor):
             self.output.popitem(last=False)
 
     def attach(self) -> None:
-        """Begin to watch the cluster. The driver's thread."""
+        """Begin to observe the cluster. The driver's thread."""
         cluster = self.cluster
         if self.looks_only:
             return
@@ -1241,7 +1246,7 @@ class ClusterView(Monitor):
         return self.cluster.driver.nodes.of(self.cluster.comp)  # type: ignore[no-any-return]
 
     def refresh(self) -> None:
-        """Ask others for what they know, before the driver is asked. The snapshot thread."""
+        """Request figures from others, before the driver is asked. The snapshot thread."""
 
     def nodes(self) -> List[Any]:
         """Return its nodes, which have a `key`. The driver's thread."""
@@ -1260,7 +1265,7 @@ class ClusterView(Monitor):
         return overview.jobs_at(key, self.cluster.comp)  # type: ignore[no-any-return]
 
     def known_jobs_at(self, key: Any) -> List[JobAtNode]:
-        """Return the same by what is known, without asking the node."""
+        """Return the same from what is known already, without asking the node."""
         overview = self.cluster.driver.overview
         return overview.known_jobs_at(key, self.cluster.comp)  # type: ignore[no-any-return]
 
@@ -1272,20 +1277,20 @@ class ClusterView(Monitor):
             lambda: attempts.of(cluster.comp, number))
 
     def sights(self, numbers: List[int], wants_stacks: bool) -> List[Optional[JobSight]]:
-        """Return what jobs do, which are named by their numbers. Any thread but the driver's."""
+        """Return what the jobs with these numbers do. Any thread but the driver's."""
         cluster = self.cluster
         overview = cluster.driver.overview
         return cluster.driver.ask(  # type: ignore[no-any-return]
             lambda: overview.sights(cluster.comp, numbers, wants_stacks))
 
     def is_live(self, key: Any) -> bool:
-        """Return whether a node sends what jobs print while they print it. The driver's thread."""
+        """Return whether a node sends the output of jobs while they run. The driver's thread."""
         peer = self.cluster.driver.nodes.by_key[key]
         return peer.link is not self.live_from.get(key, False)
 
     def node_rows(self, asking: bool) -> List[dict]:
         """Return the rows of its nodes, see `node_row`. With `asking`, some of the nodes are asked
-        what is free there. The driver's thread."""
+        for their free resources. The driver's thread."""
         cluster = self.cluster
         overview = cluster.driver.overview
         left = 0
@@ -1310,7 +1315,7 @@ class ClusterView(Monitor):
         running, used = by_comp.get(comp, (0, 0))
         known = overview.node_row(peer, free)
         row = node_row(known, state, reason, cpus, running, used)
-        if self.looks_only:   # whoever uses the node
+        if self.looks_only:   # the number of jobs of all users of the node
             row['cpus'] = peer.offered
             row['used'] = free.get('busy', 0)
             holder = peer.facts.get('holder', '')
@@ -1319,7 +1324,7 @@ class ClusterView(Monitor):
 
 
 def sight_of(row: Optional[tuple]) -> Optional[JobSight]:
-    """Return what a scheduler has told of a job in its own form."""
+    """Return what a scheduler has reported of a job in its own form."""
     if row is None:
         return None
     return JobSight(*row)
@@ -1339,8 +1344,8 @@ class SharedClusterView(ClusterView):
         self._sent: SentTo = {}
 
     def refresh(self) -> None:
-        """Ask the scheduler for its nodes. While the scheduler is away, it is shown in the place of
-        its nodes, with the reason."""
+        """Ask the scheduler for its nodes. While the scheduler is away, it is shown instead of its
+        nodes, with the reason."""
         cluster = self.cluster
         driver = cluster.driver
         sent: SentTo = {}
@@ -1362,19 +1367,19 @@ class SharedClusterView(ClusterView):
         return dispy.answer_of(future, dispy.CALL_TIME)  # type: ignore[no-any-return]
 
     def nodes(self) -> List[Any]:
-        """Return the nodes that the scheduler has told of."""
+        """Return the nodes that the scheduler has reported."""
         return list(self._known.values())
 
     def sent_to(self, key: Any) -> Dict[int, DispyJob]:
-        """Return a dictionary from serials to the jobs that are at a node of the scheduler."""
+        """Return a dictionary from serials to the jobs that are on a node of the scheduler."""
         row = self._known.get(key)
         if row is None:
             return {}
         return self._sent.get((row.ip_addr, row.name), {})
 
     def _running_at(self, row: NodeInfo) -> List[int]:
-        """Return the serials of the jobs that run at a node: those that are known to have begun,
-        then the first of the others, as many as the scheduler says."""
+        """Return the serials of the jobs that run on a node: those that are known to have begun,
+        then the first of the others, as many as the scheduler reports."""
         begun = []
         others = []
         for serial, job in self.sent_to(row.key).items():
@@ -1386,7 +1391,7 @@ class SharedClusterView(ClusterView):
         return begun + others[:more]
 
     def jobs_at(self, key: Any) -> List[JobAtNode]:
-        """Return the jobs at a node. How long a job has run is known by its start_time."""
+        """Return the jobs on a node. How long a job has run follows from its start_time."""
         running = set(self._running_at(self._known[key]))
         rows = []
         for serial, job in self.sent_to(key).items():
@@ -1396,7 +1401,7 @@ class SharedClusterView(ClusterView):
     known_jobs_at = jobs_at
 
     def sights(self, numbers: List[int], wants_stacks: bool) -> List[Optional[JobSight]]:
-        """Return what jobs do, as the scheduler tells."""
+        """Return what jobs do, as the scheduler reports it."""
         cluster = self.cluster
         calls = cluster.driver.calls
         places = cluster.delivery.places.copy()
@@ -1408,7 +1413,7 @@ class SharedClusterView(ClusterView):
         return list(map(sight_of, rows))
 
     def is_live(self, key: Any) -> bool:
-        """Return whether the scheduler passes output on while it is printed."""
+        """Return whether the scheduler passes output on while jobs run."""
         links = {peer.link for peer in self._peers()}
         return not links & set(self.live_from.values())
 
@@ -1417,7 +1422,8 @@ class SharedClusterView(ClusterView):
         return [self._known_row(row) for row in self.nodes()]
 
     def _known_row(self, row: NodeInfo) -> dict:
-        free = dict(row.facts.get('available', {}), cpu=None)   # as the scheduler knew it once
+        # The scheduler knows it from the beginning only
+        free = dict(row.facts.get('available', {}), cpu=None)
         running = self._running_at(row)
         sent = self.sent_to(row.key)
         used = sum(dispy.cpus_of(sent[serial]) for serial in running)
@@ -1426,8 +1432,8 @@ class SharedClusterView(ClusterView):
 
 
 def node_row(known: dict, state: str, reason: str, cpus: int, running: int, used: int) -> dict:
-    """Return the row of a node for the page, made of a row as of `dispy.row_of_node` and of how the
-    node is used."""
+    """Return the row of a node for the page, made from a row of `dispy.row_of_node` and from how
+    the node is used."""
     row = {name: known[name] for name in ('key', 'name', 'address', 'port', 'offered', 'platform')}
     row['state'] = dispy.shown_state(state, reason)
     row['reason'] = reason.strip()[-2000:]
@@ -1458,7 +1464,7 @@ def gone_row(peer: Any) -> dict:
 
 
 def use_row(use: NodeUse, name: str) -> dict:
-    """Describe for the page how a cluster of this name uses a node."""
+    """Return a description for the page of how a cluster of this name uses a node."""
     row: Dict[str, Any] = use._asdict()
     del row['running']
     row['name'] = name
@@ -1478,7 +1484,7 @@ NEW_JOB_ROW: Dict[str, Any] = {
 
 def job_row(cluster: int, job: int, name: Any, is_running: bool,
             seconds: Optional[float]) -> Dict[str, Any]:
-    """Return the row of a job at a node. Its arguments and its output are filled in later. `job` is
+    """Return the row of a job on a node. Its arguments and its output are filled in later. `job` is
     its number for `cancel`, `name` its id."""
     row = dict(NEW_JOB_ROW)
     row['cluster'] = cluster
@@ -1492,7 +1498,7 @@ def job_row(cluster: int, job: int, name: Any, is_running: bool,
 
 
 def cluster_row(row: dict, history: History, closed: bool = False) -> dict:
-    """Return the row of a cluster, with what follows from its numbers."""
+    """Return the row of a cluster, with figures derived from its numbers."""
     ended = row['done'] + row['failed'] + row['cancelled']
     pending = max(0, row['submitted'] - ended)
     running = min(pending, row['running'])
@@ -1526,16 +1532,16 @@ def _cluster_state(closed: bool, pending: int, nodes: int) -> str:
 
 
 class ClusterJobs:
-    """The jobs of a ClusterSource one by one, see `JobList`. Requests and the snapshot thread, one
-    at a time."""
+    """The jobs of a ClusterSource one by one, see `JobList`. Requests and the snapshot thread use
+    this class, one at a time."""
 
     def __init__(self, source: 'ClusterSource') -> None:
         self._source = source
-        self._known: Dict[int, int] = {}   # number of a cluster -> that of the last job that ended
+        self._known: Dict[int, int] = {}   # number of a cluster -> number of its last ended job
         self.unlisted = 0
 
     def ended(self) -> List[Tuple[EndedJob, str]]:
-        """Return the jobs that have ended since this was called last, with the ids of nodes."""
+        """Return the jobs that have ended since the last call, with the ids of nodes."""
         rows: List[Tuple[EndedJob, str]] = []
         for watched in self._source.watched():
             known = self._known.get(watched.number, 0)
@@ -1571,7 +1577,7 @@ class ClusterJobs:
         turn = functools.partial(self._turn, watched)
         try:
             found = watched.cluster.driver.ask(turn)
-        except RuntimeError:   # closed meanwhile
+        except RuntimeError:   # closed in the meantime
             return []
         rows = []
         now = time.time()
@@ -1592,7 +1598,7 @@ class ClusterJobs:
 
     @staticmethod
     def _turn(watched: ClusterView) -> List[Tuple[Any, str, JobAtNode]]:
-        """Return the jobs at all nodes of a cluster, with the keys and the names of the nodes. The
+        """Return the jobs on all nodes of a cluster, with the keys and the names of the nodes. The
         driver's thread."""
         rows = []
         for peer in watched.nodes():
@@ -1629,7 +1635,7 @@ class ClusterJobs:
         return rows
 
     def arguments(self, rows: List[dict]) -> List[Any]:
-        """Return the packed arguments of jobs that have lost them: they have ended."""
+        """Return the packed arguments of jobs; those that have ended have none any more."""
         return [None for _ in rows]
 
     def sights(self, keys: List[JobKey], wants_stacks: bool) -> List[Optional[JobSight]]:
@@ -1647,14 +1653,15 @@ class ClusterJobs:
         return [found[key] for key in keys]
 
     def details(self, row: dict) -> dict:
-        """Return what a job that has not ended has printed, and where it was lost before."""
+        """Return what a job that has not ended has printed, and on which nodes it was lost
+        before."""
         watched = self._source.cluster(row['cluster'])
         job = row['object']
         stdout, stderr = watched.output.get(job, (b'', b''))
         return {'stdout': stdout, 'stderr': stderr}
 
     def attempts(self, row: dict) -> List[FailedAttempt]:
-        """Return the attempts of a job that have failed, if it asked to be tried again."""
+        """Return the attempts of a job that have failed, if the job may be tried again."""
         for watched in self._source.watched():
             if watched.number == row['cluster'] and not watched.cluster.closed:
                 return watched.failed_attempts(row['job'])
@@ -1667,8 +1674,8 @@ class ClusterSource:
     nothing = 'No cluster is shown: the program has none, or has removed it (del_cluster).'
     manages = True
     shared = False
-    is_up = True      # what is shown can be asked
-    home = 'clusters'   # the page to begin with
+    is_up = True      # whether the shown clusters or nodes can be asked
+    home = 'clusters'   # the first page
     page = ''   # the link to the page that shows them
 
     def __init__(self) -> None:
@@ -1676,17 +1683,17 @@ class ClusterSource:
         self._lock = threading.Lock()
         self._watched: List[ClusterView] = []
         self._count = 0
-        # A node's id begins with its driver's place here; snapshot thread and requests
+        # A node's id begins with the number of its driver here; snapshot thread and requests
         self._drivers: List[Any] = []
         self.job_list = JobList(ClusterJobs(self))
 
     def measures(self) -> Dict[str, float]:
-        """Return metrics of what is shown as a whole, by the fields of SCHEDULER_METRICS."""
+        """Return metrics of everything that is shown, by the fields of SCHEDULER_METRICS."""
         return {}
 
     def add(self, cluster: Any) -> None:
-        """Begin to watch a cluster. Raises TypeError for what is no cluster, RuntimeError if it was
-        closed."""
+        """Begin to observe a cluster. Raises TypeError for another object, RuntimeError if the
+        cluster was closed."""
         if not isinstance(cluster, (JobCluster, NodeMonitor)):
             raise TypeError('%.80r is not a cluster' % (cluster,))
         kind: Type[ClusterView] = ClusterView
@@ -1705,14 +1712,14 @@ class ClusterSource:
                 self._drivers.append(driver)
 
     def publish(self, page: str) -> None:
-        """Tell the clusters that this is the link of their page."""
+        """Tell the clusters that this is the link to their page."""
         with self._lock:
             self.page = page
             for watched in self._watched:
                 watched.page = page
 
     def remove(self, cluster: Any) -> None:
-        """Stop watching a cluster. Nothing happens if it was not watched."""
+        """Stop observing a cluster. Nothing happens if it was not observed."""
         with self._lock:
             for watched in list(self._watched):
                 if watched.given is not cluster:
@@ -1721,11 +1728,11 @@ class ClusterSource:
                 if not watched.looks_only:
                     core = watched.cluster
                     detach = functools.partial(core.live_output.remove_monitor, watched)
-                    with contextlib.suppress(RuntimeError):   # its driver has ended
+                    with contextlib.suppress(RuntimeError):   # the driver has ended
                         core.driver.ask(detach)
 
     def close(self) -> None:
-        """Stop watching all clusters."""
+        """Stop observing all clusters."""
         for watched in self.watched():
             self.remove(watched.given)
 
@@ -1737,8 +1744,8 @@ class ClusterSource:
     # -- snapshots; their thread -------------------------------------------------------------------
 
     def snapshot(self, asking: bool) -> Tuple[List[dict], List[dict], float]:
-        """Return the rows of clusters and of nodes, and the seconds that this took of the drivers'
-        threads. With `asking`, nodes are asked what is free there."""
+        """Return the rows of clusters and of nodes, and the seconds of the drivers' threads that
+        this took. With `asking`, nodes are asked for their free resources."""
         clusters: List[dict] = []
         nodes: Dict[str, dict] = {}
         cost = 0.0
@@ -1766,8 +1773,8 @@ class ClusterSource:
     @staticmethod
     def _turn(watched: ClusterView, asking: bool) -> Tuple[List[dict], Dict[str, int], float]:
         """Return the rows of a cluster's nodes, its counts, and the seconds that this took. The
-        driver's thread does nothing else meanwhile, so what is at nodes and what has ended add
-        up."""
+        driver's thread does nothing else in the meantime, so that the jobs on nodes and those that
+        have ended are consistent."""
         began = time.perf_counter()
         cluster = watched.cluster
         cluster.driver.jobs.take_submitted()
@@ -1794,7 +1801,7 @@ class ClusterSource:
         return cluster_row(row, watched.history, bool(watched.closed_at))
 
     def _prefix(self, watched: ClusterView) -> str:
-        """Return how the ids of a cluster's nodes begin."""
+        """Return the beginning of the ids of a cluster's nodes."""
         place = self._drivers.index(watched.cluster.driver)
         return '%d.' % (place + 1)
 
@@ -1812,7 +1819,7 @@ class ClusterSource:
             name = '%s:%s' % (row['address'], row['name'])
             _, jobs, seconds = counts.pop(name, (None, 0, 0.0))
             self._put(nodes, row, watched, jobs, seconds)
-        for peer, jobs, seconds in counts.values():   # not used any more
+        for peer, jobs, seconds in counts.values():   # nodes that are not used any more
             row = gone_row(peer)
             del row['key']
             row['id'] = '%sgone:%s:%s' % (prefix, peer.ip_addr, peer.name)
@@ -1821,8 +1828,8 @@ class ClusterSource:
     @staticmethod
     def _put(nodes: Dict[str, dict], row: dict, watched: ClusterView, jobs: int,
              seconds: float) -> None:
-        """Put the row of a cluster's node into those of all clusters. `jobs` have ended there and
-        ran for so many seconds."""
+        """Add the row of a cluster's node to those of all clusters. `jobs` have ended there and ran
+        for so many seconds."""
         there = nodes.setdefault(row['id'], row)
         if there is row:
             there['clusters'] = []
@@ -1867,13 +1874,13 @@ class ClusterSource:
             turn = functools.partial(self._jobs_turn, watched, key)
             try:
                 rows += watched.cluster.driver.ask(turn)
-            except RuntimeError:   # closed meanwhile
+            except RuntimeError:   # closed in the meantime
                 continue
         return rows
 
     @staticmethod
     def _jobs_turn(watched: ClusterView, key: Any) -> List[dict]:
-        """Return the rows of a cluster's jobs at a node. The driver's thread; opening the arguments
+        """Return the rows of a cluster's jobs on a node. The driver's thread; opening the arguments
         takes time and is left to the caller."""
         rows = []
         live = watched.is_live(key)
@@ -1890,7 +1897,7 @@ class ClusterSource:
         return rows
 
     def complete(self, rows: List[dict]) -> None:
-        """Fill in what takes time in the rows of jobs that are shown. Any thread."""
+        """Fill in those parts of the rows of shown jobs that take time. Any thread."""
         running = [row for row in rows if row['state'] == 'running']
         silent = [row for row in running if not row['live']]
         self.job_list.show_output(silent)
@@ -1910,8 +1917,8 @@ class ClusterSource:
         raise Refusal(404, 'there is no cluster %d' % number)
 
     def cancel(self, cluster: int, jobs: Any, node: Optional[str] = None) -> int:
-        """End jobs at a node or, if none is named, jobs that are listed wherever they are. Return
-        how many."""
+        """End jobs on a node or, if none is named, jobs that are listed wherever they are. Return
+        the number of jobs."""
         numbers = chosen_jobs(jobs, node)
         if node is not None:
             (watched, key), = self._uses(node, cluster)
@@ -1933,7 +1940,8 @@ class ClusterSource:
         return driver.ask(end)  # type: ignore[no-any-return]
 
     def cancel_waiting(self, cluster: int) -> int:
-        """End jobs that have not begun, also those that wait at nodes. Return how many."""
+        """End jobs that have not begun, including those that wait on nodes. Return the number of
+        jobs."""
         watched = self.cluster(cluster).cluster
         driver = watched.driver
         return driver.ask(  # type: ignore[no-any-return]
@@ -1959,11 +1967,11 @@ class ClusterSource:
         return self._each(node, cluster, JobCluster.allocate_node)
 
     def drain(self, node: str, cluster: Optional[int] = None) -> int:
-        """Send nothing new to a node."""
+        """Send no more jobs to a node."""
         return self._each(node, cluster, JobCluster.deallocate_node)
 
     def release(self, node: str, cluster: Optional[int] = None) -> int:
-        """Let a node go when its jobs have ended."""
+        """Release a node when its jobs have ended."""
         return self._each(node, cluster, JobCluster.close_node)
 
     def cpus(self, node: str, cpus: int, cluster: Optional[int] = None) -> int:
@@ -1981,7 +1989,7 @@ _STATE_ORDER = [
 
 
 def merge_uses(there: dict, row: dict) -> None:
-    """Add what another cluster says of a node to the node's row."""
+    """Add what another cluster knows of a node to the node's row."""
     most = max(there['offered'], row['cpus'], there['cpus'])
     used = there['used'] + row['used']
     there['used'] = min(used, most)
@@ -1997,7 +2005,7 @@ VARIES = re.compile(r'0x[0-9a-fA-F]+|\d+(?:\.\d+)*(?:[eE][-+]?\d+)?')
 
 
 def pattern_of(line: str, names: Sequence[str] = ()) -> str:
-    """Return the last line of a traceback with # in the place of each number, and of each name of a
+    """Return the last line of a traceback in which # replaces each number, and each name of a
     node."""
     for name in names:
         if len(name) > 1:
@@ -2006,14 +2014,15 @@ def pattern_of(line: str, names: Sequence[str] = ()) -> str:
 
 
 def group_key(row: dict) -> str:
-    """Return what the failed jobs of a cluster have in common that failed for the same reason."""
+    """Return what the jobs of a cluster that failed for the same reason have in common."""
     pattern = pattern_of(last_line(row['text']), (row['where'],))
     digest = hashlib.blake2b(pattern.encode('utf-8', 'replace'), digest_size=8)
     return '%d-%s' % (row['cluster'], digest.hexdigest())
 
 
 def grouped(rows: Iterable[dict]) -> List[Tuple[str, List[dict]]]:
-    """Return the keys of the groups of failed jobs, and their jobs, the first to fail first."""
+    """Return the keys of the groups of failed jobs, and their jobs in the order in which they
+    failed."""
     groups: Dict[str, List[dict]] = {}
     failed = [row for row in rows if row['state'] == 'failed']
     for row in sorted(failed, key=operator.itemgetter('ended')):
@@ -2048,7 +2057,7 @@ def _failed_row(shown: dict) -> dict:
 
 
 def key_text(key: Any) -> str:
-    """Return what a driver calls a node, for an id: HOST:PORT, or one word."""
+    """Return the key by which a driver knows a node, for an id: HOST:PORT, or one word."""
     if isinstance(key, tuple):
         return ':'.join(map(str, key))
     return str(key)
@@ -2066,18 +2075,17 @@ def chosen_jobs(jobs: Any, node: Optional[str]) -> Optional[List[int]]:
 
 
 def counts_of(cluster: Any) -> Dict[str, int]:
-    """Return the numbers of jobs of a cluster that were submitted and that have ended. Any
-    thread."""
+    """Return how many jobs of a cluster were submitted and how many have ended. Any thread."""
     submitted, done, failed, cancelled = cluster.jobs_counted()
     return {'submitted': submitted, 'done': done, 'cancelled': cancelled, 'failed': failed}
 
 
 class NodeMonitor(dispy.NodeScan):
-    """Watches nodes for a source. Their lease stays with the client that has it."""
+    """Observes nodes for a source. Their lease remains with the client that has it."""
     name = 'nodes'
 
     def close(self) -> None:
-        """Let the nodes go. It may be called twice."""
+        """Release the nodes. It may be called twice."""
         if not self.closed:
             self.closed = True
             with contextlib.suppress(RuntimeError):   # the driver has failed
@@ -2085,7 +2093,7 @@ class NodeMonitor(dispy.NodeScan):
 
 
 class NodesSource(ClusterSource):
-    """Shows nodes beside any program, and leaves them as they are."""
+    """Shows nodes, whatever program uses them, and does not change them."""
     text = 'nodes, whoever uses them'
     nothing = 'This monitor shows nodes and no clusters: see the page Nodes.'
     manages = False
@@ -2096,15 +2104,15 @@ class NodesSource(ClusterSource):
         self.add(survey)
 
     def close(self) -> None:
-        """Let the nodes go."""
+        """Release the nodes."""
         for watched in self.watched():
             watched.given.close()
         super().close()
 
 
 class SchedulerLink(dispy.NodeScan):
-    """A link to a dispyscheduler like that of a program. To the driver it is a cluster that only
-    looks."""
+    """A link to a dispyscheduler like that of a program. For the driver it is a cluster that only
+    observes."""
     name = 'a web monitor'
 
     def __init__(self, host: str, port: int, access: ConnectionSettings) -> None:
@@ -2116,8 +2124,8 @@ class SchedulerLink(dispy.NodeScan):
         self.driver.ask(lambda: self.driver.open(self, False))
 
     def why_not(self) -> str:
-        """Return why the scheduler cannot be asked when that is known, or an empty text when it can
-        be asked."""
+        """Return why the scheduler cannot be asked if that is known, or an empty text if it can be
+        asked."""
         until = time.monotonic() + HANDSHAKE_TIME
         while True:
             peer, = self.driver.ask(lambda: self.driver.nodes.of(self.comp))
@@ -2142,8 +2150,8 @@ class SchedulerLink(dispy.NodeScan):
 
 
 class SchedulerJobs:
-    """The jobs of a SchedulerSource one by one, see `JobList`. Requests and the snapshot thread,
-    one at a time."""
+    """The jobs of a SchedulerSource one by one, see `JobList`. Requests and the snapshot thread use
+    this class, one at a time."""
 
     def __init__(self, source: 'SchedulerSource') -> None:
         self._source = source
@@ -2161,7 +2169,7 @@ class SchedulerJobs:
         return rows
 
     def ended(self) -> List[Tuple[EndedJob, str]]:
-        """Return the jobs that have ended since this was called last, with the ids of nodes."""
+        """Return the jobs that have ended since the last call, with the ids of nodes."""
         found = []
         while True:
             rows = self._source.ask('ended', self._known)
@@ -2175,7 +2183,7 @@ class SchedulerJobs:
                 return found
 
     def current(self) -> List[dict]:
-        """Return the rows of jobs that are at nodes, and of the first of those that wait."""
+        """Return the rows of jobs that are on nodes, and of the first of those that wait."""
         rows = self._at_nodes()
         self.unlisted = 0
         for cluster, count in self._source.waiting().items():
@@ -2219,11 +2227,11 @@ class SchedulerJobs:
         return self._source.ask('arguments', jobs)  # type: ignore[no-any-return]
 
     def details(self, row: dict) -> dict:
-        """Return nothing: what a job prints is passed on to its program and not kept."""
+        """Return nothing: the output of a job is passed on to its program and is not kept."""
         return {}
 
     def attempts(self, row: dict) -> List[FailedAttempt]:
-        """Return nothing: whether a job is tried again is decided by its program."""
+        """Return nothing: the program of a job decides whether the job is tried again."""
         return []
 
     def sights(self, keys: List[JobKey], wants_stacks: bool) -> List[Optional[JobSight]]:
@@ -2233,7 +2241,7 @@ class SchedulerJobs:
 
 
 class HistoryRow(NamedTuple):
-    """A job of the history that a scheduler keeps, as it tells of it."""
+    """A job of the history that a scheduler keeps, in the form in which the scheduler sends it."""
     user: str
     proven: int      # whether that is shown by a secret
     program: str
@@ -2249,7 +2257,8 @@ class HistoryRow(NamedTuple):
 
 class Accounts:
     """Sums over the history that a scheduler keeps (--history), for each day, user and computation.
-    It is read on from where it was read to, some pages at a time. Requests."""
+    Each time the history is read on from where the reading stopped, some pages at a time. Requests
+    use this class."""
     PAGES = 20       # of the history that are read for one request
 
     def __init__(self, ask: Callable[..., Any]) -> None:
@@ -2328,7 +2337,7 @@ SUMMED_BY: Dict[str, Tuple[str, ...]] = {
 
 def summed(rows: List[dict], by: str) -> List[dict]:
     """Return one row for each value of a field: 'user' or 'day', or for each computation of each
-    program, all days together."""
+    program, over all days."""
     found: Dict[tuple, dict] = {}
     names = SUMMED_BY[by]
     for row in rows:
@@ -2355,7 +2364,7 @@ def scheduler_node_id(key: Any) -> str:
 
 
 class SchedulerSource:
-    """Shows all clusters of all programs of a dispyscheduler. `ask` takes a question of its
+    """Shows all clusters of all programs of a dispyscheduler. `ask` sends a question to its
     `ProgramOverview` and returns (seconds, answer)."""
     nothing = 'No program uses the scheduler now.'
     manages = True
@@ -2386,11 +2395,11 @@ class SchedulerSource:
 
     @property
     def is_up(self) -> bool:
-        """Whether the scheduler could be asked."""
+        """Return whether the scheduler could be asked."""
         return self.text == self._text
 
     def measures(self) -> Dict[str, float]:
-        """Return metrics of the scheduler, or nothing if it does not tell them."""
+        """Return metrics of the scheduler, or nothing if it does not send them."""
         try:
             return dict(self._ask('load')[1])
         except (RuntimeError, ValueError, concurrent.futures.TimeoutError) as exc:
@@ -2408,8 +2417,8 @@ class SchedulerSource:
                 return rows, cost
 
     def snapshot(self, asking: bool) -> Tuple[List[dict], List[dict], float]:
-        """Return the rows as ClusterSource does. While the scheduler is away there is nothing but
-        the reason."""
+        """Return the rows as ClusterSource does. While the scheduler is away there is only the
+        reason."""
         try:
             clusters, cost = self._pages('clusters')
             nodes, more = self._pages('nodes', asking)
@@ -2459,7 +2468,7 @@ class SchedulerSource:
 
     @staticmethod
     def _node_row(node: dict, clusters: Dict[int, dict]) -> dict:
-        """Return a row of /api/nodes, and add what it says of clusters to their rows."""
+        """Return a row of /api/nodes, and add what it contains about clusters to their rows."""
         uses = []
         refused = ''
         for use in itertools.starmap(NodeUse, node['uses']):
@@ -2503,8 +2512,8 @@ class SchedulerSource:
             return self._keys[node]
 
     def jobs(self, node: str) -> List[dict]:
-        """Return the rows of a node's jobs as ClusterSource does. The scheduler is asked four times
-        a second at most. The arguments are added by `complete`."""
+        """Return the rows of a node's jobs as ClusterSource does. The scheduler is asked at most
+        four times a second. `complete` adds the arguments."""
         key = self._key(node)
         with self._lock:
             jobs = self._jobs_of(node, key)
@@ -2515,8 +2524,8 @@ class SchedulerSource:
         return rows
 
     def _jobs_of(self, node: str, key: Any) -> List[tuple]:
-        """Return what the scheduler tells of the jobs at a node, or has told a moment ago. The lock
-        is held."""
+        """Return what the scheduler answers about the jobs on a node, or has answered a moment ago.
+        The lock must be held."""
         now = time.monotonic()
         at, jobs = self._jobs.get(node, (-math.inf, []))
         if now - at < SNAPSHOTS_APART:
@@ -2530,8 +2539,8 @@ class SchedulerSource:
         return jobs
 
     def complete(self, rows: List[dict]) -> None:
-        """Add the arguments to the rows of jobs that are shown. The scheduler is asked for each of
-        them once."""
+        """Add the arguments to the rows of shown jobs. The scheduler is asked once for each of
+        them."""
         running = [row for row in rows if row['state'] == 'running']
         self.job_list.show_output(running)
         jobs = [(row['cluster'], row['job']) for row in rows]
@@ -2576,7 +2585,7 @@ class SchedulerSource:
         return self._order(name, self._key(node), *args)
 
     def cancel(self, cluster: int, jobs: Any, node: Optional[str] = None) -> int:
-        """End jobs at a node or, if none is named, wherever they are. Return how many."""
+        """End jobs on a node or, if none is named, wherever they are. Return the number of jobs."""
         numbers = chosen_jobs(jobs, node)
         key = None
         if node is not None:
@@ -2584,7 +2593,8 @@ class SchedulerSource:
         return self._order('cancel', cluster, key, numbers)
 
     def cancel_waiting(self, cluster: int) -> int:
-        """End jobs that do not run, also those that wait at nodes. Return how many."""
+        """End jobs that do not run, including those that wait on nodes. Return the number of
+        jobs."""
         return self._order('cancel_waiting', cluster)
 
     def add_node(self,
@@ -2592,7 +2602,7 @@ class SchedulerSource:
                  host: str,
                  port: Optional[int] = None,
                  cpus: Optional[int] = None) -> int:
-        """Look for a node, for all clusters whose `nodes` mean it."""
+        """Look for a node, for all clusters whose `nodes` match it."""
         if cpus is not None:
             raise ValueError('cpus: set them when the node is there')
         return self._order('add', host, port)
@@ -2602,15 +2612,15 @@ class SchedulerSource:
         return self._for_all('use', node, cluster)
 
     def drain(self, node: str, cluster: Optional[int] = None) -> int:
-        """Send nothing new to a node."""
+        """Send no more jobs to a node."""
         return self._for_all('cpus', node, cluster, 0)
 
     def release(self, node: str, cluster: Optional[int] = None) -> int:
-        """Let a node go when its jobs have ended."""
+        """Release a node when its jobs have ended."""
         return self._for_all('release', node, cluster)
 
     def cpus(self, node: str, cpus: int, cluster: Optional[int] = None) -> int:
-        """Each cluster uses at most so many CPUs of a node."""
+        """Let each cluster use at most so many CPUs of a node."""
         return self._for_all('cpus', node, cluster, cpus)
 
 
@@ -2624,11 +2634,11 @@ def _add_use(cluster: dict, use: NodeUse) -> None:
 
 
 # --------------------------------------------------------------------------------------------------
-# Views: a snapshot and the words of a query in, plain values for JSON out.
+# Views: from a snapshot and the words of a query, these make plain values for JSON.
 # --------------------------------------------------------------------------------------------------
 
 class Snapshot(NamedTuple):
-    """All there is to show except jobs and failures. It is not changed after it was made."""
+    """Everything that is shown except jobs and failures. It is not changed after it was made."""
     version: int
     time: float
     cost: float
@@ -2642,7 +2652,7 @@ _PLAIN = frozenset((int, float, str, bool, type(None), bytes))
 
 def id_text(number: Any) -> str:
     """Return the id of a job as text. It may be any object of the user's: a plain value is shown,
-    of others only the type."""
+    for others only the type."""
     kind = type(number)
     if kind is str:
         return number[:200]  # type: ignore[no-any-return]
@@ -2664,8 +2674,7 @@ def number_in(query: Dict[str, str], name: str, default: int, low: int, high: in
 
 
 def _order(value: Any) -> Any:
-    """Return what to sort by. Numbers in texts count as numbers, so that node10 comes after
-    node9."""
+    """Return the sort key. Numbers in texts count as numbers, so that node10 comes after node9."""
     if not isinstance(value, str):
         return value
     parts: List[Any] = re.split('([0-9]+)', value)
@@ -2677,7 +2686,7 @@ def table(rows: List[dict],
           query: Dict[str, str],
           columns: Sequence[str],
           descending: Sequence[str] = ()) -> dict:
-    """Return the page of a table that a query asks for, and take the words for that out of the
+    """Return the page of a table that a query requests, and remove the words for that from the
     query. Rows without a value to sort by come last. Raises Refusal."""
     sort = query.pop('sort', columns[0])
     if sort not in columns:
@@ -2740,8 +2749,8 @@ def nodes_view(source: Any, snapshot: Snapshot, query: Dict[str, str]) -> dict:
 
 
 def jobs_of_all(clusters: List[dict]) -> Dict[str, int]:
-    """Return how many jobs were submitted and have ended, and how many of these have failed, of all
-    clusters that are open or, if none is, of all."""
+    """Return how many jobs were submitted, how many have ended, and how many of these have failed,
+    for all clusters that are open or, if none is, for all."""
     rows = [row for row in clusters if row['state'] != 'closed']
     found = {'submitted': 0, 'ended': 0, 'failed': 0}
     for row in rows or clusters:
@@ -2802,7 +2811,7 @@ def jobs_view(source: Any, snapshot: Snapshot, query: Dict[str, str]) -> dict:
 
 
 def timeline_view(source: Any, snapshot: Snapshot, query: Dict[str, str]) -> dict:
-    """Answer /api/timeline. The lanes are left to `Known`."""
+    """Answer /api/timeline. `Known` adds the lanes."""
     span = number_in(query, 'span', 300, 10, 10 ** 7)
     query.setdefault('per', str(PER_PAGE_MOST))
     found = table(snapshot.nodes, query, NODE_FIELDS, NODE_DESCENDING)
@@ -2943,7 +2952,7 @@ class MetricsText:
         self._lines.append('# TYPE %s %s' % (name, kind))
 
     def add(self, name: str, labels: Dict[str, Any], value: Any) -> None:
-        """Add a sample. A value that is not known is left out."""
+        """Add a sample. An unknown value is left out."""
         if value is None:
             return
         inside = ','.join(map(self._label, labels.items()))
@@ -2964,8 +2973,8 @@ class MetricsText:
 
 
 def bounded(rows: List[dict], most: int, fields: Iterable[str], **others: Any) -> List[dict]:
-    """Return the last `most` rows, and before them the sum of these fields of all others in one
-    row, which has the values `others` besides."""
+    """Return the last `most` rows, and before them one row with the sums of these fields over all
+    others, which has the values `others` besides."""
     left_out = len(rows) - most
     if left_out <= 0:
         return rows
@@ -2976,7 +2985,7 @@ def bounded(rows: List[dict], most: int, fields: Iterable[str], **others: Any) -
 
 
 def by_user(clusters: List[dict]) -> List[dict]:
-    """Return a row for each user of a scheduler; those who use most come last."""
+    """Return a row for each user of a scheduler; those with the highest use come last."""
     fields = [field for _, _, field in USER_METRICS.values()]
     found: Dict[str, dict] = {}
     for cluster in clusters:
@@ -3059,7 +3068,7 @@ def _node_labels(row: dict) -> Dict[str, Any]:
 
 
 class SnapshotThread:
-    """The thread that takes snapshots. All requests look at the one that it took last."""
+    """The thread that takes snapshots. All requests read the latest one."""
 
     def __init__(self, source: Any, every: float) -> None:
         self._source = source
@@ -3105,8 +3114,8 @@ class SnapshotThread:
                 self._wait_since(began, cost)
 
     def _wait_since(self, began: float, cost: float) -> None:
-        """Wait until the next snapshot is due. It may become due earlier meanwhile. The lock is
-        held."""
+        """Wait until the next snapshot is due, which may become earlier in the meantime. The lock
+        must be held."""
         while not self._ending:
             now = time.monotonic()
             apart = self.every
@@ -3119,8 +3128,8 @@ class SnapshotThread:
             self._changed.wait(left)
 
     def newer(self, version: int, timeout: float) -> Optional[Snapshot]:
-        """Wait for a snapshot after this version, and return it; when the time runs out, return the
-        last one there is. Any thread."""
+        """Wait for a snapshot after this version, and return it; when the time is over, return the
+        latest one. Any thread."""
         until = time.monotonic() + timeout
         with self._changed:
             if time.monotonic() >= self._wanted_until:
@@ -3134,7 +3143,7 @@ class SnapshotThread:
             return self.last
 
     def _is_newer(self, version: int) -> bool:
-        """Return whether there is a snapshot after this version, or no other will come."""
+        """Return whether there is a snapshot after this version, or none will follow."""
         last = self.last
         if last is None:
             return False
@@ -3148,7 +3157,7 @@ class SnapshotThread:
         return last.final or time.time() - last.time < max(HEALTHY_AGE, 3 * self.every)
 
     def current(self) -> Snapshot:
-        """Return a snapshot that is not older than the time between two. Raises Refusal."""
+        """Return a snapshot that is not older than the interval between two. Raises Refusal."""
         last = self.last
         if last is None:
             last = self.newer(0, IO_TIME / 2)
@@ -3169,7 +3178,7 @@ class SnapshotThread:
 
 
 # --------------------------------------------------------------------------------------------------
-# HTTP. A thread a connection, one request a connection.
+# HTTP. There is a thread for each connection, and one request on each connection.
 # --------------------------------------------------------------------------------------------------
 
 HEADERS = {
@@ -3216,7 +3225,7 @@ def _check_field(field: str, value: Any, kind: Any) -> None:
 
 
 class Known:
-    """What of plots and of the timeline the browser at the end of a stream has."""
+    """Which parts of plots and of the timeline the browser at the end of a stream has."""
 
     def __init__(self, jobs: JobList) -> None:
         self._jobs = jobs
@@ -3255,7 +3264,7 @@ class LimitedReader:
         self._left = MAX_HEAD
 
     def readline(self, size: int) -> bytes:
-        """Read a line as a file does. Raises LineTooLong when there is too much of all lines."""
+        """Read a line as a file does. Raises LineTooLong when all lines together are too long."""
         most = min(size, self._left + 1)
         line = self._file.readline(most)
         self._left -= len(line)
@@ -3273,7 +3282,7 @@ class LimitedReader:
 
     @property
     def closed(self) -> bool:
-        """Whether the file is closed."""
+        """Return whether the file is closed."""
         return bool(self._file.closed)
 
 
@@ -3295,7 +3304,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.server.serving[self] = time.monotonic() + IO_TIME
 
     def finish(self) -> None:
-        """Close the connection, also what socketserver does not know under TLS."""
+        """Close the connection, including what socketserver does not know under TLS."""
         self.server.serving.pop(self, None)
         with contextlib.suppress(OSError):   # it has hung up
             super().finish()
@@ -3329,14 +3338,14 @@ class Handler(http.server.BaseHTTPRequestHandler):
             logger.debug('the web monitor: %s: %s', self.client_address[0], exc)
 
     def handle_expect_100(self) -> bool:
-        """Refuse the request: nothing that is served is large enough for this."""
+        """Refuse the request: no request that is served is large enough for this."""
         raise Refusal(417, 'Expect is not served')
 
     def send_error(self,
                    code: int,
                    message: Optional[str] = None,
                    explain: Optional[str] = None) -> None:
-        """Answer what parse_request finds wrong."""
+        """Send the answer for an error that parse_request finds."""
         known = http.client.responses.get(code, '')
         self._error(code, message or known, {})
 
@@ -3373,7 +3382,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
     # -- checks ------------------------------------------------------------------------------------
 
     def _check(self) -> None:
-        """Check what holds for every request. Raises Refusal."""
+        """Check what applies to every request. Raises Refusal."""
         if self.request_version not in ('HTTP/1.0', 'HTTP/1.1'):
             raise Refusal(505, '%s is not supported here' % self.request_version)
         self._check_headers()
@@ -3401,8 +3410,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 raise Refusal(400, 'there are two headers %s' % name)
 
     def _is_from_here(self) -> bool:
-        """Return whether a request comes from no other site, as far as the browser says so. The
-        page itself may be opened by a link from anywhere."""
+        """Return whether a request comes from this site, as far as the browser tells. The page
+        itself may be opened by a link from anywhere."""
         site = self.headers.get('Sec-Fetch-Site', 'none')
         if site in ('none', 'same-origin'):
             return True
@@ -3450,7 +3459,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self._show(path, self._query(words))
 
     def _check_method(self, path: str) -> None:
-        """Raise Refusal if a path is not served, or not with this method."""
+        """Raise Refusal for an unknown path, or for one that does not have this method."""
         allowed: Tuple[str, ...] = ('GET', 'HEAD')
         if path in CHANGES:
             allowed = ('POST',)
@@ -3485,8 +3494,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
     # -- reads -------------------------------------------------------------------------------------
 
     def _tell_health(self) -> None:
-        """Say whether the server is at work and what it shows can be asked, and nothing else, since
-        anybody may ask this."""
+        """Answer whether the server works and can ask for what it shows, and nothing else, since
+        anybody may request this."""
         server = self.server
         if server.watch.is_well() and server.source.is_up:
             self._reply(200, TEXT, b'ok\n')
@@ -3530,7 +3539,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         return view
 
     def _stream(self, path: str, query: Dict[str, str], snapshot: Snapshot) -> None:
-        """Send events until the browser goes or the server ends."""
+        """Send events until the browser disconnects or the server ends."""
         watch: SnapshotThread = self.server.watch
         known = Known(self.server.source.job_list)
         spoke = time.monotonic()
@@ -3593,7 +3602,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self._reply_json({'done': done})
 
     def _body(self, length: int) -> Any:
-        """Return the JSON that a request brings. Raises Refusal."""
+        """Return the JSON in the body of a request. Raises Refusal."""
         if length > MAX_BODY:
             raise Refusal(413, 'the body is over %d bytes' % MAX_BODY)
         data = self.rfile.read(length)
@@ -3635,15 +3644,16 @@ class Server(http.server.ThreadingHTTPServer):
         super().__init__(address, Handler)
 
     def server_bind(self) -> None:
-        """Bind as HTTPServer does, without its look-up of the host's name."""
+        """Bind as HTTPServer does, without looking up the name of the host."""
         claim_port(self.socket)
         socketserver.TCPServer.server_bind(self)
         self.server_name = str(self.server_address[0])
         self.server_port = self.server_address[1]
 
     def is_own(self, host: str) -> bool:
-        """Return whether a header Host names this server. Ports may differ: ssh forwards others. A
-        foreign name that leads here (DNS rebinding) is refused; an address is no name."""
+        """Return whether a header Host names this server. Ports may differ, because ssh may forward
+        others. A foreign name that leads here (DNS rebinding) is refused; addresses are
+        accepted."""
         found = re.fullmatch(r'(\[[0-9A-Fa-f:.]{2,45}\]|[A-Za-z0-9._-]{1,253})(:[0-9]{1,5})?', host)
         if not found:
             return False
@@ -3684,8 +3694,7 @@ class Server(http.server.ThreadingHTTPServer):
             del self.threads[id(thread)]
 
     def service_actions(self) -> None:
-        """Cut off connections that are too slow. It is called twice a second by the accept
-        thread."""
+        """Close connections that are too slow. The accept thread calls this twice a second."""
         now = time.monotonic()
         for handler, until in list(self.serving.items()):
             if until is not None and now > until:
@@ -3693,7 +3702,7 @@ class Server(http.server.ThreadingHTTPServer):
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """Log that a request's thread has failed. A failed TLS handshake is logged at DEBUG only;
-        the rest is our own fault."""
+        everything else is a fault of dispy."""
         if isinstance(sys.exc_info()[1], OSError):
             logger.debug('the web monitor: %s: %s', client_address[0], sys.exc_info()[1])
         else:
@@ -3717,21 +3726,21 @@ def _web_tls(certfile: str, keyfile: Optional[str]) -> Any:
 
 
 class DispyHTTPServer:
-    """A web server that shows clusters and lets them be managed; the link to open is printed once,
-    to stderr.
+    """A web server that shows clusters and lets people manage them; the link to open is printed
+    once, to stderr.
 
     cluster - a JobCluster or SharedJobCluster; None: none yet (see add_cluster)
-    host - address to listen at; another than 127.0.0.1 lets other hosts in, who need the token too:
-        use certfile then
-    port - TCP port; 0: one that is free
-    poll_sec - seconds between two updates of a page (0.25 to 3600)
+    host - the address to listen at; any other than 127.0.0.1 makes the server accessible from other
+        hosts, whose users need the token too: use certfile then
+    port - the TCP port; 0: a free one
+    poll_sec - the time in seconds between two updates of a page (0.25 to 3600)
     keyfile, certfile - paths of files in PEM format, for TLS
     show_job_args - False: arguments of jobs are not shown
-    DocumentRoot - accepted for old scripts; it has no meaning any more
-
+    DocumentRoot - accepted for old scripts; it has no effect any more
     url - the link, with the token in its fragment
-    Raises TypeError, ValueError, SecretError, OSError (the port is in use), RuntimeError (the
-    cluster was closed). A context manager.
+
+    Raises TypeError, ValueError, SecretError, OSError (the port is in use), or RuntimeError (the
+    cluster was closed). The server is a context manager.
     """
 
     def __init__(self,
@@ -3803,9 +3812,10 @@ class DispyHTTPServer:
         print(text, file=sys.stderr)
 
     def cluster_status(self, *told: Any) -> None:
-        """To be given as cluster_status of a cluster, or called by the program's own, as dispy 4
-        wanted it: (status, node, job), or these behind an element of `_clusters`. The server sees
-        all by itself and needs not be told; without it the cluster has less to do."""
+        """Accept an event of a cluster: this method may be given as cluster_status of a cluster, or
+        called by the program's own function, as dispy 4 required: with (status, node, job), or with
+        these after an element of `_clusters`. The server observes everything by itself and need not
+        be told; without this function the cluster has less to do."""
         if len(told) not in (3, 4):
             raise TypeError(
                 'cluster_status takes (status, node, job), and %d arguments were given' % len(told))
@@ -3817,7 +3827,7 @@ class DispyHTTPServer:
         return {watched.given.name: watched.given for watched in list(self._source.watched())}
 
     def add_cluster(self, cluster: JobCluster) -> None:
-        """Show this cluster too. Nothing happens if it is shown already. Raises TypeError,
+        """Show this cluster too. Nothing happens if it is shown already. Raises TypeError, and
         RuntimeError if it was closed. Any thread."""
         self._source.add(cluster)
 
@@ -3826,8 +3836,8 @@ class DispyHTTPServer:
         self._source.remove(cluster)
 
     def shutdown(self, wait: bool = True) -> None:
-        """End the server. With `wait`, browsers first get how it all ended. It may be called twice.
-        Any thread."""
+        """End the server. With `wait`, browsers first receive the final state. The method may be
+        called twice. Any thread."""
         if self._closed:
             return
         self._closed = True
@@ -3855,8 +3865,8 @@ class DispyHTTPServer:
 
 
 class SourceHTTPServer(DispyHTTPServer):
-    """A web server for what is no cluster of this program. It closes the source. `tell` is called
-    with the line that has the link, and `token` is the one of an earlier server."""
+    """A web server for a source that is not a cluster of this program. It closes the source. `tell`
+    is called with the line that contains the link, and `token` is that of an earlier server."""
 
     def __init__(self,
                  source: Any,
@@ -3880,7 +3890,8 @@ class SourceHTTPServer(DispyHTTPServer):
         write_private(absolute_path, self._server.token.encode())
 
     def call_if_well(self, call: Callable[[], None]) -> None:
-        """Call it when snapshots are taken; a thread of ServiceManager."""
+        """Wait until snapshots are taken, then call a function; a thread of ServiceManager does
+        this."""
         while not self._watch.is_well():
             time.sleep(SAMPLES_APART)
         call()
@@ -3888,8 +3899,8 @@ class SourceHTTPServer(DispyHTTPServer):
 
 def kept_token(path: str, option: str) -> str:
     """Return the token that an earlier server has left in a file, or an empty text if there is no
-    file. Raises SecretError for one that others can read, and for one that holds no token, with the
-    option that names it."""
+    file. Raises SecretError, naming the option, for a file that others can read, and for one that
+    contains no token."""
     if not os.path.lexists(path):
         return ''
     try:
@@ -3904,7 +3915,7 @@ def kept_token(path: str, option: str) -> str:
 
 
 def without_token(text: str) -> str:
-    """Return a text with a link as others may see it."""
+    """Return a text with a link in the form that others may see."""
     return text.partition('#token=')[0]
 
 
@@ -4000,8 +4011,8 @@ def _source_of(args: argparse.Namespace) -> Any:
 
 
 def _scheduler_of(args: argparse.Namespace, secret: bytes) -> Optional[SchedulerLink]:
-    """Return the scheduler that is to be shown. If none is named it is the one of this machine, or
-    None if that cannot be shown; then the reason is printed."""
+    """Return the scheduler that is to be shown. If none is named, it is the one of this machine, or
+    None if that cannot be shown; in that case the reason is printed."""
     where = args.scheduler
     if where is None:
         where = '127.0.0.1'
@@ -4027,7 +4038,7 @@ def _scheduler_of(args: argparse.Namespace, secret: bytes) -> Optional[Scheduler
 
 
 def _tell_link(is_kept: bool, text: str) -> None:
-    """Print the line with the link: without the token if that is in a file, and the line may go to
+    """Print the line with the link. The token is left out if it is in a file and the line may go to
     a log that others can read."""
     if is_kept and not sys.stderr.isatty():
         text = without_token(text)
@@ -4035,7 +4046,7 @@ def _tell_link(is_kept: bool, text: str) -> None:
 
 
 def main(argv: Optional[Sequence[str]] = None) -> int:
-    """Run the command line. Return 0 when it was ended by a signal, 1 when it could not start."""
+    """Run the command line. Return 0 when a signal has ended it, 1 when it could not start."""
     manager = ServiceManager()
     parser = make_parser()
     args = parser.parse_args(argv)
@@ -4073,7 +4084,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
 
 
 # --------------------------------------------------------------------------------------------------
-# The page: what browsers get. It holds no data and needs no token.
+# The page: what browsers get. It contains no data and needs no token.
 # --------------------------------------------------------------------------------------------------
 
 HTML = r'''<!DOCTYPE html>

@@ -65,15 +65,16 @@ This file reads from the top down: what is used stands before what uses it.
 
 import sys
 
-# Before all else, as older versions lack some of the modules below. They must be able to compile
-# this file.
+# This comes first, since older versions lack some of the modules below. They must be able to
+# compile this file.
 if sys.version_info < (3, 8):
     sys.exit('dispynode.py needs Python 3.8 or later; this is Python %d.%d (%s)' %
              (sys.version_info[:2] + (sys.executable, )))
 
 if __name__ == '__main__':
-    # Once more under its own name, so that classes have one identity here and in the runners. Here,
-    # and not at the end: all that follows would be made for nothing. The code is compiled already.
+    # Run this file once more under its own name, so that classes have one identity here and in the
+    # runners. This happens here and not at the end, where everything below would have been executed
+    # for nothing. The code is compiled already.
     import importlib.util
     import os
     if __spec__ is None:   # not run by -m
@@ -143,12 +144,13 @@ import unicodedata
 import warnings
 import weakref
 import zlib
+import __future__
 import _thread
 from typing import (
     AbstractSet, Any, Callable, Container, Deque, Dict, FrozenSet, Iterable, Iterator, List,
     NamedTuple, NoReturn, Optional, Sequence, Set, TextIO, Tuple, Type, Union)
 
-__all__ = ['DispyError', 'SecretError', 'main']   # the others are dispy's own
+__all__ = ['DispyError', 'SecretError', 'main']   # the other names are for dispy's own modules
 
 __version__ = '5.0.0.dev0'
 
@@ -162,143 +164,150 @@ __version__ = '5.0.0.dev0'
 # --------------------------------------------------------------------------------------------------
 
 # Glossary
-#   client       a program that uses nodes, or a scheduler that uses them for programs
-#   computation  (comp) what one cluster of a program runs on a node: its code, files and jobs
-#   job          one call that the user has submitted; it has a number
-#   attempt      one try to run a job on some node. Its serial number has the job's number in the
-#                upper bits and the count of the try in the lower 16: see job_number, attempt_number
+#   program      what a user runs: its clusters submit jobs
+#   client       a process that uses nodes: a program, or a scheduler on behalf of programs
+#   node         what runs jobs on a host: a dispynode, or a part of a program ("embedded")
+#   computation  (comp) what a cluster has on nodes: its code, files and jobs
+#   job          one call that a user has submitted; it has a number
+#   attempt      one try to run a job on a node. The upper bits of its serial number are the number
+#                of the job, the lower 16 bits count the attempts: see job_number, attempt_number
 #   outcome      how an attempt ended; with times, value and output it is a row of Results
-#   acknowledge  (Ack) the client has a result: nobody else needs to keep it
+#   acknowledge  (Ack) to say that a result was received, so that no other process keeps it
+#   recall       (ReturnJobs) to ask for attempts that have not begun, to run them elsewhere
 #   spool        results on a node's disk, while their client is away
-#   lease        a client's hold on a node; a node serves one client at a time
+#   lease        a client's hold on a node, which serves one client at a time
 #   orphaned     without a connection to its client
-#   runner       the process that has loaded the code of a computation and starts its workers
+#   runner       the process that loads the code of a computation and starts its workers
 #   worker       the process that runs the jobs of a computation, one after the other
-#   slot         memory that all processes of a computation share, where a worker notes which
-#                attempts it has begun, so that this is known when it dies
+#   slot         shared memory in which a worker notes which attempts it has begun, so that they
+#                are known when it has died
 #   link         an authenticated connection between two processes, with heartbeats
-#   uplink       a link that a node has made itself, to a scheduler or to a client that listens
-#   frame        one message on a link, with its length, number and authentication code
-#   record       one message on a pipe between a daemon, its runners and its workers
+#   uplink       a link that a node itself makes, to a scheduler or to a client that listens
+#   frame        a message on a link, with its length, number and authentication code
 #   part         a piece of a message that is too large for a frame
-#   envelope     the plain values of a message; large payloads are beside it, out of band
-#   payload      what a user sent (arguments, code) or a job returned: bytes that daemons never open
-#   bundle       the files of a group of modules, and what the program has set in them
+#   record       a message on a pipe between a daemon, its runners and its workers
+#   envelope     the plain values of a message; large payloads are out of band
+#   payload      the bytes of a user's arguments, code or result, which daemons never open
+#   bundle       the files of a group of modules, with the variables that the program has set there
 #   event        what the loop tells the pure state; an action is what the state then decides
-#   turn         one round of a loop: what has come is handled, then what follows is sent
-#   heartbeat    (Pulse) a sign of life on a link that has nothing else to send
-#   instance     16 random bytes that tell one process from all others
+#   turn         one round of a loop: it handles what has come, then sends what follows
+#   heartbeat    (Pulse) a sign of life on an idle link; instance: 16 bytes that identify a process
 NODE_PORT = 9701              # TCP and UDP
-SCHEDULER_PORT = 9702         # TCP, of the scheduler and of clients that nodes dial
-PULSE = 2.0                   # s between signs of life on a link
-PULSES_LOST = 5               # silent pulses after which a link is broken
-# Silent pulses after which a second connection is tried while the first still counts, and the
-# seconds between the beginnings of such attempts at least
+SCHEDULER_PORT = 9702         # TCP: the scheduler's, and of clients that nodes dial
+PULSE = 2.0                   # s between heartbeats on a link
+PULSES_LOST = 5               # silent heartbeat intervals after which a link is broken
+# Silent heartbeat intervals after which a second connection is tried while the first still counts,
+# and the minimum time in seconds between the beginnings of such attempts
 PULSES_SILENT = 2
 SECOND_APART = 0.5
 GRACE = 5.0                   # s from KeyboardInterrupt in a job to the kill of its process group
-END_TIME = 2.0                # s that workers which were killed may take to end
-# Seconds before its time limit at which a node whose jobs got their grace has ended for sure: for
-# what it has still to say, and for the start that the limit counts too
+END_TIME = 2.0                # s that killed workers may take to end
+# The number of seconds before its time limit at which a node has certainly ended after its jobs got
+# their grace: it covers the messages that are still to be sent, and the start of the node, which
+# the limit includes
 LIMIT_MARGIN = 10.0
 DRAIN_BEFORE = 120.0          # s before its time limit at which a node takes no new jobs
-CLEANUP_TIME = 4.0            # s that workers have for cleanup, less than their runner has to end
+CLEANUP_TIME = 4.0            # s that workers have for cleanup: less than their runner has to end
 HANDSHAKE_TIME = 10.0         # s for TLS and handshake together
-TRIPS = 10                    # round trips to a peer that these take at most
+TRIPS = 10                    # round trips to a peer that these need at most
 SETUP_TIME = 600.0            # s that loading code and setup() may take
 # Seconds that a computation without jobs waits for a client whose link broke
 ORPHAN_TIME = 3.0
-PAST_TIME = 30 * 86400.0      # s for which it is remembered that something was given up
+PAST_TIME = 30 * 86400.0      # s for which it is remembered that results were discarded
 ZOMBIE_TIME = 86400.0         # s that results wait on the disk for their client
 CAUGHT_UP = 0.01              # s for which a loop waits when there is nothing to do
 OVERSLEPT = 1.0               # s by which it wakes too late when its process has stood still
-# Seconds that a link must have lived for not being one of several that end at once
+# Seconds after which the end of a link does not count as one that follows its beginning at once
 FLAP_TIME = 10.0
-# Links in a row that ended at once, after which the next attempts come later and later
+# Number of consecutive links that ended at once after which the waits between attempts grow
 FLAPS = 4
-# Seconds for which a client from which the node was taken is not served, so that others come first
+# Seconds for which a client is not served after the node was taken from it, so that others have
+# their turn
 RELEASE_COOLDOWN = 10.0
-# What a worker may hold beyond what it runs, in seconds of work and in jobs. With some at hand it
-# does not wait for the daemon after each short job; but what it holds must be taken back before
-# another worker can run it, so that it is little.
+# What a worker may hold beyond the job that it runs, in seconds of work and in jobs. With some jobs
+# at hand it does not wait for the daemon after each short job; but another worker can run these
+# jobs only after they were taken back, so that the limits are low.
 AHEAD_TIME = 0.02
 AHEAD_MOST = 64
-# CPU seconds, for each CPU of the node, that a client which has had less than others gets back at
-# most; without a limit one that was idle for an hour would then have the node alone for as long.
+# The compensation in CPU seconds, for each CPU of the node, that a client which has had less than
+# others gets at most; without a limit, a client that was idle for an hour would then have the node
+# alone for as long.
 CREDIT_TIME = 2.0
-ABSENT_TIME = 1.0             # s without jobs here after which a client gets nothing back
+ABSENT_TIME = 1.0             # s without jobs here after which a client gets no compensation
 ROW_FIRST = 64                # jobs, the first guess of how many fill a round trip
-UNKNOWN_TIME = 0.5            # s that a job may take, before any has ended
-# Seconds after which a job counts as long: its client is told that it runs, and its worker gives
-# back what stands behind it. Of shorter jobs the client hears by their results alone.
+UNKNOWN_TIME = 0.5            # s that a job is assumed to take before any has ended
+# Seconds after which a job counts as long: its client is told that it runs, and its worker returns
+# the jobs behind it. For shorter jobs the client gets their results only.
 BEGUN_TIME = 0.025
-OUTPUT_KEPT = 256 * 1024      # bytes kept of each end of a job's stdout and of its stderr
-# Bytes of one stream of a job, with the mark where its middle was
+OUTPUT_KEPT = 256 * 1024      # bytes that are kept of each end of a job's stdout and stderr
+# Bytes of one stream of a job, including the mark that replaces its middle
 OUTPUT_MOST = 2 * OUTPUT_KEPT + 1024
 LATEST = 1e11                 # s since the epoch, the latest time that a job can have ended
-OUTPUT_CHECKED = 0.25         # s between looks at the size of running jobs' output
+OUTPUT_CHECKED = 0.25         # s between checks of the size of running jobs' output
 WORKER_IDLE = 300.0           # s without a job after which a worker ends
-WORKER_RETRY_DELAY = 1.0            # s until it is tried again to start a worker
+WORKER_RETRY_DELAY = 1.0            # s between attempts to start a worker
 REMOVAL_DELAY_MOST = 60.0     # s between attempts to remove a directory
-WORKER_TOLD = 60.0            # s of success after which it is said again that none can be started
-BEGUN_KEPT = 2045             # the last attempts that a worker has begun, which are noted in a file
-UNDEAD_TIME = 0.5             # s that a killed stray process is waited for before others are served
-RUNNER_ASKED = 2.0            # s between signs of life that a runner with jobs is asked for
+WORKER_TOLD = 60.0            # s of success after which a failure to start one is reported again
+BEGUN_KEPT = 2045             # the number of begun attempts that a worker notes in a file
+UNDEAD_TIME = 0.5             # s to wait for a killed stray process before other work goes on
+RUNNER_ASKED = 2.0            # s between requests to a runner with jobs to show that it lives
 RUNNER_SILENT = 10.0          # s without an answer after which a runner is killed
-# Seconds between looks at the memory of jobs that may not use more
+# Seconds between checks of the memory of jobs that have a limit
 MEMORY_CHECK_INTERVAL = 0.05
-# Bytes from which a payload travels beside its envelope instead of inside, and is not copied
+# Size in bytes from which a payload is sent out of band, and is not copied into its envelope
 OUT_OF_BAND = 32 * 1024
 FILE_PIECE = 1 << 20          # bytes of a file in one message
-# Bytes from which a value with buffers passes between a node and its workers in a memory segment.
-# Below this the pipe is as fast: its memory has been used before.
+# Size in bytes from which a value with buffers passes between a node and its workers in a memory
+# segment. Below this a pipe is as fast: its memory has been used before.
 SEGMENT_FROM = 2 << 20
-SEGMENTS_MOST = 128           # of them that are mapped in this process; others are read
-# Bytes on a pipe that the other side has not read, with what the system needs for each record,
-# beyond which values go through the pipe, which makes their sender wait: some five records
+SEGMENTS_MOST = 128           # segments that are mapped in this process; others are read
+# Bytes on a pipe that the other side has not read, including the overhead of the system for each
+# record, beyond which values are written to the pipe itself, which makes their sender wait: about
+# five records
 SEGMENTS_UNREAD = 4096
-# Bytes after which a batch is a frame: the other side can begin with it
+# Bytes after which a batch becomes a frame, so that the other side can begin with it
 BATCH_BYTES = 1 << 20
-WHOLE_MOST = 960 << 20        # bytes of a computation, which travels in one frame; that holds a GiB
-# Bytes of one value, arguments or result of a job: 4 GiB, and what packing them adds. What is over
-# a frame travels in parts.
+WHOLE_MOST = 960 << 20        # bytes of a computation: it is sent in one frame, of 1 GiB at most
+# Size limit in bytes of one value, the arguments or the result of a job: 4 GiB, and what packing
+# adds. Values that are larger than a frame are sent in parts.
 VALUE_MOST = (4 << 30) + (1 << 20)
-# Characters of a text for people, such as a traceback; longer ones lose their middle
+# Characters of a text for people, such as a traceback; the middle of longer ones is left out
 TEXT_MOST = 64 * 1024
-# Bytes of what is seen of a running job: the stacks of its process, and the ends of its output
+# Bytes that are shown of a running job: of the stacks of its process, and of the ends of its output
 STACKS_MOST = 64 * 1024
 OUTPUT_SEEN = 4096
 NAMES_MOST = 60 << 20         # bytes that the list of a computation's files may take
 MAX_FRAME = 1 << 30           # bytes of payload in one frame, the largest of the limits by message
-# Bytes that wait on a link, after which files of jobs are not read: a job that sends faster than
-# its client takes does not fill the memory of the node
+# Bytes that wait on a link after which files of jobs are not read: a job that sends faster than its
+# client receives must not fill the memory of the node
 BACKPRESSURE_BYTES = 16 << 20
-# Sockets that a loop has where it must use select()
+# The number of sockets that a loop may have if it must use select()
 SELECT_MOST = 500
 WRITE_MOST = 32 << 20         # bytes that are written to one channel in one turn
-LAZY = 64 << 20               # bytes from which memory is mapped, and taken only as it is filled
-# Times that a node has arguments in memory: the daemon, and the worker, which opens them in place;
-# and that a program has a result, which is opened in place too.
+LAZY = 64 << 20   # bytes from which memory is mapped, so that it is used only as it is filled
+# How many copies of arguments a node has in memory: one in the daemon, and one in the worker, which
+# opens them in place. A program has as many copies of a result, which is opened in place, too.
 ARGUMENTS_COPIED = 2
 RESULTS_COPIED = 1
-# Seconds that an interval of an option may have
+# Limits for options that are intervals, in seconds
 SHORTEST = 1e-3
 LONGEST = 10 * 365.25 * 86400
-LONGEST_SLEEP = 86400.0       # s that a loop sleeps at most; then it looks again
+LONGEST_SLEEP = 86400.0       # s that a loop sleeps at most before it checks again
 NO_MEMORY = 'there is no memory for what was sent'
-SERIALS_MOST = 50000          # of jobs in one message
-ROWS_MOST = 20000             # of jobs or results in one message
-NAME_MOST = 1000              # characters of a name from outside that are kept
+SERIALS_MOST = 50000          # serials in one message
+ROWS_MOST = 20000             # rows of jobs or results in one message
+NAME_MOST = 1000              # characters that are kept of a name from outside
 MODULES_KEPT = 256 << 20      # bytes of modules' files that a node keeps for other computations
-SHARED_FROM = 1 << 20         # bytes from which a part of arguments is known by its digest
-VALUES_KEPT = 4 << 30         # bytes of such parts that a node keeps, beyond what jobs there need
-# Bytes of jobs that wait here, after which links are not read, so that clients are held back
+SHARED_FROM = 1 << 20         # bytes from which a part of arguments is identified by its digest
+# Bytes of such parts that a node keeps in addition to those that its jobs need
+VALUES_KEPT = 4 << 30
+# Bytes of waiting jobs after which links are not read, so that clients are slowed down
 RECEIVE_BUDGET = 256 << 20
 
-UNITS_MOST = 1 << 16          # of one resource
+UNITS_MOST = 1 << 16          # units of one resource
 RESOURCE_NAME = re.compile('[A-Za-z][A-Za-z0-9_.-]{0,63}')
 NOT_RESOURCES = frozenset(('cpu', 'cpus', 'memory'))
-GPU = 'gpu'                   # the resource whose units are devices, which jobs are shown
+GPU = 'gpu'                   # the resource whose units are devices that jobs are told of
 AUTO = 'auto'                 # as many as there are
 
 # How worker processes are started
@@ -325,27 +334,27 @@ class Listed(type):
 
 
 class DispyError(Exception, metaclass=Listed):
-    """Base of this project's own errors."""
+    """The base class of the errors that this project defines."""
 
 
 class PeerError(DispyError):
-    """The other side broke the protocol; its link is closed."""
+    """The peer violated the protocol, and its link is closed."""
 
 
 class LinkBroken(DispyError):
-    """The connection was closed without a Bye."""
+    """The connection was closed without a Bye message."""
 
 
 class HandshakeError(DispyError):
-    """The handshake failed; the text says why and how to mend it."""
+    """The handshake failed; the text says why and how to fix it."""
 
 
 class Silence(HandshakeError):
-    """The peer did not say what it had to in time."""
+    """The peer did not send within the time limit what the handshake requires."""
 
 
 class ClosedAtOnce(HandshakeError):
-    """The peer has closed the connection before it said anything."""
+    """The peer closed the connection before it had sent anything."""
 
 
 class TooLarge(ValueError):
@@ -365,20 +374,20 @@ class LoopFailed(DispyError):
 
 
 # --------------------------------------------------------------------------------------------------
-# Values and messages: what stands on the wire. Nothing here opens a socket, reads a clock or takes
-# a lock.
+# Values and messages: what is sent between processes. Nothing here opens a socket, reads a clock or
+# takes a lock.
 # --------------------------------------------------------------------------------------------------
 
 class Role(enum.IntEnum):
-    """The role of a process on a link. A process to which nodes connect (--scheduler-host) is a
-    SCHEDULER there, also a client that listens."""
+    """The role of a process on a link. A process to which nodes connect (--scheduler-host) has the
+    role SCHEDULER on these links, even if it is a client that listens."""
     CLIENT = 1
     NODE = 2
     SCHEDULER = 3
 
 
 class Outcome(enum.IntEnum):
-    """How an attempt ended; tells what the payload of its result is."""
+    """How an attempt ended. The outcome determines what the payload of the result is."""
     RETURNED = 1       # pickled value, of plain builtins only: opening it runs no code
     RETURNED_CODE = 2  # pickled value of other types: opening it runs the user's code
     RAISED = 3         # u32 length, traceback text, pickled exception or nothing
@@ -394,29 +403,31 @@ class Outcome(enum.IntEnum):
 
 class AttemptHistory(NamedTuple):
     """What a node or a scheduler still knows of attempts of a computation that it does not hold any
-    more: numbers, not data.
-    One that is in none of the lists never came, or never began - if all is known."""
-    whole: bool = True                     # all is known that ever came
-    unbegun: FrozenSet[int] = frozenset()  # given back, while nobody was connected
+    more: serial numbers and no data.
+    An attempt that is in none of the lists never arrived or never began, provided that `whole` is
+    true."""
+    whole: bool = True                     # everything that ever came is known
+    unbegun: FrozenSet[int] = frozenset()  # returned while no client was connected
     lost: FrozenSet[int] = frozenset()     # had begun, and ended with the process of the node
-    given_up: FrozenSet[int] = frozenset()   # had begun, and what came of them was given up
-    text: str = ''                         # why it was given up
+    given_up: FrozenSet[int] = frozenset()   # had begun, and their results were discarded
+    text: str = ''                         # why they were discarded
 
     def row(self) -> tuple:
-        """Return it as messages carry it; empty where there is nothing to tell."""
+        """Return the history in the form that messages carry; the row is empty if there is nothing
+        to report."""
         if self == AttemptHistory():
             return ()
         return (self.whole, *(sorted(serials) for serials in self[1:4]), self.text)
 
     @classmethod
     def of(cls, row: Sequence[Any]) -> 'AttemptHistory':
-        """Read what `row` has made."""
+        """Return the history that `row` has converted."""
         if not row:
             return cls()
         return cls(row[0], frozenset(row[1]), frozenset(row[2]), frozenset(row[3]), row[4])
 
     def and_also(self, other: 'AttemptHistory') -> 'AttemptHistory':
-        """Return what both say."""
+        """Return the union of both histories."""
         whole = self.whole and other.whole
         unbegun = self.unbegun | other.unbegun
         lost = self.lost | other.lost
@@ -426,10 +437,10 @@ class AttemptHistory(NamedTuple):
 
 
 class Holder(NamedTuple):
-    """The process that has a node which others want.
+    """The process that holds a node which others want to use.
 
-    host, pid - where it runs, and its number there
-    port - at which it serves programs if it is a scheduler, else 0
+    host, pid - the name of its host, and its process ID there
+    port - the port at which it serves programs if it is a scheduler, else 0
     is_away - whether its connection to the node is lost
     """
     host: str
@@ -439,14 +450,14 @@ class Holder(NamedTuple):
 
 
 class Reason(NamedTuple):
-    """A reason for which a node does not take a computation: what it is, and whether it can pass by
-    itself. One that passes is tried again, later and later; one that does not is final until the
-    node or the computation is another."""
+    """A reason for which a node does not take a computation, and whether this reason can pass by
+    itself. If it can, the client tries again after waits that grow; otherwise the refusal is final
+    until the node or the computation is replaced."""
     about: str
     passes: bool
 
 
-# The codes of Refused, and those that a client finds by itself (the last five).
+# The codes of Refused, and those that a client itself determines (the last five)
 REASONS: Dict[str, Reason] = {
     'busy': Reason('another client holds the node', True),
     'fault': Reason('a fault of the node itself while it served the computation', True),
@@ -476,7 +487,7 @@ SHORTAGES = frozenset(
 
 
 def reason_of(exc: BaseException) -> str:
-    """The code of a failure to store files or to start a process."""
+    """Return the code of a failure to store files or to start a process."""
     if getattr(exc, 'errno', None) in SHORTAGES:
         return 'room'
     if isinstance(exc, MemoryError):
@@ -485,53 +496,54 @@ def reason_of(exc: BaseException) -> str:
 
 
 class ClientHello(NamedTuple):
-    """A client says first on a link who it is (the name is shown to others) and how many seconds
-    its pulse is. NodeHello answers it. `process` says the same as the name, for programs: a row
-    (host, PID, port at which it serves programs if it is a scheduler, else 0). Minor version 1 does
-    not have it."""
+    """A client introduces itself with the first message on a link: its name, which other users may
+    see, and its heartbeat interval in seconds. NodeHello answers it. `process` has the same
+    information for programs: a row (host, PID, port at which it serves programs if it is a
+    scheduler, else 0). Minor version 1 does not have this field."""
     name: str
     pulse: float
     process: tuple = ()
 
 
 class Compute(NamedTuple):
-    """A client sends a computation. It may come again after a link broke. Need, Ready or Refused
-    answers it."""
+    """A client sends a computation. The message may be repeated after a link broke. Need, Ready or
+    Refused answers it."""
     comp: str
     spec: dict
 
 
 class Jobs(NamedTuple):
     """A client sends attempts to run, as rows of (serial, payload, options or None). Results answer
-    them. The option `values` has rows (size, digest) of the parts of the payload that do not stand
-    in it; a node that lacks one asks for it (Need)."""
+    them. The option `values` has rows (size, digest) of those parts of the payload that are sent
+    apart from it; a node that lacks one asks for it with Need."""
     comp: str
     rows: list
 
 
 class Cancel(NamedTuple):
-    """A client wants these attempts to be ended. Each is answered by its result, whatever it
-    became."""
+    """A client wants these attempts to end. The result of each attempt is the answer, whatever the
+    outcome is."""
     comp: str
     serials: list
 
 
 class ReturnJobs(NamedTuple):
-    """A client wants those of these attempts back that have not begun. Each is answered by
-    Returned, Started or Results. A scheduler cancels those of these jobs that have not begun; each
-    is answered by Started or Results."""
+    """A client wants those of these attempts returned that have not begun. JobsReturned, Started or
+    Results answers for each of them. A scheduler that receives this message cancels those of these
+    jobs that have not begun; Started or Results answers for each."""
     comp: str
     serials: list
 
 
 class Ack(NamedTuple):
-    """A client has these results; the node forgets them."""
+    """A client has received these results, and the node forgets them."""
     comp: str
     serials: list
 
 
 class Done(NamedTuple):
-    """A client has no more use for a computation; what still runs is killed."""
+    """A client does not need a computation any more; the node kills those of its jobs that still
+    run."""
     comp: str
 
 
@@ -542,38 +554,38 @@ class Limit(NamedTuple):
 
 
 class Shutdown(NamedTuple):
-    """A client wants the node to end with its lease; the node does if it was started with
-    --client-shutdown."""
+    """A client wants the node to end together with its lease; the node complies if it was started
+    with --client-shutdown."""
     comp: str
 
 
 class Query(NamedTuple):
-    """A client asks what of this computation is there. Report answers it."""
+    """A client asks which jobs of this computation the node has. Report answers it."""
     comp: str
 
 
 class Reclaim(NamedTuple):
-    """A client, perhaps another process than the one that began the computation, says that what is
-    there of it belongs to this client now. `key` shows that it is: only the program and its
-    recovery file have it, `spec['key']` is its digest. Answered by Held and Results. Without `take`
-    it is only asked, nothing becomes another's, and no results come."""
+    """A client, which may be another process than the one that began the computation, takes over
+    all jobs and results of it. `key` authorizes this: only the program and its recovery file have
+    the key, and `spec['key']` is the digest of it. KnownAttempts and Results answer it. If `take`
+    is false, the client only asks: nothing changes its owner, and no results are sent."""
     comp: str
     key: bytes = b''
     take: bool = True
 
 
 class NodeHello(NamedTuple):
-    """A node answers ClientHello with its name, the CPUs that it offers, and facts (python,
-    platform, cloudpickle, ...)."""
+    """A node answers ClientHello with its name, the number of CPUs that it offers, and facts
+    (python, platform, cloudpickle, ...)."""
     name: str
     cpus: int
     facts: dict
 
 
 class Refused(NamedTuple):
-    """A node does not serve this computation (or, with an empty name, this client); the code is for
-    programs, the text for people. `holder` is a row of Holder if another client has the node, else
-    empty. Minor version 1 does not have it."""
+    """A node does not serve this computation or, if the name is empty, this client; the code is for
+    programs, the text for people. `holder` is a row of Holder if another client holds the node,
+    else it is empty. Minor version 1 does not have this field."""
     comp: str
     code: str
     text: str
@@ -581,50 +593,51 @@ class Refused(NamedTuple):
 
 
 class Need(NamedTuple):
-    """A node wants these files, each given by the fields `purpose`, `key` and `row` of FilePiece.
-    Answers Compute, and comes when a job needs modules."""
+    """A node asks for files, each identified by the fields `purpose`, `key` and `row` of FilePiece.
+    This message answers Compute, and is also sent when a job needs modules."""
     comp: str
     files: list
 
 
 class Ready(NamedTuple):
-    """A node has set up the computation. `held` are the serials it knows, running, waiting or ended
-    without Ack; `past` is a row of AttemptHistory."""
+    """A node has set up the computation. `held` are the serials of the attempts that the node
+    knows: those that run, wait, or have ended and are not acknowledged. `past` is a row of
+    AttemptHistory."""
     comp: str
     held: list
     past: tuple = ()
 
 
 class Results(NamedTuple):
-    """A node sends results, as rows of (serial, outcome, start, end, payload, stdout, stderr), with
-    times in s since the epoch. Ack answers them."""
+    """A node sends results, as rows of (serial, outcome, start, end, payload, stdout, stderr). The
+    times are in seconds since the epoch. Ack answers them."""
     comp: str
     rows: list
 
 
-# Places in a row of Results, which is a plain tuple on the wire and stays one: each job has one
+# Indexes of a row of Results, which is a plain tuple on the wire and stays one: each job has one
 SERIAL, OUTCOME, START, END, PAYLOAD, STDOUT, STDERR = range(7)
 
 
 class JobsReturned(NamedTuple):
-    """A node has never started these attempts. It answers ReturnJobs, and comes when a node
-    stops."""
+    """A node returns attempts that it has never started. This message answers ReturnJobs, and is
+    also sent when a node stops."""
     comp: str
     serials: list
 
 
 class Started(NamedTuple):
-    """A node or scheduler says that these attempts have begun, as rows of (serial, s that it has
-    run). Comes for those that have run for about 20 ms and for those that were recalled too late;
-    of others the result tells."""
+    """A node or scheduler says that these attempts have begun, as rows of (serial, seconds since
+    its start). The message is sent for attempts that have run for about 20 ms and for those that
+    ReturnJobs named too late. For all others, the result shows that they have begun."""
     comp: str
     rows: list
 
 
 class Output(NamedTuple):
-    """A node sends what a running job has printed, if the computation wants it live (stream 1 or
-    2), from byte `offset` of it; or a record of its logging (stream 0, data a plain pickle of
-    level, logger and text)."""
+    """A node sends what a running job has printed to stream 1 or 2, from byte `offset` on, if the
+    client has asked for live output; or it sends a record of the job's logging (stream 0; `data` is
+    a plain pickle of level, logger and text)."""
     comp: str
     serial: int
     stream: int
@@ -633,23 +646,25 @@ class Output(NamedTuple):
 
 
 class CpusChanged(NamedTuple):
-    """A node says how many CPUs it offers from now on; 0 when it takes no new jobs. Also sent to
-    those who were refused because another client held the node, when it is free."""
+    """A node says how many CPUs it offers from now on; 0 means that it takes no new jobs. The
+    message also goes to clients that were refused because another client held the node, when the
+    node becomes free."""
     cpus: int
 
 
 class KnownAttempts(NamedTuple):
-    """A node answers Reclaim with the serials that it knows: of attempts that run, wait, or have
-    ended without Ack; `past` is a row of AttemptHistory."""
+    """A node answers Reclaim with the serials of the attempts that it knows: those that run, wait,
+    or have ended and are not acknowledged. `past` is a row of AttemptHistory."""
     comp: str
     serials: list
     past: tuple = ()
 
 
 class Report(NamedTuple):
-    """A node answers Query with pairs of (serial, s that it has run), serials that wait, what is
-    free there (as `availability`), with `busy`, the jobs of all computations that run, and
-    `holder`, for people, empty when it is free."""
+    """A node answers Query with pairs of (serial, seconds since its start) of jobs that run, the
+    serials that wait, the free resources of the host (as `availability` returns them), with `busy`,
+    the number of running jobs of all computations, and with `holder`, a text for people, which is
+    empty if the node is free."""
     comp: str
     running: list
     waiting: list
@@ -663,7 +678,8 @@ class Notice(NamedTuple):
 
 
 class Call(NamedTuple):
-    """Either side asks the other a question; `name` is what it is about. Return answers it."""
+    """Either side sends a request to the other; `name` is the name of the procedure. Return answers
+    it."""
     comp: str
     number: int
     name: str
@@ -679,7 +695,8 @@ class Return(NamedTuple):
 
 
 class Purpose(enum.IntEnum):
-    """What a file that travels is for. With a computation and a key it names a transfer."""
+    """What a file that is transferred is for. A purpose, a computation and a key identify a
+    transfer."""
     DEPENDS = 1    # a file of the computation, asked for by Need
     MODULES = 2    # a file of the user's modules, asked for by Need
     PLACED = 3     # a file that the client sends to a computation that is set up; the key is 0
@@ -687,14 +704,15 @@ class Purpose(enum.IntEnum):
     VALUES = 5     # a part of arguments, known by its digest, asked for by Need
 
 
-FOR_CODE = frozenset((Purpose.DEPENDS, Purpose.MODULES))   # of no use without one another
+FOR_CODE = frozenset((Purpose.DEPENDS, Purpose.MODULES))   # each is useless without the other
 ASKED_FOR = FOR_CODE | {Purpose.VALUES}   # the key is the one in Need
 
 
 class FilePiece(NamedTuple):
     """Either side sends a piece of a file, in order of offset; an empty file is one empty piece.
-    `row` is the file's name, size, digest and mode. FileStored answers the last piece, or the first
-    that cannot be stored, unless Need has asked for the file: then Ready or Refused follows."""
+    `row` has the file's name, size, digest and mode. FileStored answers the last piece, or the
+    first one that cannot be stored, unless the file was requested with Need: in that case Ready or
+    Refused follows."""
     comp: str
     purpose: int
     key: int
@@ -704,8 +722,8 @@ class FilePiece(NamedTuple):
 
 
 class FileStored(NamedTuple):
-    """Answers FilePiece: the file is there, or why it is not. A client says it of a value that a
-    node has asked for and that it does not have."""
+    """This answers FilePiece: the file is stored, or the text says why it is not. A client also
+    sends this message for a value that a node has requested and that the client does not have."""
     comp: str
     purpose: int
     key: int
@@ -715,11 +733,12 @@ class FileStored(NamedTuple):
 
 class Part(NamedTuple):
     """Either side sends a part of one row of Jobs or Results that is too large for a frame, in
-    order of offset. The first brings the row, with `HOLLOW` in the place of its payload, and all
-    say how large that is; when it is whole, it is as if the message had come with this row alone.
-    Other messages may come between parts, but no parts of another row of the same computation. A
-    first part replaces what has come before of a row of its computation; one with a total of 0 is
-    none, but says that the rest will not come. `data` is a buffer, or a tuple of some."""
+    order of offset. The first part contains the row, with `HOLLOW` in the place of its payload, and
+    all parts contain the total size. When the payload is complete, it is treated as if the message
+    had come with this row alone. Other messages may come between parts, but no parts of another row
+    of the same computation. A first part discards what has been received of another row of its
+    computation; one with a total of 0 begins no row and says that the rest of the previous one will
+    not come. `data` is a buffer, or a tuple of buffers."""
     comp: str
     row: tuple
     total: int
@@ -728,7 +747,8 @@ class Part(NamedTuple):
 
 
 class Unfit(NamedTuple):
-    """Never sent: in the place of Jobs when there is no room for the arguments of this row."""
+    """This is never sent. It takes the place of Jobs when the receiver has no memory for the
+    arguments in this row."""
     comp: str
     row: tuple
     text: str
@@ -739,14 +759,15 @@ class Pulse(NamedTuple):
 
 
 class Bye(NamedTuple):
-    """Either side ends this link on purpose. A link that ends without it is broken, not closed.
-    After a node's Bye every attempt it has not answered for was never started."""
+    """Either side ends this link on purpose. A link that ends without this message is broken and
+    not closed. After a node's Bye, every attempt without a result counts as never started."""
     text: str
 
 
 class Wrong(NamedTuple):
-    """Either side says last on a link that it cannot use the frame of this number, counted from 0.
-    The same is not to be sent again at once. Nothing is said by it of what came before."""
+    """Either side says, as its last message on a link, that it cannot use the frame of this number,
+    counted from 0. The other side must not send the same message again immediately. This message
+    says nothing about earlier frames."""
     text: str
     frame: int
 
@@ -755,8 +776,8 @@ MAX_CONTROL = 64 * 1024
 MAX_LIST = 16 << 20
 MAX_BULK = MAX_FRAME
 LIST = NAMES_MOST + (4 << 20)
-BUFFERS_MOST = 1 << 16        # of large parts beside an envelope
-# op on the wire -> (message, bytes of payload at most)
+BUFFERS_MOST = 1 << 16        # out-of-band buffers of an envelope
+# Op on the wire -> (message, limit of its payload in bytes)
 MESSAGES: Dict[int, Tuple[type, int]] = {
     1: (ClientHello, MAX_CONTROL),
     2: (Compute, MAX_BULK),
@@ -791,22 +812,23 @@ MESSAGES: Dict[int, Tuple[type, int]] = {
     72: (Part, 4 * FILE_PIECE),
 }
 OPS = {message: op for op, (message, _) in MESSAGES.items()}
-# Messages to which a minor version has added fields, at the end: that version, and what stands in
-# the fields where a peer does not speak it
+# Messages to which a minor version has added fields at the end: that version, and the values of the
+# fields for a peer that does not speak it
 LATER_FIELDS: Dict[type, Tuple[int, tuple]] = {ClientHello: (2, ((), )), Refused: (2, ((), ))}
 # What a node, or a scheduler, takes from the other side of a link
 OF_CLIENTS = frozenset(op for op in MESSAGES if op < 32 or op >= 64)
 SPEAK_OF_COMPS = {
     message for message in OPS
     if message._fields[:1] == ('comp',)}  # type: ignore[attr-defined]
-# Some fields of these hold values whose shape nothing else checks.
+# Nothing else checks the structure of some of their fields.
 LOOSE = {Compute, NodeHello, Call, Return, Report}
 KEY_SIZE = 32    # bytes of the digest of a computation's key
 DIGEST_SIZE = 32
 
 
 def digest_of(key: bytes) -> bytes:
-    """What others than its program know of a computation's key."""
+    """Return the digest of a computation's key, which is all that others than its program know of
+    the key."""
     if key:
         digester = hashlib.sha256(b'dispy 5 key' + key)
         return digester.digest()
@@ -814,7 +836,8 @@ def digest_of(key: bytes) -> bytes:
 
 
 def may_reclaim(digest: bytes, key: bytes) -> bool:
-    """Whether this key is that of a computation; one that was begun without a key is anybody's."""
+    """Return whether this key is that of a computation; any key is valid for a computation that was
+    begun without one."""
     if not digest.strip(b'\0'):
         return True
     return hmac.compare_digest(digest, digest_of(key))
@@ -824,7 +847,7 @@ _TYPES_OF_ANNOTATIONS = {float: (float, int), Any: object}
 
 
 def _field_types(message: type) -> Tuple[Any, ...]:
-    """The types that the fields of a message have when it has come."""
+    """Return the types that the fields of a message have after it was received."""
     annotations = message.__annotations__.values()
     return tuple(_TYPES_OF_ANNOTATIONS.get(kind, kind) for kind in annotations)
 
@@ -853,12 +876,12 @@ Payload = Union[Buffer, Tuple[Buffer, ...]]
 
 
 def pieces_of(payload: Payload) -> Tuple[Buffer, ...]:
-    """A payload as the pieces that make it up when written one behind the other."""
+    """Return the pieces of a payload, in the order in which they are written."""
     return payload if type(payload) is tuple else (payload,)  # type: ignore[return-value]
 
 
 def in_one_piece(payload: Payload) -> bytes:
-    """A payload as bytes of its own."""
+    """Return a payload as one bytes object."""
     return b''.join(pieces_of(payload))
 
 
@@ -870,17 +893,17 @@ def size_of(payload: Payload) -> int:
 
 
 def shorten(text: str, most: int = TEXT_MOST) -> str:
-    """A text with its middle left out, if it has more than `most` characters."""
+    """Return a text in at most `most` characters: the middle of a longer text is left out."""
     if len(text) <= most:
         return text
     half = most // 2
-    short_text = text[-half:]
+    tail = text[-half:]
     return '%s\n[dispy: %d characters left out here]\n%s' % (text[:half], len(text) - 2 * half,
-                                                             short_text)
+                                                             tail)
 
 
 def over_limit(what: str, size: int) -> str:
-    """What is said of a value of a job that is too large."""
+    """Return the error text for a value of a job that is too large."""
     if size <= VALUE_MOST:
         limit = '%d bytes of memory are free on the node' % (free_memory() or 0)
     else:
@@ -890,7 +913,8 @@ def over_limit(what: str, size: int) -> str:
 
 
 def is_over_limit(size: int) -> bool:
-    """Whether a value of a job is too large to be returned: for the limit, or for free memory."""
+    """Return whether a value of a job is too large to be returned, either because of the limit or
+    because of the free memory."""
     if size > VALUE_MOST:
         return True
     if not size > LAZY:
@@ -899,9 +923,10 @@ def is_over_limit(size: int) -> bool:
 
 
 def limit_values(most: int) -> None:
-    """Take no larger values in this process, and make none (--max-value). Raises StartError."""
+    """Set the largest size in bytes of values that this process accepts and makes (--max-value).
+    Raises StartError."""
     global VALUE_MOST
-    if most < BATCH_BYTES:   # less is not looked at one by one
+    if most < BATCH_BYTES:   # fewer bytes are not examined one by one
         text = '--max-value %d: the least is %d' % (most, BATCH_BYTES)
         raise StartError(text)
     VALUE_MOST = min(most, VALUE_MOST)
@@ -909,8 +934,8 @@ def limit_values(most: int) -> None:
 
 
 def out_of_band(payload: Payload) -> Any:
-    """The payload as an envelope may carry it: small ones inside it, large ones out of band and not
-    copied."""
+    """Return the payload in the form that an envelope carries: small payloads are inside of the
+    envelope, large ones are out of band and are not copied."""
     if type(payload) is tuple:
         return tuple(out_of_band(piece) for piece in payload)
     if type(payload) is bytes:
@@ -924,7 +949,8 @@ def out_of_band(payload: Payload) -> Any:
 
 
 def with_size(row: tuple) -> Tuple[tuple, int]:
-    """A row of Results as an envelope may carry it, and its bytes."""
+    """Return a row of Results in the form that an envelope carries, and the size of the row in
+    bytes."""
     payload, stdout, stderr = row[PAYLOAD:]
     if type(payload) is type(stdout) is type(stderr) is bytes:   # nearly always
         size = len(payload) + len(stdout) + len(stderr)
@@ -938,15 +964,15 @@ def with_size(row: tuple) -> Tuple[tuple, int]:
 
 def batches(kind: Callable[[str, list], Any], comp: str,
             rows: Iterable[Tuple[tuple, int]]) -> Iterator[Any]:
-    """Make messages `kind(comp, rows)` of about BATCH_BYTES bytes each. Every row comes with its
-    bytes."""
+    """Yield messages `kind(comp, rows)` of about BATCH_BYTES bytes each. `rows` has pairs of a row
+    and its size in bytes."""
     some = []
     filled = 0
     for row, size in rows:
         some.append(row)
         filled += size
         if filled >= BATCH_BYTES or len(some) >= ROWS_MOST:
-            # Alone, as it may have to go in parts
+            # Alone, because it may have to be sent in parts
             if size >= BATCH_BYTES:
                 if len(some) > 1:
                     yield kind(comp, some[:-1])
@@ -958,12 +984,12 @@ def batches(kind: Callable[[str, list], Any], comp: str,
         yield kind(comp, some)
 
 
-HOLLOW = bytes(4)    # stands for a payload: right for every outcome
+HOLLOW = bytes(4)    # replaces a payload; valid for every outcome
 
 
 class InParts:
-    """A message that is too large for a frame, on its way. Its one row goes in parts, as the link
-    has room for them."""
+    """A message with one row that is too large for a frame. It is sent in parts, as the link has
+    room for them."""
 
     def __init__(self, message: Any) -> None:
         self.message = message
@@ -979,7 +1005,7 @@ class InParts:
         self._parts = self._made()
 
     def next(self) -> Optional[Part]:
-        """Return the next part; None behind the last."""
+        """Return the next part; None after the last one."""
         return next(self._parts, None)
 
     def _made(self) -> Iterator[Part]:
@@ -991,8 +1017,8 @@ class InParts:
             start = 0
             while start < len(buffer):
                 piece = buffer[start:start + FILE_PIECE - filled]
-                pickle_buffer = pickle.PickleBuffer(piece)
-                some.append(pickle_buffer)
+                out_of_band = pickle.PickleBuffer(piece)
+                some.append(out_of_band)
                 start = start + len(piece)
                 filled = filled + len(piece)
                 if filled < FILE_PIECE:
@@ -1007,44 +1033,45 @@ class InParts:
 
 
 def needs(comp: str, files: Iterable[tuple]) -> Iterator[Need]:
-    """Messages that ask for these files, each (purpose, key, row) as in FilePiece."""
+    """Yield Need messages that ask for these files, each (purpose, key, row) as in FilePiece."""
     sizes = ((file, 4 * len(file[2][0]) + 128) for file in files)  # type: ignore[misc]
     return batches(Need, comp, sizes)  # type: ignore[arg-type]
 
 
 def in_parts(kind: Callable[[str, list], Any], comp: str, serials: Sequence[int]) -> Iterator[Any]:
-    """Make messages `kind(comp, serials)` of bounded length."""
+    """Yield messages `kind(comp, serials)` of bounded length."""
     for start in range(0, len(serials), SERIALS_MOST):
         yield kind(comp, list(serials[start:start + SERIALS_MOST]))
 
 
 def plain_text(value: str) -> str:
-    """A str of its own, of an instance of a subclass too."""
+    """Return a new `str` with the same characters, even for an instance of a subclass."""
     if type(value) is str:
         return value
     return ''.join((value, ''))
 
 
 class Bounds(NamedTuple):
-    """What an envelope may cost whoever opens it."""
+    """What an envelope may cost the process that opens it."""
     size: int        # bytes
-    operations: int  # of the pickle; each makes one object of less than 100 bytes at most
+    operations: int  # of the pickle; each makes at most one object of less than 100 bytes
     dicts: int
 
 
-ITEMS_MOST = 256     # of one dict: the time that colliding keys take grows with the square of it
+ITEMS_MOST = 256     # of one dict: the time for colliding keys grows with the square of it
 
 
 class PlainReader:
-    """Reads the operations of a pickle without carrying them out, before it is opened. What a
-    pickle costs is then bounded by its bytes: nothing but plain values, no position in the memo but
-    the next one (others would be given memory up to there), no dict that may be filled again and
-    again, no number of more than 255 bytes. It follows the height of the unpickler's stack.
-
-    A message of thousands of rows is read here: one loop, and a table for what most operations do.
+    """Reads the operations of a pickle without executing them, before the pickle is opened. It
+    bounds the cost of a pickle by its size: it accepts plain values only, no memo index but the
+    next one (a larger index would allocate memory up to that index), no dictionary that is filled
+    again and again, and no number of more than 255 bytes. It tracks the height of the unpickler's
+    stack.
+    Messages of thousands of rows are read here: hence one loop, and a table for what most
+    operations do.
     """
-    # operation -> (bytes that it takes, what it adds to the height of the stack); those of variable
-    # length and those that look at the stack stand below.
+    # Operation -> (bytes that it occupies, its change of the height of the stack); operations of
+    # variable length and those that use the stack are below
     FIXED = {
         pickle.PROTO: (2, 0), pickle.FRAME: (9, 0), pickle.NONE: (1, 1), pickle.NEWTRUE: (1, 1),
         pickle.NEWFALSE: (1, 1), pickle.BININT: (5, 1), pickle.BININT1: (2, 1),
@@ -1053,8 +1080,8 @@ class PlainReader:
         pickle.TUPLE3: (1, -2), pickle.APPEND: (1, -1), pickle.MEMOIZE: (1, 0),
         pickle.NEXT_BUFFER: (1, 1), pickle.READONLY_BUFFER: (1, 0)
     }
-    # operation -> bytes of the length that follows it; then come so many bytes, which are one
-    # object
+    # Operation -> size of the length field that follows it; then as many bytes follow, which are
+    # one object
     COUNTED = {
         pickle.LONG1: 1, pickle.SHORT_BINUNICODE: 1, pickle.BINUNICODE: 4, pickle.BINUNICODE8: 8,
         pickle.SHORT_BINBYTES: 1, pickle.BINBYTES: 4, pickle.BINBYTES8: 8, pickle.BYTEARRAY8: 8
@@ -1075,11 +1102,11 @@ class PlainReader:
         self._bounds = bounds
         self._height = 0
         self._marks: List[int] = []
-        self._items: Dict[int, int] = {}   # height of a dict on the stack -> items that it has got
+        self._items: Dict[int, int] = {}   # height of a dict on the stack -> its number of items
         self._dicts = 0
 
-    # Operations without dicts in a row, which take a tenth of the time so; of numbers, bytes and
-    # strings the short ones.
+    # A sequence of operations without dicts, which a regular expression matches in a tenth of the
+    # time; of numbers, bytes and strings it has the short ones.
     _RUN = re.compile(
         rb'(?:[N\x88\x89)\]\x85\x86\x87ae(t\x94\x97\x98]|[Kh\x80].|M..|[Jj].{4}|[G\x95].{8}'
         rb'|\x8a(?:\x04.{4}|\x05.{5}|\x06.{6}|\x07.{7}|\x08.{8})|[C\x8c](?:' +
@@ -1087,13 +1114,14 @@ class PlainReader:
         re.DOTALL)
 
     def check(self) -> None:
-        """Raises PeerError, or IndexError for a pickle that ends in the middle."""
+        """Read the whole pickle. Raises PeerError for one that is not allowed, and IndexError for
+        one that is truncated."""
         if len(self._data) > self._bounds.operations or not self._is_without_dicts():
             self._follow()
 
     def _is_without_dicts(self) -> bool:
-        """Whether it can be read to its end without looking at the stack, since no operation makes
-        a dict."""
+        """Return whether the pickle can be read to its end without tracking the stack, since no
+        operation makes a dictionary."""
         data = self._data
         lengths = self.LENGTHS
         run = self._RUN.match
@@ -1145,7 +1173,7 @@ class PlainReader:
         raise PeerError(text)
 
     def _special(self, operation: int) -> int:
-        """An operation that looks at the stack; the bytes that it takes."""
+        """Check an operation that uses the stack. Returns the number of bytes that it occupies."""
         name = b'%c' % operation
         if name == pickle.MARK:
             self._marks.append(self._height)
@@ -1190,7 +1218,8 @@ class PlainReader:
 
 
 class _Plain(pickle.Unpickler):
-    """Opens builtins and refuses every name, so that no bytes from outside can run anything."""
+    """An unpickler for builtin values that refuses every name, so that bytes from outside cannot
+    execute code."""
 
     def find_class(self, module: str, name: str) -> Any:
         text = 'an envelope names %s.%s; envelopes hold plain values only' % (module[:60],
@@ -1201,35 +1230,35 @@ class _Plain(pickle.Unpickler):
 def open_envelope(data: Buffer,
                   buffers: Sequence[Buffer] = (),
                   bounds: Optional[Bounds] = None) -> Any:
-    """Unpickle plain builtins. Raises PeerError for anything else, and for what would cost more
-    than `bounds`."""
+    """Unpickle plain builtin values. Raises PeerError for anything else, and for a pickle that
+    would cost more than `bounds` allow."""
     try:
-        plain_reader = PlainReader(data, bounds or BOUNDS)
-        plain_reader.check()
-        bytes_io = io.BytesIO(data)
-        plain = _Plain(bytes_io, buffers=buffers)
-        return plain.load()
+        operations = PlainReader(data, bounds or BOUNDS)
+        operations.check()
+        file = io.BytesIO(data)
+        unpickler = _Plain(file, buffers=buffers)
+        return unpickler.load()
     except PeerError:
         raise
-    except Exception as exc:  # the unpickler raises nearly anything on damaged input
+    except Exception as exc:  # the unpickler may raise any exception on damaged input
         text = 'an envelope does not open: %s' % (exc,)
         raise PeerError(text) from exc
 
 
 def open_plain(data: Buffer) -> Any:
-    """Unpickle plain builtins as open_envelope does, but without bounds, where a process of the
-    user's own opens what the user sent. Raises PeerError."""
+    """Unpickle plain builtin values as `open_envelope` does, but without bounds. It is for
+    processes that have the rights of the user who sent the pickle. Raises PeerError."""
     try:
-        bytes_io = io.BytesIO(data)
-        return _Plain(bytes_io).load()
+        file = io.BytesIO(data)
+        return _Plain(file).load()
     except Exception as exc:  # as above
         text = 'what should be plain values does not open: %s' % (exc,)
         raise PeerError(text) from exc
 
 
 def is_shallow(value: Any, most: int = 20) -> bool:
-    """Whether plain containers stand in one another no deeper than `most`: what is deeper cannot be
-    sent on, or shown."""
+    """Return whether plain containers are nested at most `most` levels deep: a deeper value cannot
+    be sent on or shown."""
     level = [value]
     for _ in range(most):
         level = [part for each in level if type(each) in (tuple, list, dict)
@@ -1246,8 +1275,9 @@ _INDEX = struct.Struct('>II')
 
 
 def encode(message: Any) -> Tuple[int, int, List[Buffer]]:
-    """Turn a message into (op, encoding, pieces of payload). Encoding 0 is the envelope alone; 1 is
-    u32 number of buffers, u32 length of envelope, u64 length of each buffer, envelope, buffers."""
+    """Return (op, encoding, pieces of payload) of a message. Encoding 0 is the envelope alone;
+    encoding 1 is u32 number of buffers, u32 length of envelope, u64 length of each buffer,
+    envelope, buffers."""
     buffers: List[pickle.PickleBuffer] = []
     body = pickle.dumps(tuple(message), 5, buffer_callback=buffers.append)
     if not buffers:
@@ -1261,7 +1291,8 @@ def encode(message: Any) -> Tuple[int, int, List[Buffer]]:
 
 
 def _with_later_fields(message: type, fields: tuple) -> tuple:
-    """The fields of a message, with those that its sender may not know."""
+    """Return the fields of a message, with default values for those that an older sender does not
+    know."""
     _, later = LATER_FIELDS[message]
     whole = len(FIELD_TYPES[message])
     if len(fields) + len(later) == whole:
@@ -1270,7 +1301,7 @@ def _with_later_fields(message: type, fields: tuple) -> tuple:
 
 
 def encode_for(version: int, message: Any) -> Tuple[int, int, List[Buffer]]:
-    """Turn a message into what `encode` makes of it, for a peer of this minor version."""
+    """Return what `encode` returns, for a peer of this minor version of the protocol."""
     kind = type(message)
     since, later = LATER_FIELDS.get(kind, (0, ()))
     if version < since:
@@ -1280,8 +1311,8 @@ def encode_for(version: int, message: Any) -> Tuple[int, int, List[Buffer]]:
 
 
 def decode(op: int, encoding: int, payload: Buffer) -> Any:
-    """Turn what `encode` has made into a message, when the MAC of its payload was verified. Raises
-    PeerError."""
+    """Return the message that `encode` has converted. The MAC of its payload must have been
+    verified. Raises PeerError."""
     if op not in MESSAGES:
         raise PeerError('message %d is unknown here' % op)
     message = MESSAGES[op][0]
@@ -1307,7 +1338,7 @@ def decode(op: int, encoding: int, payload: Buffer) -> Any:
             right = True
         right = right and (check is None or check(fields))
         right = right and (message not in LOOSE or is_shallow(fields))
-    except Exception:  # of numbers no float can hold, for one
+    except Exception:  # for example for an int that is too large for a float
         right = False
     if not right:
         raise PeerError('%s with wrong values' % message.__name__)
@@ -1315,7 +1346,7 @@ def decode(op: int, encoding: int, payload: Buffer) -> Any:
 
 
 def is_comp(name: str) -> bool:
-    """Whether a computation may be called so; the empty name stands for none."""
+    """Return whether a computation may have this name; the empty name stands for no computation."""
     if len(name) > 64:
         return False
     if not (name.isalnum() or not name):
@@ -1351,7 +1382,7 @@ def _is_number(value: Any) -> bool:
     return math.isfinite(value)
 
 
-# Options of a job, and those that are no numbers
+# Options of a job, and those that are not numbers
 _NAMES_OF_OPTIONS = frozenset(('cpus', 'timeout', 'memory', 'priority', 'retries', 'node',
                                'values', 'resources'))
 _OTHER_OPTIONS = frozenset(('node', 'values', 'resources'))
@@ -1379,7 +1410,7 @@ def _is_options(value: Any) -> bool:
 
 
 def is_request(rows: Any) -> bool:
-    """Whether these are pairs (name, units) of resources, in the order of the names."""
+    """Return whether these are pairs (name, units) of resources, in the order of the names."""
     if type(rows) is not tuple:
         return False
     for row in rows:
@@ -1400,7 +1431,7 @@ def is_request(rows: Any) -> bool:
 
 
 def _are_values(rows: Any) -> bool:
-    """Whether these are sizes and digests of values."""
+    """Return whether these are sizes and digests of values."""
     if not (type(rows) is tuple and len(rows) <= BUFFERS_MOST):
         return False
     return all(map(_is_value, rows))
@@ -1421,7 +1452,7 @@ def _is_value(row: Any) -> bool:
 
 
 def _is_key(value: Any) -> bool:
-    """Whether a scheduler can know a node by this."""
+    """Return whether this can be the key by which a scheduler identifies a node."""
     if type(value) is str:
         return True
     if type(value) is not tuple:
@@ -1452,8 +1483,8 @@ def _is_result(row: Any) -> bool:
     if len(row) != 7:
         return False
     serial, outcome, start, end, *buffers = row
-    # Each result passes here: no more calls than needed. `is_outcome` excludes what is no finite
-    # number.
+    # Each result is checked here, so that calls are avoided. `is_outcome` excludes values that are
+    # not finite numbers.
     if type(serial) is not int:
         return False
     if not 0 <= serial < 1 << 63:
@@ -1472,8 +1503,8 @@ def _is_result(row: Any) -> bool:
 
 
 def refused_row(row: tuple, text: str) -> tuple:
-    """What is told in the place of a result that the other side could not take; what the job
-    printed goes with it."""
+    """Return the row that replaces a result which the other side could not use; it contains the
+    output of the job."""
     size = sum(map(size_of, row[4:]))
     text = '%s (%d bytes): let the job return less, or send a file (dispy_send_file)' % (text, size)
     return (row[SERIAL], int(Outcome.DIED), row[START], row[END], text.encode('utf-8', 'replace'),
@@ -1482,10 +1513,10 @@ def refused_row(row: tuple, text: str) -> tuple:
 
 def is_outcome(outcome: int, start: float, end: float, payload: Buffer, stdout: Buffer,
                stderr: Buffer) -> bool:
-    """Whether times, sizes and the payload of a result can be true."""
+    """Return whether times, sizes and the payload of a result are plausible."""
     if outcome == 1 and payload and not stdout and not stderr:   # it has returned: nearly always
         return 0.0 <= start <= end <= LATEST
-    size = len(payload)   # bounded by frames, parts and records
+    size = len(payload)   # its limit is that of frames, parts and records
     if not 0.0 <= start <= end <= LATEST:
         return False
     if len(stdout) > OUTPUT_MOST:
@@ -1502,7 +1533,7 @@ def is_outcome(outcome: int, start: float, end: float, payload: Buffer, stdout: 
 
 
 def log_record_of(data: Buffer) -> Tuple[int, str, str]:
-    """Level, logger and text of a record of a job's logging. Raises PeerError."""
+    """Return level, logger and text of a record of a job's logging. Raises PeerError."""
     record = open_envelope(data)
     if type(record) is not tuple or [type(field) for field in record] != [int, str, str] or abs(
             record[0]) >= 1 << 31:
@@ -1526,7 +1557,7 @@ def _is_part(fields: tuple) -> bool:
 
 
 def _is_file(row: Any) -> bool:
-    """Whether this is a row of a computation's files: name, size, digest, mode."""
+    """Return whether this is a row of a computation's files: name, size, digest, mode."""
     if type(row) is not tuple:
         return False
     kinds = []
@@ -1538,7 +1569,7 @@ def _is_file(row: Any) -> bool:
 
 
 def _is_file_wanted(fields: Any) -> bool:
-    """Whether these are purpose, key and row of a file."""
+    """Return whether these are purpose, key and row of a file."""
     if type(fields) is not tuple:
         return False
     if len(fields) != 3:
@@ -1560,7 +1591,7 @@ def _is_kept(kept: Any) -> bool:
 
 
 def _is_past(row: tuple) -> bool:
-    """Whether this is a row of AttemptHistory, or nothing."""
+    """Return whether this is a row of AttemptHistory, or nothing."""
     if not row:
         return True
     if len(row) != 5:
@@ -1589,13 +1620,14 @@ OUTCOMES = frozenset(map(int, Outcome))
 RETURNED = frozenset((Outcome.RETURNED, Outcome.RETURNED_CODE))
 VALUES = RETURNED | {Outcome.PROVISIONAL, Outcome.PROVISIONAL_CODE}
 PURPOSES = frozenset(map(int, Purpose))
-_RAISED = int(Outcome.RAISED)   # compared for each result; a member of an enumeration takes longer
-# Those that are not the end of an attempt
+# Compared for each result; comparing a member of an enum takes longer
+_RAISED = int(Outcome.RAISED)
+# The outcomes that are not the end of an attempt
 PROVISIONAL = frozenset((Outcome.PROVISIONAL, Outcome.PROVISIONAL_CODE))
-# kind is what code holds: 'function': a pickle by value, for one minor version of Python; 'source':
-# arguments of load_source in an envelope, for any; 'program': nothing. `program` is the name of its
-# file;
-# if that is empty, the arguments of each job are a command line (CommandLines).
+# `kind` says what `code` contains: 'function': a pickle by value, for one minor version of Python;
+# 'source': arguments of load_source in an envelope, for any version; 'program': nothing. `program`
+# is the name of its file; if it is empty, the arguments of each job are a command line
+# (CommandLines).
 SPEC_FIELDS: Dict[str, Any] = {
     'name': str, 'kind': str, 'code': (bytes, memoryview), 'files': list, 'cleanup': bool,
     'dest_path': str, 'max_jobs': int, 'python': tuple, 'support': dict, 'program': str,
@@ -1605,8 +1637,8 @@ SPEC_FIELDS: Dict[str, Any] = {
 
 
 def result_key(spec: dict) -> bytes:
-    """The digest of what shows that results are a program's own; zeros for a program that has
-    none."""
+    """Return the digest with which a program proves that results are its own; it consists of zeros
+    for a program that has no key."""
     return spec.get('key', bytes(KEY_SIZE))  # type: ignore[no-any-return]
 
 
@@ -1627,7 +1659,7 @@ def _is_spec(spec: dict) -> bool:
 
 
 def _has_right_parts(spec: dict) -> bool:
-    """Whether the lists and dictionaries of a spec have what belongs there."""
+    """Return whether the lists and dictionaries of a spec have the right contents."""
     files = (*spec['files'], *spec['modules'])
     words = (*spec['sys_path'], *spec['argv'])
     support = spec['support']
@@ -1639,7 +1671,7 @@ def _has_right_parts(spec: dict) -> bool:
 
 
 def _has_right_options(spec: dict) -> bool:
-    """Whether what a spec need not have is right where it is there."""
+    """Return whether the optional fields of a spec are right if they are present."""
     if not _is_buffer(spec.get('authkey', b'')):
         return False
     if spec.get('start_method', '') not in ('', FORK, SPAWN):
@@ -1658,7 +1690,7 @@ def _all_serials(fields: tuple) -> bool:
 
 
 def _is_process(row: tuple) -> bool:
-    """Whether a row says which process a client is: see ClientHello."""
+    """Return whether a row identifies the process of a client: see ClientHello."""
     if not row:
         return True
     if len(row) != 3:
@@ -1716,7 +1748,8 @@ def _is_refused(fields: tuple) -> bool:
     return process != () and _is_process(process)
 
 
-# message -> whether its fields, of the right types, hold what they should: handlers rely on it
+# Message -> a function that checks the contents of its fields, which have the right types: handlers
+# rely on it
 CHECKS: Dict[type, Callable[[tuple], bool]] = {
     ClientHello: _is_client_hello,
     Refused: _is_refused,
@@ -1745,7 +1778,7 @@ CHECKS: Dict[type, Callable[[tuple], bool]] = {
 
 def add_messages(messages: Dict[int, Tuple[type, int]],
                  checks: Dict[type, Callable[[tuple], bool]]) -> None:
-    """Let links carry messages that nodes do not know; as in MESSAGES and in CHECKS."""
+    """Let links carry messages that nodes do not know; the arguments are as MESSAGES and CHECKS."""
     MESSAGES.update(messages)
     CHECKS.update(checks)
     for op, (message, _) in messages.items():
@@ -1758,8 +1791,8 @@ def add_messages(messages: Dict[int, Tuple[type, int]],
 
 BOUNDS = Bounds(MAX_LIST, 500_000, 50_000)
 BOUNDS_OF: Dict[type, Bounds] = {
-    Compute: Bounds(LIST, 2_000_000, 1000),                                # a row a file
-    # A number a job; sent by nodes and schedulers only
+    Compute: Bounds(LIST, 2_000_000, 1000),                                # a row for each file
+    # A number for each job; only nodes and schedulers send this
     Ready: Bounds(LIST, 8_000_000, 10), KnownAttempts: Bounds(LIST, 8_000_000, 10),
     Jobs: Bounds(4 << 20, 500_000, 50_000), Results: Bounds(4 << 20, 500_000, 10)}
 
@@ -1773,8 +1806,8 @@ def _split(payload: memoryview) -> Tuple[memoryview, List[memoryview]]:
         raise PeerError('a payload is shorter than its index says')
     layout = '>%dQ' % count
     lengths = struct.unpack_from(layout, payload, _INDEX.size)
-    total_lengths = sum(lengths)
-    if at + body + total_lengths != len(payload):
+    beside = sum(lengths)
+    if at + body + beside != len(payload):
         raise PeerError('the parts of a payload do not add up')
     envelope = payload[at:at + body]
     at = at + body
@@ -1789,7 +1822,7 @@ def _split(payload: memoryview) -> Tuple[memoryview, List[memoryview]]:
 # -- what nodes and schedulers reckon alike --------------------------------------------------------
 
 class FetchValue(NamedTuple):
-    """Find out whether a value is there. Fed back as ValueSought."""
+    """Find out whether a value is present. The answer is ValueSought."""
     comp: str
     size: int
     digest: bytes
@@ -1802,9 +1835,9 @@ class DropValue(NamedTuple):
 
 
 class DurationEstimate:
-    """How long the next jobs of a computation may take, by those that ended last: their mean or
-    their 0.9 quantile, whichever is larger, so that neither a few very long jobs nor one in ten
-    that is long goes unseen."""
+    """Estimates how long the next jobs of a computation will take, from those that ended last. The
+    estimate is the larger one of their mean and their 0.9 quantile: so it reflects a few very long
+    jobs as well as one long job in ten. Durations are in seconds."""
     LAST = 32
     KEPT = 512      # for `row` and `remaining`
     __slots__ = ('_last', '_seconds', '_mean', '_sorted', '_sums', '_new', '_rows')
@@ -1820,7 +1853,7 @@ class DurationEstimate:
         self._rows: Dict[float, int] = {}   # what `row` has returned
 
     def add(self, durations: Sequence[float]) -> None:
-        """Jobs have ended; how long they took."""
+        """Note the durations of jobs that have ended."""
         if durations:
             self._last.extend(durations)
             self._seconds = None
@@ -1833,21 +1866,21 @@ class DurationEstimate:
         """The estimate; None before the first job has ended."""
         if self._seconds is None and self._last:
             known = sorted(itertools.islice(reversed(self._last), self.LAST))
-            total_known = sum(known)
-            self._mean = max(total_known / len(known), 1e-6)
+            sum_of_known = sum(known)
+            self._mean = max(sum_of_known / len(known), 1e-6)
             self._seconds = max(self._mean, known[int(0.9 * len(known))])
         return self._seconds
 
     @property
     def mean(self) -> Optional[float]:
-        """The mean of those that ended last; None before the first has ended."""
+        """The mean duration of the jobs that ended last; None before the first one has ended."""
         if self.seconds is None:
             return None
         return self._mean
 
     def remaining(self, age: float) -> float:
-        """How long a job that has run for `age` seconds will go on: by those that took longer; if
-        there are none, for as long again."""
+        """Return for how many seconds a job that has run for `age` seconds will go on, from the
+        jobs that took longer; if there are none, it is expected to go on for as long again."""
         if not self._sorted:
             self._sorted = sorted(self._last)
             self._sums = [0.0, *itertools.accumulate(self._sorted)]
@@ -1858,10 +1891,11 @@ class DurationEstimate:
         return (self._sums[-1] - self._sums[place]) / longer - age
 
     def row(self, seconds: float) -> int:
-        """How many jobs one after the other fill so many seconds of a CPU, however they fall: one
-        more than there were in the longest row that did not. If all that is known did not, twice
-        as many, but not less than ROW_FIRST; 0 before the first has ended. Looked at when an
-        eighth is new."""
+        """Return how many jobs one after the other fill this many seconds of a CPU, whatever their
+        order is: one more than the longest series of known jobs that did not fill them. If all
+        known jobs together did not, the result is twice their number, but at least ROW_FIRST; it is
+        0 before the first job has ended. The result is computed again when an eighth of the
+        durations are new."""
         if not self._last:
             return 0
         if self._new > len(self._last) >> 3:
@@ -1878,10 +1912,11 @@ class DurationEstimate:
         return found
 
     def _longest_row(self, seconds: float) -> int:
-        """The most jobs one after the other among the last that did not fill so many seconds."""
-        # So it is with short jobs, whose cost counts
-        total_last = sum(self._last)
-        if total_last < seconds:
+        """Return the largest number of consecutive jobs, among the last ones, that did not fill
+        this many seconds."""
+        # This is the case for short jobs, whose cost matters
+        all_seconds = sum(self._last)
+        if all_seconds < seconds:
             return len(self._last)
         last = list(self._last)
         most = begin = 0
@@ -1896,14 +1931,15 @@ class DurationEstimate:
 
 
 class Allowance:
-    """How many jobs a CPU may be held in reserve at one place beyond what runs there. It is bounded
-    by the estimate of their duration at once, but grows to that bound at most by doubling for each
-    round, which is as many ended jobs as were there when it grew last or might have been: what the
-    first jobs of a computation promise must be kept by those behind them."""
+    """How many jobs for each CPU one place may hold in reserve, beyond those that run there. The
+    estimate of their duration bounds this number at any time, but the number at most doubles with
+    each round until it reaches the bound. A round is as many ended jobs as were there when the
+    number grew last, or could have been there: later jobs of a computation must confirm what the
+    first ones promise."""
     __slots__ = ('_estimate', '_unknown', '_most', '_step', '_left')
 
     def __init__(self, estimate: DurationEstimate, unknown: int, most: int) -> None:
-        """`unknown` is the allowance before any job has ended; `most` is what it never exceeds."""
+        """`unknown` is the allowance before any job has ended; `most` is the largest allowance."""
         self._estimate = estimate
         self._unknown = unknown
         self._most = most
@@ -1911,9 +1947,10 @@ class Allowance:
         self._left = 0     # jobs to end until the next doubling; 0: a round begins
 
     def ended(self, count: int, there: int, cpus: int, rounds: int = 1) -> None:
-        """So many jobs have ended at this place, which has so many CPUs, and so many are still
-        there. What is there counts as so many rounds: several where messages take long, since the
-        ends of all of it are heard of at once there, and the CPUs are idle until more has come."""
+        """Note that `count` jobs have ended at this place, which has `cpus` CPUs and still holds
+        `there` jobs. The jobs there count as `rounds` rounds, which are several where messages take
+        long, since the ends of all jobs there become known at once, and the CPUs are idle until
+        more jobs have come."""
         if self._left == 0:
             self._left = max(count + there, cpus * self._step) // rounds or 1
         self._left -= count
@@ -1924,7 +1961,7 @@ class Allowance:
             self._left += max(there, cpus * self._step) // rounds or 1
 
     def jobs(self, horizon: float) -> int:
-        """How many jobs fill `horizon` seconds of a CPU, as far as they may be held."""
+        """Return how many jobs fill `horizon` seconds of a CPU, within the bound."""
         seconds = self._estimate.seconds
         if seconds is None:
             fits = self._unknown
@@ -1945,13 +1982,13 @@ class ValueRequests:
 
     def __init__(self, most: int) -> None:
         self._most = most       # bytes
-        # (computation, digest) -> size, the one that was needed last at the end
+        # (computation, digest) -> size, in the order in which they were last needed
         self._here: 'collections.OrderedDict[Tuple[str, bytes], int]' = collections.OrderedDict()
         self._needs: Dict[Tuple[str, bytes], int] = collections.Counter()
         self._waiting: Dict[str, Deque[Any]] = {}
         self._coming: Dict[str, Tuple[int, bytes]] = {}
-        self._holders: Set[Any] = set()    # who has been served and still needs its values
-        self.total = 0          # bytes that are there
+        self._holders: Set[Any] = set()  # the requests that were served and still need their values
+        self.total = 0          # bytes that are present
 
     def __bool__(self) -> bool:
         """Whether anybody waits."""
@@ -2069,34 +2106,35 @@ class ValueRequests:
             if self.total + size <= self._most:
                 break
             self.total -= self._here.pop(key)
-            drop_value = DropValue(*key)
-            actions.append(drop_value)
+            removal = DropValue(*key)
+            actions.append(removal)
         if self.total + size <= self._most or not any(key not in own for key in self._needs):
             self._coming[comp] = (size, digest)
-            fetch_value = FetchValue(comp, size, digest)
-            actions.append(fetch_value)
+            request = FetchValue(comp, size, digest)
+            actions.append(request)
 
 
 # --------------------------------------------------------------------------------------------------
-# Payloads: what a user sent. Written by the client or a worker, opened by a worker or the client.
+# Payloads: the values of users. A client or a worker writes them, and the other one opens them.
 # --------------------------------------------------------------------------------------------------
 
 ATOMS = frozenset((int, float, str, bool, type(None), complex))
 _BUFFERS = struct.Struct('>B3xI')  # 1, number of buffers; a bare pickle begins with 0x80
-# 2, bytes of a pickled tuple of bundles' numbers; the payload itself follows
+# 2, size of a pickled tuple of the bundles' numbers; the payload itself follows
 _NEEDS = struct.Struct('>B3xI')
-# 3, bytes of a pickled pair: pieces of the pickle, and buffers. Of each it has the length, or size
-# and digest if it is a value that is known by these. The others follow, one behind the other.
+# 3, size of a pickled pair: pieces of the pickle, and buffers. For each it contains the length, or
+# size and digest if it is a value that is identified by these. The other ones follow one after the
+# other.
 _SHARED = struct.Struct('>B3xI')
 
 
 class _Pieces(list):
-    """What a pickler writes, as it comes: it passes large bytes objects on and does not copy
+    """The file into which a pickler writes: it passes large bytes objects on without copying
     them."""
 
     def write(self, piece: Any) -> None:
-        """Do as the method of a file. No method of `list`: so other threads of the process, which
-        speak to nodes, can go on between pieces."""
+        """Do as the method of a file. This is not a method of `list` on purpose: other threads of
+        the process, which communicate with nodes, can run between pieces."""
         self.append(piece)
 
 
@@ -2106,26 +2144,25 @@ _NO_MODULES: AbstractSet[str] = frozenset()
 class Sealed(NamedTuple):
     """A value that was pickled."""
     payload: Payload
-    plain: bool           # whether it holds builtin values only, so that opening it runs no code
+    plain: bool           # it contains builtin values only: opening it runs no code
     modules: AbstractSet[str]   # names of the modules that opening it imports
-    # Whether it holds no functions and classes by value, which only one minor version of Python can
-    # run
+    # Whether it contains no functions and classes by value, which only one minor version of Python
+    # can run
     portable: bool
 
 
 def dumps(value: Any, pickler: Optional[Callable[..., Any]] = None,
           share: Optional[Callable[[list, list], Any]] = None) -> Sealed:
-    """Pickle `value` for the other side; large buffers (of numpy and the like) are kept beside, not
-    copied.
-
-    pickler(file, protocol, buffer_callback) is the class that pickles; the default is
-    `value_pickler`. share(pieces, buffers) may make the payload, from pieces of the pickle and the
-    buffers beside it; it is asked when one of these is not small, and returns None for what is to
-    be packed as usual. Raises what pickling raises.
+    """Pickle `value` for the other side. Large buffers (of numpy and the like) are kept out of band
+    and are not copied.
+    `pickler(file, protocol, buffer_callback)` is the class that pickles; the default is
+    `value_pickler`. `share(pieces, buffers)` may make the payload from pieces of the pickle and the
+    out-of-band buffers; it is called if one of these is large, and returns None for a value that is
+    to be packed as usual. Raises what pickling raises.
     """
     if type(value) in ATOMS:
-        dumped = pickle.dumps(value, 5)
-        return Sealed(dumped, True, _NO_MODULES, True)
+        pickled = pickle.dumps(value, 5)
+        return Sealed(pickled, True, _NO_MODULES, True)
     pieces, buffers = _Pieces(), []  # type: Tuple[_Pieces, List[memoryview]]
 
     def beside(buffer: pickle.PickleBuffer) -> bool:
@@ -2153,21 +2190,21 @@ def dumps(value: Any, pickler: Optional[Callable[..., Any]] = None,
     return Sealed(payload, writer.plain, writer.modules, writer.portable)
 
 
-ALIGNED = 64    # bytes; arrays may have to begin at a multiple of less, of 16 at the most
+ALIGNED = 64    # bytes; the alignment that arrays require is less, 16 at most
 
 
 def _with_buffers(body: bytes, buffers: List[memoryview]) -> Payload:
     buffer_count = len(buffers)
     size = _BUFFERS.size + 8 * (buffer_count + 1) + len(body)
-    body += bytes(-size % ALIGNED)   # which the unpickler does not look at
+    body += bytes(-size % ALIGNED)   # which the unpickler does not read
     lengths = struct.pack('>Q%dQ' % buffer_count, len(body), *map(len, buffers))
     head = _BUFFERS.pack(1, buffer_count) + lengths
     return (head + body, *buffers)
 
 
 def shared_payload(pieces: Sequence[Any], buffers: Sequence[Any]) -> bytes:
-    """A payload of these pieces and buffers; those that are rows (size, digest) do not stand in
-    it."""
+    """Return a payload of these pieces and buffers; those that are rows (size, digest) are not
+    contained in it."""
     there = []
     for part in (*pieces, *buffers):
         if type(part) is not tuple:
@@ -2178,7 +2215,7 @@ def shared_payload(pieces: Sequence[Any], buffers: Sequence[Any]) -> bytes:
 
 
 class _Segments:
-    """Pieces of a pickle, as the file that an unpickler reads."""
+    """The pieces of a pickle as a file from which an unpickler reads."""
 
     def __init__(self, pieces: Iterable[Any]) -> None:
         self._pieces = collections.deque(memoryview(piece).cast('B') for piece in pieces)
@@ -2205,12 +2242,12 @@ class _Segments:
         return bytes(data)
 
     def readline(self) -> bytes:
-        """Do as the method of a file. Only pickles of old protocols have lines."""
+        """Do as the method of a file. Only pickles of old protocols contain lines."""
         raise pickle.UnpicklingError('a pickle of protocol 5 has no lines')
 
 
 def _unseal_shared(payload: Buffer) -> Any:
-    """Open a payload some parts of which are values that are known by digest."""
+    """Open a payload of which some parts are values that are known by digest."""
     view = memoryview(payload)
     at = _SHARED.size + _SHARED.unpack_from(view)[1]
     data = view[_SHARED.size:at]
@@ -2225,7 +2262,7 @@ def _unseal_shared(payload: Buffer) -> Any:
                 continue
             piece = view[at:at + part]
             at += part
-            # A bytearray each, as in `loads`
+            # A bytearray for each, as in `loads`
             found.append(bytearray(piece) if found is opened[1] else piece)
     pieces, buffers = opened
     if len(pieces) == 1:
@@ -2234,25 +2271,25 @@ def _unseal_shared(payload: Buffer) -> Any:
 
 
 def open_pieces(body: Buffer, *buffers: Buffer) -> Any:
-    """Open the pickle of a value that travels apart from the arguments in which it stands."""
+    """Open the pickle of a value that is sent apart from the arguments that refer to it."""
     return pickle.loads(body, buffers=buffers)
 
 
-# Whoever opens values by digest in this process: an object with the method open(size, digest),
-# which returns a buffer of its own for each call.
+# The object that opens values by digest in this process: its method open(size, digest) returns a
+# new buffer for each call
 known_values: Any = None
 
 
 def with_needs(payload: Payload, numbers: Iterable[int]) -> Payload:
-    """A payload that says which bundles of modules have to be there before it is opened."""
-    sorted_numbers = sorted(numbers)
-    body = pickle.dumps(tuple(sorted_numbers), 5)
+    """Return a payload that says which bundles of modules must be present before it is opened."""
+    in_order = sorted(numbers)
+    body = pickle.dumps(tuple(in_order), 5)
     pieces = pieces_of(payload)
     return (_NEEDS.pack(2, len(body)) + body + bytes(pieces[0]), *pieces[1:])
 
 
 def split_needs(payload: Buffer) -> Tuple[Sequence[int], Buffer]:
-    """Take apart what `with_needs` has made: numbers of bundles, and the payload itself."""
+    """Return the numbers of the bundles and the payload that `with_needs` has combined."""
     if payload[0] != 2:
         return (), payload
     _, length = _NEEDS.unpack_from(payload)
@@ -2265,9 +2302,9 @@ COPIED_AT_ONCE = 16 << 20   # bytes that are copied while no other thread of the
 
 
 class _Source:
-    """A large payload, or a part of it, as the file that an unpickler reads. Other threads run
-    between pieces of what it copies. If it is read `once`, the system gets the memory of what was
-    read back: it is never there twice."""
+    """A large payload, or a part of one, as a file from which an unpickler reads. Other threads can
+    run between the pieces that it copies. If `once` is true, the memory of what was read is
+    returned to the system, so that the payload is never in memory twice."""
 
     def __init__(self, view: memoryview, once: bool) -> None:
         memory = view.obj
@@ -2282,7 +2319,7 @@ class _Source:
         self._end = len(view)
 
     def goto(self, at: int, size: int) -> None:
-        """Read so many bytes from there on next."""
+        """Read this many bytes from this offset on."""
         self._at = at
         self._end = at + size
 
@@ -2303,14 +2340,14 @@ class _Source:
         return data
 
     def readline(self) -> bytes:
-        """Do as the method of a file. Only pickles of old protocols have lines."""
-        bytes_io = io.BytesIO(self._view[self._at:min(self._at + NAME_MOST, self._end)])
-        line = bytes_io.readline()
+        """Do as the method of a file. Only pickles of old protocols contain lines."""
+        start = io.BytesIO(self._view[self._at:min(self._at + NAME_MOST, self._end)])
+        line = start.readline()
         self._went(len(line))
         return line
 
     def copy(self) -> bytearray:
-        """All that is to be read."""
+        """Return a copy of all that remains to be read."""
         data = bytearray()
         while self._at < self._end:
             data += self.read(COPIED_AT_ONCE)
@@ -2332,15 +2369,15 @@ class _Source:
 
 
 def _is_segment(payload: Any) -> bool:
-    """Whether a payload is all of a memory segment, mapped for it alone."""
+    """Return whether a payload occupies a whole memory segment that is mapped for it alone."""
     while type(payload) is memoryview:
         payload = payload.obj
     return type(payload) is MappedSegment
 
 
 def loads(payload: Buffer, once: bool = False) -> Any:
-    """Open a payload. Runs the user's code; raises whatever that raises. With `once` nobody will
-    look at the payload again."""
+    """Open a payload. This runs the user's code and raises whatever that code raises. If `once` is
+    true, nobody will read the payload again."""
     size = len(payload)
     segment = once and size >= SEGMENT_FROM and _is_segment(payload)
     if size > LAZY and not segment:   # which is used in place
@@ -2349,29 +2386,40 @@ def loads(payload: Buffer, once: bool = False) -> Any:
         source = None
     if payload[0] == 2:
         needs, payload = split_needs(payload)
-        if modules is not None:   # in the program itself its modules are there
+        if modules is not None:   # the program itself has its modules
             modules.need(needs)
     if payload[0] == 3:
         return _unseal_shared(payload)
     if source is not None:
         return _unseal_large(source, memoryview(payload), size - len(payload))
     if payload[0] != 1:
-        return pickle.loads(payload)
+        return _open(payload, [])
     view = memoryview(payload)
     ends = _ends_of(view)
-    # A bytearray each: what numpy makes of a read-only view could not be written to by the job. A
-    # segment is mapped copy-on-write for this value alone.
+    # A bytearray for each: the job could not write to an array that numpy makes of a read-only
+    # view. A segment is mapped copy-on-write for this value alone.
     buffers = []
     for begin, end in zip(ends[1:], ends[2:]):
         buffer: Any = view[begin:end]
         if not segment or begin % ALIGNED:
             buffer = bytearray(buffer)
         buffers.append(buffer)
-    return pickle.loads(view[ends[0]:ends[1]], buffers=buffers)
+    return _open(view[ends[0]:ends[1]], buffers)
+
+
+def _open(pickled: Any, buffers: List[Any]) -> Any:
+    """Open a pickle. One of another Python a second time, if it fails: leniently."""
+    try:
+        return pickle.loads(pickled, buffers=buffers)
+    except Exception:
+        if not found_by_name:
+            raise
+        return ForeignUnpickler(io.BytesIO(pickled), buffers=buffers).load()
 
 
 def _ends_of(view: memoryview) -> List[int]:
-    """Where the pickle of a payload begins, where it ends, and where the buffers behind it do."""
+    """Return where the pickle of a payload begins, where it ends, and where the buffers after it
+    end."""
     _, count = _BUFFERS.unpack_from(view)
     layout = '>%dQ' % (count + 1)
     lengths = struct.unpack_from(layout, view, _BUFFERS.size)
@@ -2380,7 +2428,7 @@ def _ends_of(view: memoryview) -> List[int]:
 
 
 def _unseal_large(source: _Source, view: memoryview, at: int) -> Any:
-    """Open what the source has from `at` on, which is `view`."""
+    """Open what the source contains from `at` on, which is `view`."""
     if view[0] != 1:
         source.goto(at, len(view))
         return pickle.Unpickler(source).load()
@@ -2396,40 +2444,41 @@ def _unseal_large(source: _Source, view: memoryview, at: int) -> Any:
 
 
 # --------------------------------------------------------------------------------------------------
-# Code that travels: objects by value, modules, and what payloads name. Used by clients and by
-# workers alike.
+# Code that travels: objects by value, modules, and what payloads name. Clients and workers use it
+# alike.
 # --------------------------------------------------------------------------------------------------
 
 def find_named(module: str, name: str) -> Any:
-    """What has this qualified name in a module; the module itself for an empty name."""
+    """Return the object that has this qualified name in a module; the module itself for an empty
+    name."""
     return functools.reduce(getattr,
                             name.split('.') if name else (), importlib.import_module(module))
 
 
-# Classes that the computation does not need and that do not load here
+# Classes that cannot be loaded here, and that the computation does not need
 _left_out: Dict[Tuple[str, str], str] = {}
 
 # Functions and classes of importable modules are pickled by name. Those of a program's __main__,
 # and those that only a running function has, are pickled by value with cloudpickle's reducers.
-# Three additions keep them what they are in the program:
-#   - A class has one identity in each process, by the number that cloudpickle's class tracker gives
-#     it.
-#   - Functions of one __main__ share one dictionary of global variables in each process, a `Space`.
-#   - A variable or class attribute travels with a version. A process applies a version once, so
-#     that what setup() or a job has changed stays until the program itself changes the same thing.
+# Three additions preserve what they are in the program:
+# - A class has one identity in each process, by the number that cloudpickle's class tracker gives
+# it.
+# - Functions of one __main__ share one dictionary of global variables in each process, a `Space`.
+# - A variable or class attribute is sent with a version. A process applies a version once, so that
+#   what setup() or a job has changed remains until the program itself changes the same variable.
 MAIN_NAMES = ('__main__', '__mp_main__')   # the second one in children of multiprocessing's spawn
 
 
 class Versions:
-    """Tells versions of named values apart: a name keeps its version until its value changes."""
+    """Distinguishes versions of named values: a name keeps its version until its value changes."""
     __slots__ = ('_known',)
 
     def __init__(self) -> None:
         self._known: Dict[str, Tuple[Any, bytes, bytes]] = {}   # name -> value, its form, version
 
     def of(self, name: str, value: Any) -> bytes:
-        """Return the version of this value. A value that can change in place is told by its pickled
-        form."""
+        """Return the version of this value. The pickled form of a mutable value identifies its
+        version."""
         known = self._known.get(name)
         if type(value) in ATOMS:
             form = b''
@@ -2456,51 +2505,55 @@ class Versions:
 
 
 class _Form:
-    """A file for picklers that keeps a digest of what they write, up to a number of bytes."""
+    """A file that computes a digest of what a pickler writes, up to a number of bytes."""
 
     def __init__(self, limit: int) -> None:
         self._digest = hashlib.blake2b(digest_size=16)
         self._left = limit
 
     def write(self, piece: Any) -> None:
-        """Raises OverflowError over the limit, so that no more is pickled."""
+        """Do as the method of a file. Raises OverflowError beyond the limit, so that pickling
+        stops."""
         self._left -= len(piece)
         if self._left < 0:
             raise OverflowError('a value is larger than it may be')
         self._digest.update(piece)
 
     def digest(self) -> bytes:
-        """Of all that was written."""
+        """Return the digest of all that was written."""
         return self._digest.digest()
 
 
 def _digest_of_pickle(pickler: Callable[..., Any],
                       value: Any,
                       limit: int = sys.maxsize) -> Optional[bytes]:
-    """A digest of what a class of picklers makes of a value; None if it cannot, or if that is
-    larger than `limit` bytes."""
+    """Return a digest of what this class of picklers makes of a value; None if the value cannot be
+    pickled or its pickle is larger than `limit` bytes."""
     form = _Form(limit)
     try:
         pickler(form, 5, buffer_callback=lambda buffer: form.write(buffer.raw())).dump(value)
-    except (Exception, SystemExit):  # whatever pickle cannot do, __reduce__ of the user's among it
+    except (Exception, SystemExit):  # whatever pickle or a __reduce__ of the user's raises
         return None
     return form.digest()
 
 
 class _FormPickler(pickle.Pickler):
-    """Shows whether a value has changed. Functions, classes and the like count by their
+    """Finds out whether a value has changed. Functions, classes and the like count by their
     identity."""
 
     def reducer_override(self, obj: Any) -> Any:
-        """Called by the pickler for everything that is not a builtin value."""
+        """Return how an object is reduced. The pickler calls this for everything that is not a
+        builtin value."""
+        if obj is id:   # it stands for all others, and would stand for itself without end
+            return NotImplemented
         if isinstance(obj, _IDENTICAL) or type(obj) in _REDUCERS:
             return id, (id(obj),)
         return NotImplemented
 
 
 def _form_of(value: Any) -> bytes:
-    """A digest of what a value holds; empty for one that counts by its identity, or cannot be
-    pickled."""
+    """Return a digest of the contents of a value; it is empty for a value that counts by its
+    identity, or that cannot be pickled."""
     if isinstance(value, _IDENTICAL):
         return b''
     digest = _digest_of_pickle(_FormPickler, value)
@@ -2508,13 +2561,13 @@ def _form_of(value: Any) -> bytes:
 
 
 class Space:
-    """The global variables that the functions of one __main__ share in this process."""
+    """The global variables that the functions of one `__main__` module share in this process."""
     __slots__ = ('token', 'variables', 'native', 'versions', 'applied', 'functions')
 
     def __init__(self, token: tuple, variables: Dict[str, Any], native: bool) -> None:
-        self.token = token                       # what every process knows it by
+        self.token = token                       # its identifier in every process
         self.variables = variables
-        # It was made here, and nothing from elsewhere changes it
+        # It was made here, and no other process changes it
         self.native = native
         self.versions = Versions()               # of variables that are sent from here
         self.applied: Dict[str, bytes] = {}      # name -> version that was applied here
@@ -2522,7 +2575,7 @@ class Space:
         self.functions: Dict[str, Tuple[bytes, Any]] = {}
 
     def apply(self, variables: Dict[str, Tuple[bytes, Any]]) -> None:
-        """Set what has another version than what was set before."""
+        """Set those variables whose version differs from the one that was set before."""
         for name, (version, value) in variables.items():
             if self.native:
                 continue
@@ -2535,26 +2588,26 @@ class Space:
 
 
 class Spaces:
-    """The spaces that this process has."""
+    """All instances of Space in this process."""
 
     def __init__(self) -> None:
         self.instance = os.urandom(8)     # of the process that makes tokens
         self._by_token: Dict[tuple, Space] = {}
         self._by_id: Dict[int, Space] = {}
-        # A runner's: becomes the main module of its program
+        # In a runner: it becomes the main module of its program
         self._main: Optional[types.ModuleType] = None
         self._adopted: Optional[Dict[str, Any]] = None  # its variables
-        # Variables that are new since the beginning of the present job
+        # Variables that were added since the present job began
         self.added: List[Tuple[Dict[str, Any], str]] = []
 
     def adopt_main(self, module: types.ModuleType) -> None:
-        """The main module of the first program that is met here shall be this module."""
+        """Let the main module of the first program that is seen here become this module."""
         self._main = module
         self._adopted = vars(module)
 
     def name_class(self, cls: type) -> None:
-        """A class of the program's main module is found by its name there, so that jobs can pickle
-        it by name."""
+        """Let a class of the program's main module be found by its name here, so that jobs can
+        pickle the class by name."""
         if self._adopted is None:
             return
         if cls.__module__ not in MAIN_NAMES:
@@ -2566,7 +2619,7 @@ class Spaces:
             self.added.append((self._adopted, cls.__name__))
 
     def forget_added(self, names: Iterable[str]) -> None:
-        """Those of these variables that came for the present job alone."""
+        """Remove those of these variables that were added for the present job alone."""
         for variables, name in self.added:
             if name in names:
                 variables.pop(name, None)
@@ -2576,7 +2629,8 @@ class Spaces:
                     space.functions.pop(name, None)
 
     def of_variables(self, variables: Dict[str, Any]) -> Optional[Space]:
-        """Return the space of a function's global variables. None for those of no __main__."""
+        """Return the space of a function's global variables; None for variables that belong to no
+        `__main__` module."""
         space = self._by_id.get(id(variables))
         if space is None:
             variable = variables.get('__name__')
@@ -2586,7 +2640,7 @@ class Spaces:
         return space
 
     def of_token(self, token: tuple, basics: Dict[str, Any]) -> Space:
-        """The space that came with a payload."""
+        """Return the space that came with a payload; it is made if it is new."""
         space = self._by_token.get(token)
         if space is None:
             module = self._main
@@ -2601,7 +2655,7 @@ class Spaces:
         return space
 
     def known(self, variables: Dict[str, Any]) -> Optional[Space]:
-        """The space that has these variables, if it is known already."""
+        """Return the space that has these variables; None if there is none yet."""
         return self._by_id.get(id(variables))
 
     def _add(self, space: Space) -> Space:
@@ -2612,9 +2666,9 @@ class Spaces:
 
 spaces = Spaces()
 _class_versions: 'weakref.WeakKeyDictionary[type, Versions]' = weakref.WeakKeyDictionary()
-# By cloudpickle's number
+# Classes by cloudpickle's number
 _classes: 'weakref.WeakValueDictionary[str, type]' = weakref.WeakValueDictionary()
-# classes that came from elsewhere -> number, and name -> version of the attributes that were set
+# Classes of other processes -> number, and name -> version of the attributes that were set
 _ReceivedClasses = weakref.WeakKeyDictionary
 _received: '_ReceivedClasses[type, Tuple[str, Dict[str, bytes]]]' = _ReceivedClasses()
 # Functions that were made and have no state yet
@@ -2622,8 +2676,8 @@ _unfinished: 'weakref.WeakSet[Any]' = weakref.WeakSet()
 
 
 class _SpaceRef:
-    """Stands for a function's global variables in a pickle; one object for each dictionary, so that
-    the memo works."""
+    """Represents a function's global variables in a pickle. There is one object for each
+    dictionary, so that the pickler's memo works."""
     __slots__ = ('variables', 'reduced')
 
     def __init__(self, variables: Dict[str, Any], module: str) -> None:
@@ -2643,8 +2697,8 @@ class _SpaceRef:
 
 
 class _CellRef:
-    """Stands for a cell of closures in a pickle, so that functions that share a variable go on
-    sharing it."""
+    """Represents a cell of a closure in a pickle, so that functions which share a variable still
+    share it after they were opened."""
     __slots__ = ('cell',)
 
     def __init__(self, cell: Any) -> None:
@@ -2656,25 +2710,28 @@ class _CellRef:
 
 _SPACE_BASICS = ('__name__', '__package__', '__file__', '__path__', '__doc__')
 _CachedType = type(functools.lru_cache(maxsize=1)(lambda: None))
-# What is the same value for as long as it is the same object.
+# Types whose objects keep their value as long as they exist
 _IDENTICAL = (type, types.FunctionType, types.BuiltinFunctionType, types.ModuleType,
               property, classmethod, staticmethod, _CachedType, contextvars.ContextVar,
               type(threading.Lock()), type(threading.RLock()))
 _LOCKS = {type(threading.Lock()): threading.Lock, type(threading.RLock()): threading.RLock}
+if hasattr(_thread, '_ThreadHandle'):   # what a Thread waits by, since 3.13; not started when made
+    _LOCKS[_thread._ThreadHandle] = _thread._ThreadHandle
 
 
 def empty_cell() -> Any:
-    """Make a cell of a closure, without contents."""
+    """Return a new cell of a closure, without contents."""
     return types.CellType()
 
 
 def new_variables(basics: Dict[str, Any]) -> Dict[str, Any]:
-    """Global variables that the functions of one payload have for themselves."""
+    """Return new global variables for the functions of one payload alone."""
     return dict(basics, __builtins__=builtins)
 
 
 def variables_of_space(token: tuple, basics: Dict[str, Any]) -> Dict[str, Any]:
-    """The global variables that functions of a program's main module have in this process."""
+    """Return the global variables that functions of a program's main module have in this
+    process."""
     return spaces.of_token(token, basics).variables
 
 
@@ -2683,8 +2740,139 @@ def variables_of_module(name: str) -> Dict[str, Any]:
     return vars(importlib.import_module(name))
 
 
+class _Absent:
+    """Stands for a class or function of a library that is not here, and for what was made of it."""
+
+    def __new__(cls, *args: Any, **options: Any) -> Any:
+        """Whatever the missing one would take."""
+        return super().__new__(cls)
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        pass
+
+    def __setstate__(self, state: Any) -> None:
+        """Nothing is kept of it."""
+
+
+# Functions and classes that came by value from another minor version of Python, and are here by
+# their names
+found_by_name: 'weakref.WeakSet[Any]' = weakref.WeakSet()
+_PythonUnpickler: Any = getattr(pickle, '_Unpickler')   # pickle's own, written in Python
+
+
+class ForeignUnpickler(_PythonUnpickler):  # type: ignore[misc]
+    """Opens what came from another minor version of Python. What a function or class is here by
+    its name is not changed by what it came with: that is read over, and need not be possible here.
+    A dataclass, say, comes with objects of private classes of its Python's `dataclasses`. Where
+    something that cannot be opened is used elsewhere as well, it is raised why."""
+    dispatch = dict(_PythonUnpickler.dispatch)
+
+    def __init__(self, file: Any, buffers: Any) -> None:
+        super().__init__(file, buffers=buffers)
+        self._states: List[List[Exception]] = []   # for each state that is being read: what failed
+        self._failed: Dict[int, Tuple[Any, Exception]] = {}   # id -> object, why it is not whole
+        self._of_states: Dict[int, Any] = {}       # id -> an object that was made for a state
+
+    def find_class(self, module: str, name: str) -> Any:
+        """What a module has under a name; a class that stands for it, if there is none."""
+        try:
+            found = super().find_class(module, name)
+        except (ImportError, AttributeError) as exc:
+            if not self._states:
+                raise
+            return self._note(type(name, (_Absent,), {}), exc)
+        self._begin(found)
+        return found
+
+    def _begin(self, found: Any) -> None:
+        if found in (fill_class, fill_function):   # its arguments follow: an object and its state
+            self._states.append([])
+
+    def _note(self, obj: Any, exc: Exception) -> Any:
+        self._failed[id(obj)] = (obj, exc)
+        self._states[-1].append(exc)
+        return obj
+
+    def reduce(self) -> None:
+        """Call something, which may be what sets a state."""
+        *_, function, args = self.stack
+        if function in (fill_class, fill_function):
+            failures = self._states.pop()
+            if failures and args[0] not in found_by_name:
+                if not self._states:
+                    raise failures[0]
+                self._note(args[0], failures[0])
+            if failures or args[0] in found_by_name:
+                self.stack[-2:] = [None]
+                return
+        try:
+            self.stack[-2:] = [function(*args)]
+        except Exception as exc:
+            if not self._states:
+                raise
+            self.stack[-2:] = [self._note(_Absent(), exc)]
+
+    def again(self, load: Callable[[Any], None]) -> None:
+        """Take an object that was there before."""
+        load(self)
+        found = self.stack[-1]
+        if type(found) is types.FunctionType:
+            self._begin(found)
+        if not self._states:
+            self._check(found)
+
+    def _check(self, found: Any) -> None:
+        """Raise why something that was made for a state is not whole."""
+        waiting = [found] if id(found) in self._of_states or id(found) in self._failed else []
+        seen: Set[int] = set()
+        while waiting and self._failed:
+            obj = waiting.pop()
+            if id(obj) in self._failed:
+                raise self._failed[id(obj)][1]
+            if id(obj) not in seen:
+                seen.add(id(obj))
+                waiting += _held_by(obj)
+
+    def remember(self, load: Callable[[Any], None]) -> None:
+        """Keep the last object for later."""
+        load(self)
+        if self._states:
+            self._of_states[id(self.stack[-1])] = self.stack[-1]
+
+    def attempt(self, load: Callable[[Any], None]) -> None:
+        """Make an object, or put something into the last one."""
+        try:
+            load(self)
+        except Exception as exc:
+            if not self._states:
+                raise
+            makes = load in (self.dispatch_before[code] for code in _MAKING)
+            self.stack += [_Absent()] if makes else []
+            self._note(self.stack[-1], exc)
+
+    dispatch_before = dict(dispatch)
+
+
+_MAKING = (pickle.NEWOBJ[0], pickle.NEWOBJ_EX[0])   # they have taken what they need by then
+
+
+def _done_by(method: Callable[..., None], code: bytes) -> None:
+    load = ForeignUnpickler.dispatch[code[0]]
+    ForeignUnpickler.dispatch[code[0]] = lambda unpickler: method(unpickler, load)
+
+
+ForeignUnpickler.dispatch[pickle.REDUCE[0]] = ForeignUnpickler.reduce
+for _code in (pickle.GET, pickle.BINGET, pickle.LONG_BINGET):
+    _done_by(ForeignUnpickler.again, _code)
+for _code in (pickle.PUT, pickle.BINPUT, pickle.LONG_BINPUT, pickle.MEMOIZE):
+    _done_by(ForeignUnpickler.remember, _code)
+for _code in (pickle.NEWOBJ, pickle.NEWOBJ_EX, pickle.BUILD, pickle.APPEND, pickle.APPENDS,
+              pickle.SETITEM, pickle.SETITEMS, pickle.ADDITEMS):
+    _done_by(ForeignUnpickler.attempt, _code)
+
+
 class ForeignCode:
-    """Stands for a code object of another minor version of Python, which nothing here could run."""
+    """Represents a code object of another minor version of Python, which cannot run here."""
 
     def __init__(self, version: tuple, name: str, line: int) -> None:
         self.version = version
@@ -2693,9 +2881,9 @@ class ForeignCode:
 
 
 def code_from_source(module: Any, foreign: ForeignCode) -> Optional[types.CodeType]:
-    """Find the code of this Python for a function inside of another: found by its name and line in
-    the module's own source, which has travelled. None if there is no such source, or the function
-    is not there."""
+    """Return the code, for this version of Python, of a function that is nested in another one: it
+    is found by its name and line in the source of the module, which was sent as well. Returns None
+    if there is no such source or the function is not in it."""
     if isinstance(module, str):
         imported = sys.modules.get(module)
     else:
@@ -2718,23 +2906,27 @@ def code_from_source(module: Any, foreign: ForeignCode) -> Optional[types.CodeTy
 
 
 def python_of(version: tuple) -> str:
-    """A version of Python as people read it: '3.8'."""
+    """Return a version of Python as people write it, such as '3.8'."""
     return 'Python ' + '.'.join(map(str, version[:2]))
 
 
 def make_code(version: tuple, args: tuple, file: str, name: str, line: int) -> Any:
-    """A code object that came pickled. One of another version could be made, and would crash
-    whoever calls it. Its file is for tracebacks; cloudpickle leaves it out since 3.1.3."""
+    """Return a code object that came pickled. A code object of another version could be created,
+    but calling it would crash the process. The file name is for tracebacks; cloudpickle leaves it
+    out since 3.1.3."""
     if version != sys.version_info[:2]:
         return ForeignCode(version, name, line)
-    code_type = types.CodeType(*args)
-    return code_type.replace(co_filename=file)
+    code = types.CodeType(*args)
+    return code.replace(co_filename=file)
 
 
 def _by_name_here(version: tuple, module: str, name: str, kind: str) -> Any:
-    """What came by value for another version of Python, from the source that was sent beside it."""
+    """Return a function or class that was sent by value to another version of Python, from the
+    source that was sent along with it."""
     try:
-        return find_named(module, name)
+        found = find_named(module, name)
+        found_by_name.add(found)
+        return found
     except (ImportError, AttributeError):
         why = _left_out.get((
             module, name
@@ -2748,9 +2940,9 @@ def _by_name_here(version: tuple, module: str, name: str, kind: str) -> Any:
 
 def function_of(variables: Dict[str, Any], code: Any, module: str, name: str, version: bytes,
                 cells: tuple) -> Any:
-    """A function that came by value, without its state: `fill_function` sets that. With a version
-    it is a function without state of its own that its main module has under this name: the same
-    version is the same function."""
+    """Return a function that was sent by value, without its state, which `fill_function` sets. With
+    a version, the function has no state of its own and its main module has it under this name: the
+    same version always yields the same function."""
     if isinstance(code, ForeignCode):
         foreign = code
         code = code_from_source(module, code)
@@ -2770,8 +2962,8 @@ def function_of(variables: Dict[str, Any], code: Any, module: str, name: str, ve
 
 
 def fill_function(function: Any, state: tuple) -> None:
-    """Give a function its state: attributes, slots, contents of its cells, variables that it uses,
-    its version."""
+    """Set the state of a function: its attributes, slots, the contents of its cells, the global
+    variables that it uses, and its version."""
     attributes, slots, contents, variables, name, version, _ = state
     if not isinstance(function, types.FunctionType):
         return
@@ -2795,8 +2987,8 @@ def fill_function(function: Any, state: tuple) -> None:
 
 def variable_of(variables: Dict[str, Any], name: str, version: bytes, make: Callable[..., Any],
                 args: tuple) -> Any:
-    """An object that has one identity in each process, by the name and version that its main module
-    gives to it."""
+    """Return an object that has one identity in each process, by the name and version that its main
+    module gives it."""
     space = spaces.known(variables)
     if space is None:
         return make(*args)
@@ -2809,8 +3001,8 @@ def variable_of(variables: Dict[str, Any], name: str, version: bytes, make: Call
 
 def class_of(tracker: str, version: tuple, module: str, name: str,
              make: Optional[Callable[..., Any]], args: tuple) -> Any:
-    """A class of a program, by the number that its program gives to it. Without `make` it must be
-    known here already, by that number or by its name."""
+    """Return a class of a program, by the number that its program gives it. Without `make`, the
+    class must be known here already, by this number or by its name."""
     known = _classes.get(tracker)
     if known is not None:
         return known
@@ -2823,8 +3015,8 @@ def class_of(tracker: str, version: tuple, module: str, name: str,
 
 
 def fill_class(cls: type, state: tuple) -> None:
-    """The attributes of a class that came by value: those that have another version than was set
-    before. A class that was defined in this process stays as it is."""
+    """Set those attributes of a class sent by value whose version differs from the one that was set
+    before. A class that was defined in this process remains unchanged."""
     versions, attributes, set_state, reducer = state
     if cls not in _received:
         return
@@ -2844,34 +3036,34 @@ def fill_class(cls: type, state: tuple) -> None:
 
 
 class Referent(weakref.ref):
-    """A weak reference whose object lives as long as it does: what held the object in the program
-    stayed there."""
+    """A weak reference that keeps its object alive: the object that held it in the program has not
+    been sent."""
     __slots__ = ('kept',)
 
 
 def make_reference(obj: Any) -> Any:
-    """Make a weak reference in a job."""
+    """Return a weak reference for a job."""
     reference = Referent(obj)
     reference.kept = obj  # type: ignore[attr-defined]   # its slot
     return reference
 
 
 def make_weak(kind: type, contents: Any) -> Any:
-    """A weak container in a job, which holds its contents for the same reason."""
+    """Return a weak container for a job; it keeps its contents alive, as Referent does."""
     made = kind(contents)
     made._dispy_kept = contents
     return made
 
 
 def make_local(kind: type, attributes: Dict[str, Any]) -> Any:
-    """threading.local with what it has in the thread that pickled it."""
+    """Return a `threading.local` with the values that it has in the thread which pickled it."""
     made = kind.__new__(kind)  # type: ignore[call-overload]
     vars(made).update(attributes)
     return made
 
 
 def make_context_variable(name: str, default: tuple, value: tuple) -> Any:
-    """A ContextVar; default and value are tuples of one, or empty."""
+    """Return a ContextVar; default and value are tuples of one element, or empty."""
     if default:
         made = contextvars.ContextVar(name, default=default[0])
     else:
@@ -2882,12 +3074,12 @@ def make_context_variable(name: str, default: tuple, value: tuple) -> Any:
 
 
 def make_cached(function: Callable[..., Any], most: Optional[int], typed: bool) -> Any:
-    """A function with functools.lru_cache; it begins with an empty cache."""
+    """Return a function with functools.lru_cache; its cache is empty at first."""
     return functools.lru_cache(most, typed)(function)
 
 
 def make_dispatcher(rows: List[Tuple[type, Callable[..., Any]]]) -> Any:
-    """Make a function of functools.singledispatch from its implementations."""
+    """Return a function of functools.singledispatch that has these implementations."""
     implementations = dict(rows)
     made = functools.singledispatch(implementations.pop(object))
     for kind, implementation in implementations.items():
@@ -2896,25 +3088,25 @@ def make_dispatcher(rows: List[Tuple[type, Callable[..., Any]]]) -> Any:
 
 
 def make_view(data: Any, form: str, shape: tuple) -> memoryview:
-    """A memoryview of memory of its own."""
+    """Return a memoryview with memory of its own."""
     return memoryview(data).cast('B').cast(form, shape)  # type: ignore[call-overload]
 
 
 def make_object(kind: type, attributes: Dict[str, Any]) -> Any:
-    """An object whose class reduces it to a name that only its program has."""
+    """Return an object whose class reduces it to a name that only its program has."""
     made: Any = object.__new__(kind)
     vars(made).update(attributes)
     return made
 
 
 def make_typed(kind: type, args: tuple, options: dict) -> Any:
-    """Make a type variable or the like."""
+    """Return a type variable or the like."""
     return kind(*args, **options)
 
 
 def _reduce_method(method: types.MethodType) -> tuple:
-    """As pickle does it where the name leads back to the method; it does not for names with two
-    underscores."""
+    """Reduce a method as pickle does if its name leads back to it, which is not the case for names
+    that begin with two underscores."""
     name = getattr(method.__func__, '__name__', '')
     try:
         found = getattr(method.__self__, name, None) == method
@@ -2951,7 +3143,8 @@ def _reduce_context_variable(variable: Any) -> tuple:
 
 
 def _reduce_match(match: Any) -> tuple:
-    """Found again at the same place. Raises TypeError where that would not be the same."""
+    """Reduce a match object to a search at the same position. Raises TypeError if the search would
+    not yield the same match."""
     again = match.re.match(match.string, match.start(), match.endpos)
     if again is None or (again.regs, again.pos) != (match.regs, match.start()):
         raise TypeError("cannot pickle 're.Match' object: take its groups")
@@ -2964,7 +3157,7 @@ def make_match(pattern: Any, text: Any, start: int, end: int) -> Any:
 
 
 def make_context(items: List[Tuple[Any, Any]]) -> contextvars.Context:
-    """Make a context with these values of its variables."""
+    """Return a context with these values of its variables."""
     made = contextvars.Context()
     for variable, value in items:
         made.run(variable.set, value)
@@ -2972,8 +3165,8 @@ def make_context(items: List[Tuple[Any, Any]]) -> contextvars.Context:
 
 
 def _reduce_queue(waiting: Any) -> tuple:
-    """A queue with what waits in it now; nothing tells that but taking it out and putting it
-    back."""
+    """Reduce a queue to the items that wait in it now. They can only be listed by taking them out
+    and putting them back."""
     items = []
     with contextlib.suppress(queue.Empty):
         while True:
@@ -2993,8 +3186,8 @@ def make_queue(items: List[Any]) -> Any:
 
 def make_exception(kind: Type[BaseException], args: tuple,
                    attributes: Optional[dict]) -> BaseException:
-    """An exception as it was, without calling a constructor that wants other arguments than it has
-    kept."""
+    """Return an exception in its original state, without calling its constructor, which may want
+    other arguments than those that the exception has kept."""
     made = kind.__new__(kind, *args)
     made.args = args
     vars(made).update(attributes or {})
@@ -3028,12 +3221,66 @@ def _reduce_typed(variable: Any) -> tuple:
     return make_typed, (type(variable), (variable.__name__, *constraints), options)
 
 
+def _reduce_partialmethod(method: Any) -> tuple:
+    """By its constructor, which cannot be called without arguments since Python 3.14."""
+    again: Any = functools.partial(functools.partialmethod, method.func, *method.args,
+                                   **method.keywords)
+    return again, ()
+
+
+def _reduce_forward_reference(reference: Any) -> tuple:
+    """Without the global variables that it would look into, which are those of its module."""
+    owner = getattr(reference, '__owner__', None)
+    module = reference.__forward_module__ or getattr(owner, '__module__', None)
+    is_class = reference.__forward_is_class__
+    again = functools.partial(typing.ForwardRef, reference.__forward_arg__, module=module,
+                              is_class=is_class)
+    return again, ()
+
+
+def annotations_of(obj: Any) -> Dict[str, Any]:
+    """The annotations that a function or class has of its own. Since Python 3.14 they are evaluated
+    when they are asked for: where that fails, as for names that only a type checker imports, all of
+    them are text, as with `from __future__ import annotations`."""
+    try:
+        return dict(obj.__annotations__)
+    except Exception:  # whatever the user's expressions raise
+        annotationlib = importlib.import_module('annotationlib')
+        text = annotationlib.Format.STRING
+        return annotationlib.get_annotations(obj, format=text)  # type: ignore[no-any-return]
+
+
+def _with_annotations(function: types.FunctionType) -> types.FunctionType:
+    """A function whose annotations can be read as an attribute: this one or a copy."""
+    with contextlib.suppress(Exception):  # as above
+        dict(function.__annotations__)
+        return function
+    copied = types.FunctionType(function.__code__, function.__globals__, function.__name__,
+                                function.__defaults__, function.__closure__)
+    for name in ('__kwdefaults__', '__qualname__', '__module__', '__doc__'):
+        setattr(copied, name, getattr(function, name))
+    vars(copied).update(vars(function))
+    copied.__annotations__ = annotations_of(function)
+    return copied
+
+
+def _keep_annotations(cls: type, attributes: Dict[str, Any]) -> None:
+    """Put the annotations of a class among the attributes that travel, where the class has a
+    function that computes them: cloudpickle leaves that out, since it refers to the class."""
+    own = vars(cls)
+    if own.get('__annotate_func__') is None and '__annotations_cache__' not in own:
+        return
+    for name in ('__annotate_func__', '__annotations_cache__'):
+        attributes.pop(name, None)
+    attributes['__annotations__'] = annotations_of(cls)
+
+
 def _reduce_library(library: Any) -> tuple:
     return type(library), (library._name,)
 
 
 def _is_stateless(function: types.FunctionType) -> bool:
-    """Whether a function has no default values that calls could change."""
+    """Return whether a function has no default values that calls could change."""
     defaults = (*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values())
     return ATOMS.issuperset(map(type, defaults))
 
@@ -3058,7 +3305,10 @@ _REDUCERS: Dict[type, Callable[[Any], tuple]] = {
     re.Match: _reduce_match,
     contextvars.Context: lambda context: (make_context, (list(context.items()), )),
     queue.SimpleQueue: _reduce_queue,
+    functools.partialmethod: _reduce_partialmethod,
 }
+if sys.version_info >= (3, 14):   # before, it held a name only
+    _REDUCERS[typing.ForwardRef] = _reduce_forward_reference
 
 
 def _dead_reference() -> Any:
@@ -3067,17 +3317,16 @@ def _dead_reference() -> Any:
 
 
 class ValueReducer:
-    """What the pickler of clients and workers adds to cloudpickle's, to be mixed into it.
-
-    `modules` are the names of the modules that the pickle refers to by name or imports; `plain`
-    says whether it holds builtin values only, so that opening it runs no code of the user's.
+    """The mix-in class that extends cloudpickle's pickler for clients and workers. `modules` are
+    the names of the modules that the pickle refers to by name or imports; `plain` says whether it
+    contains builtin values only, so that opening it runs none of the user's code.
     """
 
     modules: Set[str]
     plain: bool
     portable: bool
-    exact = False      # whether objects are variables of a program, to be had as they are there
-    complete = False   # whether classes that came from elsewhere are written out as well
+    exact = False      # objects are variables of a program and are reproduced exactly
+    complete = False   # classes of other processes are pickled completely, too
 
     def __init__(self, file: Any, protocol: int = 5, buffer_callback: Any = None) -> None:
         super().__init__(file, protocol, buffer_callback)  # type: ignore[call-arg]
@@ -3089,13 +3338,14 @@ class ValueReducer:
         self._registered = cloudpickle_part('list_registry_pickle_by_value')()
 
     def importable(self, module: str) -> bool:
-        """Whether the other side finds this module by its name."""
+        """Return whether the other side finds this module by its name."""
         if module not in sys.modules:
             return False
         return module not in MAIN_NAMES
 
     def reducer_override(self, obj: Any) -> Any:
-        """Called by the pickler for everything that is not a builtin value."""
+        """Return how an object is reduced. The pickler calls this for everything that is not a
+        builtin value."""
         self.plain = False
         kind = type(obj)
         if kind in _ordinary:
@@ -3113,13 +3363,13 @@ class ValueReducer:
         special = self._special(kind)
         if special is not None:
             return special(obj)
-        if len(_ordinary) >= 4096:   # a program that makes classes without end
+        if len(_ordinary) >= 4096:   # a program may make classes without end
             _ordinary.clear()
         _ordinary.add(kind)
         return NotImplemented
 
     def _special(self, kind: type) -> Optional[Callable[[Any], Any]]:
-        """How objects of this class are reduced, if that is not pickle's own way."""
+        """Return how objects of this class are reduced, if it is not pickle's own way."""
         if kind is _CachedType:
             return self._reduce_cached
         if kind is object:
@@ -3154,7 +3404,7 @@ class ValueReducer:
             self.modules.add(module)
 
     def _is_by_name(self, obj: Any, name: Any) -> bool:
-        """Whether an object is what an importable module has under its qualified name."""
+        """Return whether an importable module has this object under its qualified name."""
         module = getattr(obj, '__module__', None)
         if not isinstance(module, str):
             return False
@@ -3170,8 +3420,8 @@ class ValueReducer:
         return True
 
     def _is_registered(self, module: str) -> bool:
-        """Whether cloudpickle.register_pickle_by_value names the module or a package that it is
-        in."""
+        """Return whether the module, or a package that contains it, is registered with
+        cloudpickle.register_pickle_by_value."""
         if not bool(self._registered):
             return False
         return any(module == name or module.startswith(name + '.') for name in self._registered)
@@ -3191,7 +3441,7 @@ class ValueReducer:
                     cls._type_.__name__):
             return operator.mul, (cls._type_, cls._length_)
         received = _received.get(cls)
-        # Its program has it
+        # Its program has the object
         if received is not None and not self.complete and '<locals>' not in cls.__qualname__:
             return class_of, (received[0], sys.version_info[:2], cls.__module__, cls.__qualname__,
                               None, ())
@@ -3199,7 +3449,8 @@ class ValueReducer:
             self.portable = False
         make, args, (attributes,
                      _), _, _, set_state = cloudpickle_part('_dynamic_class_reduce')(cls)
-        attributes.pop('__slotnames__', None)   # what copyreg has found out
+        attributes.pop('__slotnames__', None)   # which copyreg has determined
+        _keep_annotations(cls, attributes)
         if not self.exact:
             self._allow_locks(attributes.values())
         args = _class_arguments(cls, args, attributes)
@@ -3239,7 +3490,8 @@ class ValueReducer:
         if _is_dispatcher(function):
             made = _reduce_dispatcher(function)
             return self._of_main(function, made)
-        attributes, slots = super()._dynamic_function_reduce(function)[2]  # type: ignore[misc]
+        readable = _with_annotations(function)
+        attributes, slots = super()._dynamic_function_reduce(readable)[2]  # type: ignore[misc]
         variables = slots.pop('__globals__')
         slot = slots.pop('__closure__')
         closure = slot or ()
@@ -3257,7 +3509,7 @@ class ValueReducer:
         module = function.__globals__.get('__name__')
         place = self._space(function.__globals__, module)
         space = spaces.known(function.__globals__)
-        # Another Python would find it in the source of its module
+        # Another version of Python finds it in the source of its module
         if place.reduced[0] is not variables_of_module:
             self.portable = False
         if place.reduced[0] is variables_of_module or (space is not None and not space.native):
@@ -3279,8 +3531,9 @@ class ValueReducer:
 
     @staticmethod
     def _version_of(function: types.FunctionType, space: Any, is_plain: bool) -> bytes:
-        """The version by which a function is known in the space of its variables; empty if it is
-        known by none. `is_plain`: it has neither attributes nor cells."""
+        """Return the version by which a function is known in the space of its variables; it is
+        empty if there is none. `is_plain` says that the function has neither attributes nor
+        cells."""
         name = function.__qualname__
         if space is None:
             return b''
@@ -3288,15 +3541,15 @@ class ValueReducer:
         if variable is not function:
             return b''
         if not space.native:
-            # Its program finds it by its name; any other gets what is written there
+            # Its program finds it by its name; other processes get what is pickled here
             return b'received'
         if is_plain and _is_stateless(function):
             return space.versions.of(name, function)  # type: ignore[no-any-return]
         return b''
 
     def _variable_of_module(self, function: types.FunctionType) -> Optional[tuple]:
-        """A function that an importable module has under another name than its own, such as a
-        lambda in a variable."""
+        """Reduce a function that an importable module has under another name than the function's
+        own, such as a lambda in a variable."""
         module = function.__module__
         if isinstance(module, str) and module not in MAIN_NAMES:
             imported = sys.modules.get(module)
@@ -3325,8 +3578,8 @@ class ValueReducer:
         return super().dispatch_table[types.ModuleType](module)  # type: ignore[misc]
 
     def _of_main(self, obj: Any, made: tuple) -> tuple:
-        """Something that is not made anew with each payload if the main module has it under its
-        name."""
+        """Reduce an object so that it is not created again for each payload, if the main module has
+        it under its name."""
         module = sys.modules.get('__main__')
         if module is not None:
             variables = vars(module)
@@ -3349,16 +3602,16 @@ class ValueReducer:
         return variable_of, (self._space(variables, '__main__'), name, version, *made[:2])
 
     def _reduce_lock(self, lock: Any) -> Any:
-        """A lock that belongs to code is a free lock in each process. One in a value is refused, as
-        pickle does: in another process it would guard nothing."""
+        """Reduce a lock. One that belongs to code is a free lock in each process. One inside a
+        value is refused, as pickle does: in another process it would protect nothing."""
         if self.exact or id(lock) in self._locks_of_code:
             return _LOCKS[type(lock)], ()
         text = "cannot pickle '_thread.%s' object" % type(lock).__name__
         raise TypeError(text)
 
     def _allow_locks(self, values: Iterable[Any]) -> None:
-        """Find the locks that belong to a class or function: its own, and those in objects that it
-        refers to."""
+        """Find the locks that belong to a class or function: its own ones, and those in objects
+        that it refers to."""
         waiting = [(value, 0) for value in values]
         while waiting and len(waiting) < 4096:
             value, depth = waiting.pop()
@@ -3370,7 +3623,7 @@ class ValueReducer:
                         waiting.append((part, depth + 1))
 
     def _reduce_sentinel(self, obj: Any) -> Any:
-        """A bare object(), which programs compare by identity."""
+        """Reduce a bare object(), which programs compare by identity."""
         made: tuple = (object, ())
         if self.exact:
             return self._of_main(obj, made)
@@ -3398,8 +3651,8 @@ class ValueReducer:
         return self._of_module(local, made)
 
     def _of_module(self, obj: Any, made: tuple) -> tuple:
-        """Something that has no name of its own, and is what an importable module has in a
-        variable."""
+        """Reduce an object that has no name of its own and is the value of a variable in an
+        importable module."""
         for module, imported in list(sys.modules.items()):
             variables = getattr(imported, '__dict__', None)
             if module in MAIN_NAMES:
@@ -3417,21 +3670,22 @@ class ValueReducer:
         return self._of_main(obj, made)
 
     def _reduce_exception(self, exc: BaseException) -> Any:
-        """An exception whose constructor is the user's: what pickle does would call it with the
-        arguments that the exception has kept, which may not be those that it takes."""
+        """Reduce an exception whose constructor the user has defined: pickle would call the
+        constructor with the arguments that the exception has kept, which may not be those that it
+        expects."""
         reduced = exc.__reduce_ex__(5)
         if isinstance(reduced, str):
             return reduced
         if reduced[:2] != (type(exc), exc.args):
             return reduced
         if not self.exact:
-            with contextlib.suppress(Exception):  # where it is opened it would fail just so
+            with contextlib.suppress(Exception):  # opening it would fail in the same way
                 type(exc)(*exc.args)
                 return reduced
         return make_exception, (type(exc), exc.args, dict(vars(exc)))
 
     def _reduce_named(self, obj: Any) -> Any:
-        """An object whose class may reduce it to the name of a variable."""
+        """Reduce an object whose class may reduce it to the name of a variable."""
         reduced = obj.__reduce_ex__(5)
         if not isinstance(reduced, str):
             return reduced
@@ -3442,7 +3696,8 @@ class ValueReducer:
 
 
 def _held_by(value: Any) -> List[Any]:
-    """What a container or an instance holds; nothing of another kind."""
+    """Return the objects that a container or an instance contains; nothing for other kinds of
+    objects."""
     if type(value) is dict:
         return list(value.values())
     if type(value) in (list, tuple, collections.deque):
@@ -3455,8 +3710,8 @@ def _held_by(value: Any) -> List[Any]:
 
 @functools.lru_cache(maxsize=None)
 def _hidden_types() -> Dict[type, Tuple[str, str]]:
-    """Builtin types that builtins does not name, such as that of a dictionary's keys: module and
-    name."""
+    """Return the builtin types that `builtins` does not name, such as that of a dictionary's keys,
+    with module and name."""
     import _collections_abc
     return {
         value: ('_collections_abc', name)
@@ -3465,28 +3720,29 @@ def _hidden_types() -> Dict[type, Tuple[str, str]]:
     }
 
 
-_ordinary: Set[type] = set()   # classes whose objects are left to pickle
+_ordinary: Set[type] = set()   # classes whose objects pickle handles
 _TYPED = frozenset(
     getattr(typing, name) for name in ('TypeVar', 'ParamSpec', 'TypeVarTuple', 'NewType')
     if isinstance(getattr(typing, name, None), type))
 
 
 def is_named(obj: Any, module: str, name: str) -> bool:
-    """Whether an object is what its module has under a qualified name."""
+    """Return whether a module has this object under its qualified name."""
     if '<locals>' in name:
         return False
     if module not in sys.modules:
         return False
     try:
-        name_parts = name.split('.')
-        return functools.reduce(getattr, name_parts, sys.modules[module]) is obj
-    except Exception:  # AttributeError, or whatever a __getattr__ of the user's raises
+        path = name.split('.')
+        return functools.reduce(getattr, path, sys.modules[module]) is obj
+    except Exception:  # AttributeError, or what a __getattr__ of the user's raises
         return False
 
 
 @functools.lru_cache(maxsize=None)
 def _ctypes_bases() -> Dict[type, type]:
-    """Classes of the classes of ctypes, which have no names there -> an example of each."""
+    """Return the metaclasses of ctypes, which have no names there, each with an example of its
+    classes."""
     import ctypes
     c_func_ptr = getattr(ctypes, '_CFuncPtr')
     return {
@@ -3497,8 +3753,8 @@ def _ctypes_bases() -> Dict[type, type]:
 
 
 def _has_own_members(cls: Any) -> bool:
-    """Whether the members of an enum are made by a constructor of the user's, which made them of
-    more than their values."""
+    """Return whether a constructor of the user's made the members of an enum, which may have more
+    state than their values."""
     made_by = [
         vars(base).get(name) for base in cls.__mro__
         if base not in enum.Enum.__mro__ and base.__module__ != 'enum'
@@ -3511,7 +3767,8 @@ def _has_own_members(cls: Any) -> bool:
 
 
 def _members_of(cls: Any) -> List[Tuple[str, Any, dict]]:
-    """Name, data of the type that is mixed in, and attributes of each member."""
+    """Return the name, the data of the mixed-in type, and the attributes of each member of an
+    enum."""
     kind = cls._member_type_
     return [(member.name, () if kind is object else (kind(member), ),
              {name: value
@@ -3520,7 +3777,7 @@ def _members_of(cls: Any) -> List[Tuple[str, Any, dict]]:
 
 def make_enum(meta: Any, name: str, qualname: str, module: str, bases: tuple,
               members: List[Tuple[str, tuple, dict]]) -> Any:
-    """Make an enum class with its members, without running their constructor again."""
+    """Return an enum class with its members, without running their constructor again."""
     space = meta.__prepare__(name, bases)
     space['__module__'], space['__qualname__'] = module, qualname
     made = meta.__new__(meta, name, bases, space)
@@ -3531,22 +3788,23 @@ def make_enum(meta: Any, name: str, qualname: str, module: str, bases: tuple,
         type.__setattr__(made, member_name, member)
         made._member_names_.append(member_name)
         made._member_map_[member_name] = member
-        with contextlib.suppress(TypeError):   # a value that cannot be a key is searched for
+        with contextlib.suppress(TypeError):   # an unhashable value must be searched
             made._value2member_map_[member._value_] = member
     return made
 
 
 def _class_arguments(cls: type, args: tuple, attributes: Dict[str, Any]) -> tuple:
-    """Arguments of cloudpickle's maker of classes, with what a class must have from its beginning:
-    its qualified name, its slots, the fields of a ctypes structure. What these bring along is taken
-    out of the attributes, whose order is that of the class."""
+    """Return the arguments for cloudpickle's function that makes classes, with what a class must
+    have from its creation on: its qualified name, its slots, the fields of a ctypes structure.
+    Attributes that these create by themselves are left out of the attributes, whose order is that
+    of the class."""
     ordered = {name: attributes.pop(name) for name in list(vars(cls)) if name in attributes}
     attributes.update(ordered)
     if len(args) != 6:   # of an enum
         return args
     bases = args[2]
     options = dict(args[3], __qualname__=cls.__qualname__)
-    # What it makes is a tuple; made by it again, it would have no fields
+    # It makes a tuple; if it were called again, the tuple would have no fields
     if typing.NamedTuple in bases:
         bases = cls.__bases__
     if '__slots__' in vars(cls):
@@ -3572,8 +3830,8 @@ _imports: '_ImportsOfCode[types.CodeType, List[Tuple[int, str, tuple]]]' = _Impo
 
 
 def imports_of(code: types.CodeType, package: Any) -> Set[str]:
-    """Absolute names that the import statements of a function may mean, also of functions inside of
-    it."""
+    """Return the absolute names that the import statements of a function may refer to, including
+    those of functions nested in it."""
     found = _imports.get(code)
     if found is None:
         found = _imports[code] = list(_import_statements(code))
@@ -3595,19 +3853,19 @@ def imports_of(code: types.CodeType, package: Any) -> Set[str]:
 
 
 def _submodules_used(code: types.CodeType, packages: Set[str]) -> Set[str]:
-    """Loaded submodules that a function can reach as attributes of packages that it imports itself.
-    cloudpickle finds those of packages in global variables."""
+    """Return the loaded submodules that a function can reach as attributes of packages that it
+    imports itself. cloudpickle finds those of packages in global variables."""
     used = set(code.co_names)
-    all_modules = list(sys.modules)
+    loaded = list(sys.modules)
     return {
         name
-        for name in all_modules if isinstance(name, str) and '.' in name
+        for name in loaded if isinstance(name, str) and '.' in name
         and name.partition('.')[0] in packages and set(name.split('.')[1:]) <= used
     }
 
 
 def _import_statements(code: types.CodeType) -> Iterator[Tuple[int, str, tuple]]:
-    """Level, module, names of each import statement."""
+    """Yield level, module and names of each import statement."""
     import dis
     if dis.opmap['IMPORT_NAME'] in code.co_code[::2]:
         instructions = dis.get_instructions(code)
@@ -3624,7 +3882,8 @@ def _import_statements(code: types.CodeType) -> Iterator[Tuple[int, str, tuple]]
 
 @functools.lru_cache(maxsize=None)
 def cloudpickle_part(name: str) -> Any:
-    """A function of cloudpickle's, in whichever of its modules this version has it."""
+    """Return a function of cloudpickle, from whichever of its modules contains it in this
+    version."""
     import cloudpickle
     cloudpickle_fast = getattr(cloudpickle, 'cloudpickle_fast', None)
     modules = (cloudpickle, cloudpickle.cloudpickle, cloudpickle_fast)
@@ -3632,8 +3891,8 @@ def cloudpickle_part(name: str) -> Any:
 
 
 def value_pickler() -> Any:
-    """The pickler for what leaves this process: a class. It knows reducers that were registered
-    with copyreg since."""
+    """Return the class of the pickler for everything that leaves this process. It uses the reducers
+    that are registered with copyreg at the time of the call."""
     return _value_pickler(len(copyreg.dispatch_table))
 
 
@@ -3653,35 +3912,63 @@ def _value_pickler(known: int) -> Any:
 
 # -- modules of the user ---------------------------------------------------------------------------
 
-# They are imported by their names from where the client's files were put, and then given what the
-# program has set in them. A `bundle` is what travels for a group of modules; a computation begins
-# with bundle 0, and arguments of jobs may bring more. Used by runners and workers.
+# Modules are imported by their names from the directory of the client's files, and then get the
+# values that the program has set in them. A `bundle` is what is sent for a group of modules; a
+# computation begins with bundle 0, and arguments of jobs may bring more. Runners and workers use
+# this.
 class StateRow(NamedTuple):
     """A variable of a module, or an attribute of a class in it, as the program had it."""
     module: str
     owner: str        # qualified name of the class; empty: the module itself
     name: str
     form: bytes       # digest of what plain pickle makes of the value
-    # Of the object in the state's pickle that is changed in place; -1: the value is set
+    # The number of the object in the state's pickle that is updated in place; -1: the value is set
     number: int
-    computed: bool    # the module's source computes it: on another platform it stays as it is there
+    computed: bool    # the module computes it: another platform keeps its own value
 
 
 class _StateUnpickler(pickle.Unpickler):
-    """Opens the state of modules. Objects that keep their identity stand in it as numbers."""
+    """Opens the state of modules. Numbers in it represent objects that keep their identity.
+    `absent` has the names that this Python does not have, if the program runs another one."""
 
-    def __init__(self, data: bytes, targets: List[Any]) -> None:
+    def __init__(self, data: bytes, targets: List[Any], same_python: bool) -> None:
         super().__init__(io.BytesIO(data))
         self._targets = targets
+        self._same_python = same_python
+        self.absent: List[str] = []
+
+    def find_class(self, module: str, name: str) -> Any:
+        """What a module has under a name."""
+        try:
+            return super().find_class(module, name)
+        except (ImportError, AttributeError):
+            if self._same_python:
+                raise
+            self.absent.append('%s.%s' % (module, name))
+            # Pickle does not find it by its name, and so cannot write what holds it
+            return type(name, (_Absent,), {'__module__': module})
 
     def persistent_load(self, number: Any) -> Any:
-        """The object on this node that has this number."""
+        """Return the object on this node that has this number."""
         return self._targets[number]
 
 
+def _pickler_of_whole(targets: List[Any]) -> Any:
+    """A pickler that can write what was opened as a whole. It does not look into the targets."""
+    numbers = {id(target): number for number, target in enumerate(targets)}
+
+    class WholePickler(pickle.Pickler):
+        """Writes what is opened as the contents of a target, or as a value."""
+
+        def persistent_id(self, obj: Any) -> Optional[int]:
+            """Called by the pickler for every object."""
+            return numbers.get(id(obj))
+    return WholePickler
+
+
 def plain_form(value: Any, limit: int = sys.maxsize) -> Optional[bytes]:
-    """A digest of what plain pickle makes of a value, with functions and classes by name; None if
-    it cannot, or if that is larger than `limit` bytes."""
+    """Return a digest of the plain pickle of a value, with functions and classes by name; None if
+    the value cannot be pickled or its pickle is larger than `limit` bytes."""
     return _digest_of_pickle(pickle.Pickler, value, limit)
 
 
@@ -3690,8 +3977,8 @@ _CONTAINERS = (list, dict, set, collections.OrderedDict, collections.defaultdict
 
 
 def keeps_identity(value: Any) -> bool:
-    """Whether a value is changed in place on a node: a container, or an instance that is nothing
-    but its attributes."""
+    """Return whether a value is updated in place on a node: a container, or an instance whose only
+    state is its attributes."""
     kind = type(value)
     if kind in _CONTAINERS:
         return True
@@ -3713,7 +4000,7 @@ def keeps_identity(value: Any) -> bool:
 
 
 def contents_of(value: Any) -> Any:
-    """Return what `fill_in_place` takes."""
+    """Return the contents of an object as `fill_in_place` takes them."""
     if isinstance(value, collections.defaultdict):
         return value.default_factory, dict(value)
     if isinstance(value, (list, collections.deque)):
@@ -3739,23 +4026,31 @@ def fill_in_place(target: Any, contents: Any) -> None:
 
 
 class ModuleState:
-    """Puts in place what a program has set in its modules."""
+    """Sets on a node the variables that a program has set in its modules. `build` is the tag of the
+    program's Python."""
 
     def __init__(self, platform_: str, rows: List[StateRow], kinds: List[Tuple[str, str]],
-                 pickled: bytes) -> None:
+                 pickled: bytes, build: str) -> None:
         same = platform_ == sys.platform
+        self._same_python = build == build_tag()
         self._rows = [row for row in rows if same or not row.computed]
         self._kinds = kinds        # number -> module and name of the object's class
         self._pickled = pickled
 
     def apply(self) -> None:
-        """Raises what importing the modules and opening the state raise."""
+        """Import the modules and set the state. Raises what importing the modules and opening the
+        state raise."""
         changed = [row for row in self._rows if plain_form(self._value(row)) != row.form]
         if not changed:
             return
         targets = self._targets()
-        state_unpickler = _StateUnpickler(self._pickled, targets)
-        contents, values = state_unpickler.load()
+        unpickler = _StateUnpickler(self._pickled, targets, self._same_python)
+        contents, values = unpickler.load()
+        if unpickler.absent:
+            whole = _pickler_of_whole(targets)
+            changed = [row for row in changed if self._can_be_set(
+                row, contents[row.number] if row.number >= 0 else values[row[:3]], whole,
+                unpickler.absent)]
         for number in {row.number for row in changed if row.number >= 0}:
             fill_in_place(targets[number], contents[number])
         for row in changed:
@@ -3768,13 +4063,27 @@ class ModuleState:
                 setattr(named, row.name, value)
 
     @staticmethod
+    def _can_be_set(row: StateRow, value: Any, whole: Any, absent: List[str]) -> bool:
+        """Whether this Python has all that a value is made of. If not, what the module has computed
+        here stays; ImportError, if it has not."""
+        if _digest_of_pickle(whole, value, sys.maxsize) is not None:
+            return True
+        if row.computed:
+            return False
+        text = ('variable %s of module %s needs %s, which %s does not have'
+                % (row.name, row.module, ' or '.join(sorted(set(absent))),
+                   python_of(sys.version_info)))
+        raise ImportError(text)
+
+    @staticmethod
     def _value(row: StateRow) -> Any:
         named = find_named(row.module, row.owner)
         return vars(named).get(row.name, _MISSING)
 
     def _targets(self) -> List[Any]:
-        """Number -> the object here that becomes what the program has: the one under its name if
-        that is of the same class and no other number has it, else a new one."""
+        """Return, by number, the object here that gets the state of the program's object: the one
+        with the same name if it has the same class and no other number stands for it, else a new
+        one."""
         targets: List[Any] = [_MISSING] * len(self._kinds)
         taken: Set[int] = set()
         for row in self._rows:
@@ -3796,24 +4105,26 @@ class ModuleState:
 
 
 _MISSING = object()
-# What is below the directory that a computation has for itself on a node.
+# Names below the private directory of a computation on a node
 MODULES = 'modules/'      # files of the user's modules: the import root
-BUNDLES = 'bundles/'      # what belongs to groups of them
-BEHIND_ROOT = 'behind'    # modules that come after the node's own
+BUNDLES = 'bundles/'      # the state of groups of them
+BEHIND_ROOT = 'behind'    # modules that are found after the node's own
 BUNDLE = 'bundle-%d'      # name of a bundle's file
 TEXTS = 'texts-%d'        # name of the file with the texts of its modules, for the embedded node
 
 
 def values_in(private: str) -> str:
-    """The directory of values that are known by digest, each a file of that name."""
+    """Return the directory for values that are known by digest; each is a file with the digest as
+    its name."""
     return os.path.join(private, 'values')
 
 
 class ValueFiles:
-    """Opens values by digest in a runner and its workers. Each time the file is mapped anew, copy
-    on write, so that many jobs have it in memory once, and what one job changes no other sees. Its
-    memory stays its own when the file is removed. A mapping holds a descriptor (before Python
-    3.13): where very many live, as in jobs that keep all that they get, it is read instead."""
+    """Opens values by digest in a runner and its workers. Each time the file is mapped anew,
+    copy-on-write: many jobs share the memory, and no job sees what another has changed. The mapping
+    remains valid when the file is removed. A mapping holds a descriptor (before Python 3.13): if
+    very many mappings exist, as in jobs that keep all values that they get, the file is read
+    instead."""
     MAPPED_MOST = 128
 
     def __init__(self, directory: str) -> None:
@@ -3821,12 +4132,12 @@ class ValueFiles:
         self._mapped: 'weakref.WeakSet[mmap.mmap]' = weakref.WeakSet()
 
     def open(self, size: int, digest: bytes) -> Any:
-        """A value, as a buffer that can be written to. Raises OSError."""
+        """Return a value as a writable buffer. Raises OSError."""
         digits = digest.hex()
         path = os.path.join(self._directory, digits)
         with open(path, 'rb', buffering=0) as file:
             if len(self._mapped) < self.MAPPED_MOST:
-                # No descriptor, or no mappings here
+                # No descriptor is left, or the system has no mappings
                 with contextlib.suppress(OSError, ValueError):
                     handle = file.fileno()
                     value = mmap.mmap(handle, size, access=mmap.ACCESS_COPY, **_NO_HANDLE)
@@ -3890,13 +4201,12 @@ class KeptTexts:
 
 
 class ModuleLoader:
-    """Loads the user's modules in a runner and its workers, and finds those that nothing here has.
-
-    `private` is the directory that the computation has for itself, `directory` that of its jobs;
-    `path` is the program's own sys.path where the node is a part of the program (the files are read
-    where they are). `ask(request)` gets from the client what is asked for, a bundle's number or a
-    module's name, and returns '' or why it was not to be had. `loading` is true while a runner
-    loads.
+    """Loads the user's modules in a runner and its workers, and finds those that are not on this
+    host. `private` is the private directory of the computation, `directory` that of its jobs;
+    `path` is the program's own sys.path if the node is embedded in the program (the files are then
+    read where they are). `ask(request)` requests the number of a bundle or the name of a module
+    from the client, and returns '' or why it is not available. `loading` is true while a runner
+    loads its computation.
     """
 
     def __init__(self, private: str, path: List[str], directory: str) -> None:
@@ -3905,16 +4215,16 @@ class ModuleLoader:
         self._private = private
         self._path = path
         self._loaded: Set[int] = set()
-        self._denied: Set[str] = set()     # names that the client has not
+        self._denied: Set[str] = set()     # names that the client does not have
         self.ask: Optional[Callable[[Any], str]] = None
         self.loading = True
-        self._left: List[str] = []         # what jobs had in sys.path
+        self._left: List[str] = []         # entries that jobs had in sys.path
         self._first: FrozenSet[str] = frozenset()   # modules that were there before any job
         self.notes: List[str] = []         # for the client's log
         self._texts = KeptTexts()
 
     def install(self) -> None:
-        """Put the user's modules ahead of the node's own."""
+        """Make the user's modules take precedence over the node's own."""
         if self._path:
             sys.path[:] = [
                 *self._path, self.directory,
@@ -3927,12 +4237,13 @@ class ModuleLoader:
         sys.meta_path.append(self)
 
     def here(self) -> Tuple[tuple, List[int]]:
-        """Arguments for a loader in a child of a job, and the bundles that it shall load."""
-        sorted_loadeds = sorted(self._loaded)
-        return (self._private, self._path, self.directory), sorted_loadeds
+        """Return the arguments for a loader in a child process of a job, and the bundles that it is
+        to load."""
+        bundles = sorted(self._loaded)
+        return (self._private, self._path, self.directory), bundles
 
     def need(self, numbers: Iterable[int]) -> None:
-        """Import the modules of these bundles, once. Raises what that raises, or
+        """Import the modules of these bundles, once. Raises what the import raises, or
         ModuleNotFoundError."""
         for number in numbers:
             if number not in self._loaded:
@@ -3967,23 +4278,25 @@ class ModuleLoader:
             importlib.import_module(name)
         rows = []
         for row in bundle['rows']:
-            state_row = StateRow(*row)
-            rows.append(state_row)
-        module_state = ModuleState(bundle['platform'], rows, bundle['kinds'], bundle['state'])
-        module_state.apply()
+            variable = StateRow(*row)
+            rows.append(variable)
+        state = ModuleState(bundle['platform'], rows, bundle['kinds'], bundle['state'],
+                            bundle['build'])
+        state.apply()
         self._loaded.add(number)
         self.notes += compare_packages(bundle['packages'])
 
     # -- a finder: the last one in sys.meta_path ---------------------------------------------------
 
     def loaded(self) -> None:
-        """The runner has loaded its computation."""
+        """Note that the runner has loaded its computation."""
         self.loading = False
         self._first = frozenset(sys.modules)
 
     def keep_reachable(self, path: Any, before: Sequence[str]) -> None:
-        """A job has changed sys.path, which is put back. A module that it imported may have done
-        that, and remains: what that module imports later is to be found where it expects it."""
+        """Note that a job has changed sys.path, which is restored afterwards. If a module that the
+        job imported has changed it, the module stays loaded: what it imports later must be found
+        where it expects it."""
         entries = []
         for entry in path:
             if not isinstance(entry, str):
@@ -3993,7 +4306,8 @@ class ModuleLoader:
         self._left += entries
 
     def find_spec(self, name: str, path: Any = None, target: Any = None) -> Any:
-        """A module that a job imports and nothing here has: the client may have it."""
+        """Find a module that a job imports and that is not on this host: the client may have it.
+        See importlib.abc.MetaPathFinder."""
         if self._left and path is None and self._is_for_module():
             spec = importlib.machinery.PathFinder.find_spec(name, self._left)
             if spec is not None:
@@ -4014,8 +4328,8 @@ class ModuleLoader:
         return importlib.machinery.PathFinder.find_spec(name, path)
 
     def _is_of_user(self, name: str, path: Any) -> bool:
-        """Whether the user's code imports it: what libraries try to import is none of the
-        client's."""
+        """Return whether the user's code imports the module: imports that libraries attempt do not
+        concern the client."""
         if path is not None:
             for entry in path:
                 if str(entry).startswith(self.root):
@@ -4024,19 +4338,20 @@ class ModuleLoader:
         frame = self._importing_frame()
         if frame is None:
             return False
-        f_global = frame.f_globals.get('__name__')
-        if f_global in MAIN_NAMES:
+        importer = frame.f_globals.get('__name__')
+        if importer in MAIN_NAMES:
             return True
         return frame.f_code.co_filename.startswith((self.root, self.directory))
 
     def _is_for_module(self) -> bool:
-        """Whether a module that a job has imported imports another; not the computation."""
+        """Return whether a module that a job has imported, and not the computation, imports another
+        one."""
         frame = self._importing_frame()
         if frame is None:
             return False
-        name = frame.f_globals.get('__name__')
-        # A function that has come by value may have the name of a module that is not here
-        return name in sys.modules and name not in self._first
+        importer = frame.f_globals.get('__name__')
+        # A function that has come by value may have the name of a module that is not here.
+        return importer in sys.modules and importer not in self._first
 
     @staticmethod
     def _importing_frame() -> Any:
@@ -4054,8 +4369,8 @@ modules: Optional[ModuleLoader] = None   # of a runner and its workers
 
 
 def check_not_importing() -> None:
-    """Raises RuntimeError while a node imports the user's modules: a cluster that was made then
-    would be made once more on each node, and so on without end."""
+    """Raise RuntimeError while a node imports the user's modules: a cluster that was created during
+    the import would be created again on each node, and so on without end."""
     if modules is None:
         return
     if modules.loading:
@@ -4065,14 +4380,14 @@ def check_not_importing() -> None:
 
 
 def explain_import(exc: BaseException, name: str) -> str:
-    """What led to an import that failed, and what can be done; empty for another error. `name` is
-    the computation's."""
+    """Return what led to a failed import and how to fix it; the text is empty for another error.
+    `name` is the name of the computation."""
     chain = [name]
     trace = exc.__traceback__
     while trace is not None:
         if trace.tb_frame.f_code.co_name == '<module>':
-            f_global = trace.tb_frame.f_globals.get('__name__')
-            chain.append(str(f_global))
+            importer = trace.tb_frame.f_globals.get('__name__')
+            chain.append(str(importer))
         trace = trace.tb_next
     if not isinstance(exc, ImportError):
         if len(chain) == 1:
@@ -4101,10 +4416,9 @@ def explain_import(exc: BaseException, name: str) -> str:
 
 class OldModules:
     """A finder for modules by the names that they had in dispy 4, where `dispy` was a package: the
-    module `dispy.httpd` is the module `dispy_httpd`, and so on. It stands first in sys.meta_path:
-    `dispy.__path__`, which old scripts read, is a directory that holds other modules too, and none
-    of them is a part of dispy.
-
+    module `dispy.httpd` is now `dispy_httpd`, and so on. It must be first in sys.meta_path:
+    `dispy.__path__`, which old scripts read, is a directory that contains other modules too, none
+    of which is a part of dispy.
     On a host that has dispynode.py alone it also makes a module `dispy`, since a job may write to
     `dispy.dispynode.dispynode_logger`.
     """
@@ -4113,7 +4427,7 @@ class OldModules:
 
     @classmethod
     def install(cls) -> None:
-        """Begin to find them. May be called twice."""
+        """Add a finder to sys.meta_path. It may be called twice."""
         if not any(isinstance(finder, cls) for finder in sys.meta_path):
             sys.meta_path.insert(0, cls())
 
@@ -4132,7 +4446,7 @@ class OldModules:
         return importlib.machinery.ModuleSpec(name, self)  # type: ignore[arg-type]
 
     def _stand_in(self, name: str) -> Any:
-        """A module `dispy` where there is none."""
+        """Return a module `dispy` for a host that has none."""
         for finder in sys.meta_path:
             if finder is self:
                 continue
@@ -4149,7 +4463,8 @@ class OldModules:
         return None
 
     def exec_module(self, module: Any) -> None:
-        """Put the module that is meant into sys.modules; the import takes it from there."""
+        """Put the module that the old name means into sys.modules; the import statement takes it
+        from there."""
         package, _, rest = module.__name__.partition('.')
         if not rest:
             module.__version__ = __version__
@@ -4164,7 +4479,7 @@ class OldModules:
 
 
 def _missing_in_dispy(name: str) -> Any:
-    """What a job asks of a `dispy` that is not on its host."""
+    """Raise AttributeError for a name that a job wants of a `dispy` which is not on its host."""
     raise AttributeError('module dispy has no attribute %r here: this host has dispynode.py alone. '
                          'Install dispy on it' % name)
 
@@ -4173,7 +4488,7 @@ dispynode_logger = logger   # its name in dispy 4
 
 
 def build_tag() -> str:
-    """What compiled modules have to fit: the platform and this Python."""
+    """Return the tag that compiled modules must match: the platform and this version of Python."""
     import sysconfig
     return '%s %s' % (sysconfig.get_platform(), sys.implementation.cache_tag)
 
@@ -4182,8 +4497,9 @@ _dict_of_module: Any = vars(types.ModuleType)['__dict__']
 
 
 def module_dict(module: Any) -> Dict[str, Any]:
-    """Return the globals of a module. Nothing of the user's runs for that: the class of a module
-    may have a `__getattr__` that imports. Empty for what is in `sys.modules` and is no module."""
+    """Return the globals of a module without running the user's code: the class of a module may
+    have a `__getattr__` that imports. The result is empty for an object in `sys.modules` that is
+    not a module."""
     if not issubclass(type(module), types.ModuleType):
         return {}
     found = _dict_of_module.__get__(module)
@@ -4193,16 +4509,16 @@ def module_dict(module: Any) -> Dict[str, Any]:
 
 
 def package_version(name: str) -> str:
-    """The version of an installed package by its import name; empty if it is not to be found
-    out."""
+    """Return the version of an installed package by its import name; empty if it cannot be
+    determined."""
     import importlib.metadata
     try:
         version: Any = importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:   # its distribution has another name
+    except importlib.metadata.PackageNotFoundError:   # the distribution has another name
         version = None
     except Exception as exc:   # damaged metadata, or a finder of the user's
-        exception_description = describe_exception(exc)
-        logger.debug('the version of %s cannot be read: %s', name, exception_description)
+        reason = describe_exception(exc)
+        logger.debug('the version of %s cannot be read: %s', name, reason)
         version = None
     if not isinstance(version, str):
         module = sys.modules.get(name)
@@ -4222,8 +4538,8 @@ def compare_packages(packages: Dict[str, str]) -> List[str]:
             here = ''
         if not here:
             continue
-        here_parts = here.split('.')
-        if here_parts[:2] != there.split('.')[:2]:
+        major_and_minor = here.split('.')
+        if major_and_minor[:2] != there.split('.')[:2]:
             note = 'it has %s %s; the program has %s' % (name, here, there)
             notes.append(note)
     return notes
@@ -4232,23 +4548,24 @@ def compare_packages(packages: Dict[str, str]) -> List[str]:
 # -- what payloads name: errors, sources, programs, calls ------------------------------------------
 
 def pack_error(text: str, exc: Optional[BaseException]) -> Payload:
-    """Make the payload of a job that raised: the text, and the exception when it survives
-    pickling."""
+    """Return the payload of a job that raised an exception: the text, and the exception if it can
+    be pickled and opened again."""
     body: bytes = b''
     if exc is not None:
         try:
-            dumped = dumps(exc)
-            pieces = pieces_of(dumped.payload)
+            pickled = dumps(exc)
+            pieces = pieces_of(pickled.payload)
             body = b''.join(pieces)
             loads(body)
-        except Exception:  # the user's exception does what it likes; the text is what counts
+        except Exception:  # the user's exception may raise anything; the text is sufficient
             body = b''
     raw = text.encode('utf-8', 'replace')
     return struct.pack('>I', len(raw)) + raw + body
 
 
 def cut_error(exc: BaseException, skip: int = 0) -> Payload:
-    """As `pack_error` with the traceback; an exception that is over the limit stays behind."""
+    """Return the payload that `pack_error` makes with the traceback; an exception that exceeds the
+    limit is left out."""
     text = describe_exception(exc, skip)
     payload = pack_error(text, exc)
     size = size_of(payload)
@@ -4258,14 +4575,15 @@ def cut_error(exc: BaseException, skip: int = 0) -> Payload:
 
 
 def unpack_error(payload: Buffer) -> Tuple[str, Buffer]:
-    """Take apart what `pack_error` has made, without opening the exception."""
+    """Return the text and the pickled exception that `pack_error` has combined, without opening the
+    exception."""
     length, = struct.unpack_from('>I', payload)
-    decoded = bytes(payload[4:4 + length]).decode('utf-8', 'replace')
-    return decoded, payload[4 + length:]
+    text = bytes(payload[4:4 + length]).decode('utf-8', 'replace')
+    return text, payload[4 + length:]
 
 
 def describe_exception(exc: BaseException, skip: int = 0) -> str:
-    """Traceback text that survives an exception whose __str__ raises."""
+    """Return the traceback text, even of an exception whose __str__ raises."""
     trace = exc.__traceback__
     for _ in range(skip):
         if trace is not None:
@@ -4273,17 +4591,17 @@ def describe_exception(exc: BaseException, skip: int = 0) -> str:
         else:
             trace = None
     try:
-        trace_lines = traceback.format_exception(type(exc), exc, trace)
-        text = ''.join(trace_lines)
-    except Exception:  # exactly that: the exception cannot even be shown
+        lines = traceback.format_exception(type(exc), exc, trace)
+        text = ''.join(lines)
+    except Exception:  # the exception cannot be formatted
         text = ''.join(
             traceback.format_tb(trace)) + '%s (it cannot be shown)\n' % type(exc).__name__
     return shorten(text)
 
 
 def frames_of_ours(exc: BaseException) -> int:
-    """How many frames of a traceback come before the user's: those of this file and of the import
-    of a module."""
+    """Return how many frames of a traceback precede the user's: those of this file and of the
+    import of a module."""
     count = 0
     trace = exc.__traceback__
     while trace is not None and trace.tb_next is not None:
@@ -4297,15 +4615,15 @@ def frames_of_ours(exc: BaseException) -> int:
 
 
 def load_source(version: tuple, modules: list, classes: list, wanted: tuple) -> Any:
-    """A computation that came as source: (computation, setup, cleanup, objects by name). `modules`
-    has rows of (name, file, text, values, links), `classes` rows of (module, class, such rows),
-    `wanted` (module, name) of what is returned."""
+    """Return (computation, setup, cleanup, objects by name) of a computation that was sent as
+    source. `modules` has rows of (name, file, text, values, links), `classes` rows of (module,
+    class, such rows), and `wanted` (module, name) of what is returned."""
     for name, file in {
             row[:2]
             for rows in (modules, *(extra[2] for extra in classes))
             for row in rows
     }:
-        # Jobs have the same one
+        # Jobs have the same variables
         if name in MAIN_NAMES:
             module = sys.modules['__main__']
         else:
@@ -4314,18 +4632,18 @@ def load_source(version: tuple, modules: list, classes: list, wanted: tuple) -> 
         module.__file__, module.__package__ = file, name.rpartition('.')[0]
     try:
         for row in modules:
-            _run_source(*row)
+            _run_source(version, *row)
     except Exception as exc:  # the user's statements, written for another version
         python = python_of(version)
         text = 'the source, written for %s, cannot be loaded by %s here: %s: %s' % (
             python, python_of(sys.version_info), type(exc).__name__, exc)
         error = RuntimeError(text)
-        # The frames of an import tell nothing
+        # The frames of an import are of no interest
         raise error from (None if isinstance(exc, ModuleNotFoundError) else exc)
     for name, class_name, rows in classes:
         try:
             for row in rows:
-                _run_source(*row)
+                _run_source(version, *row)
         except Exception as exc:  # as above; told to the job that has such an argument
             _left_out[name, class_name] = '%s: %s' % (type(exc).__name__, exc)
     *functions, objects = wanted
@@ -4334,12 +4652,13 @@ def load_source(version: tuple, modules: list, classes: list, wanted: tuple) -> 
              for name, where in objects.items()})
 
 
-def _run_source(name: str, file: str, text: str, values: Dict[str, Any], links: list) -> None:
+def _run_source(version: tuple, name: str, file: str, text: str, values: Dict[str, Any],
+                links: list) -> None:
     space = vars(sys.modules[name])
     space.update(values)
     for bound, module, attribute in links:
         space[bound] = find_named(module, attribute)
-    # For the lines in tracebacks; a file may come in several parts
+    # This is for the lines in tracebacks; a file may come in several parts
     entry: Any = linecache.cache.get(file)
     if entry:
         known = entry[2]
@@ -4349,28 +4668,35 @@ def _run_source(name: str, file: str, text: str, values: Dict[str, Any], links: 
     for line, old in itertools.zip_longest(text.splitlines(True), known, fillvalue='\n'):
         lines.append(line if line.strip() else old)
     linecache.cache[file] = (len(text), None, lines, file)
-    exec(compile(text, file, 'exec', dont_inherit=True), space)
+    try:
+        exec(compile(text, file, 'exec', dont_inherit=True), space)
+    except NameError:
+        if sys.version_info >= (3, 14) or tuple(version) < (3, 14):
+            raise
+        # Where it was written, annotations need no name to be defined: here they remain text
+        flags = __future__.annotations.compiler_flag
+        exec(compile(text, file, 'exec', flags, dont_inherit=True), space)
 
 
-# In place of the name of a logger: a program has left files behind
+# This replaces the name of a logger: a program has left files behind
 FILES_LEFT = 'dispy.files_left'
 
 
 def interpreter_of(path: str) -> List[str]:
-    """What runs a script on Windows, which does not read its first line: Python for one that names
-    Python there or has no such line and ends in .py, else what it names. Elsewhere the system
-    knows."""
+    """Return the command that runs a script on Windows, which does not read the first line of
+    scripts: Python if the first line names Python, or if there is no such line and the name ends in
+    .py; else the program that the first line names. On other systems the kernel does this."""
     if not IS_WINDOWS:
         return []
     try:
         with open(path, 'rb') as file:
             first = file.readline(1000)
-    except OSError:   # to start it will say why
+    except OSError:   # starting it will report why
         return []
     if not first.startswith(b'#!'):
         return [sys.executable] * path.lower().endswith(('.py', '.pyw'))
-    decoded = first[2:].decode('utf-8', 'replace')
-    words = decoded.split()
+    command = first[2:].decode('utf-8', 'replace')
+    words = command.split()
     if words and words[0].endswith('/env'):
         del words[0]
         while words and words[0].startswith('-'):
@@ -4392,8 +4718,8 @@ BREAK_STATUS = 0xC000013A   # of a program that Ctrl-Break has ended: STATUS_CON
 
 
 def send_break(pid: int) -> None:
-    """Windows: press Ctrl-Break for the group of a process. If that cannot be done, the process
-    will be killed later. Not by os.kill, which kills it at once then."""
+    """Send Ctrl-Break to the process group of a process on Windows. If this fails, the process is
+    killed later. os.kill is not used, since it would kill the process at once in that case."""
     import ctypes
     library = ctypes.WinDLL('kernel32', use_last_error=True)  # type: ignore[attr-defined]
     if not library.GenerateConsoleCtrlEvent(1, pid):
@@ -4402,14 +4728,16 @@ def send_break(pid: int) -> None:
 
 
 class Program:
-    """A computation that is a program: called with arguments, returns the exit status."""
+    """A computation that is a program: a call with arguments returns the exit status."""
 
     def __init__(self, path: str) -> None:
         self.path = path
-        # An interrupt goes to the whole process group and so to the program. Here it is noted and
-        # not raised: raised in the moment in which waitpid returns, it would lose the status.
+        # An interrupt goes to the whole process group, which includes the program. Here it is noted
+        # and not raised: if it were raised at the moment when waitpid returns, the status would be
+        # lost.
         self.interrupted = False
-        # Told the names of the files that the program leaves in its directory, once; None: no more
+        # Is called once with the names of the files that the program leaves in its directory; then
+        # None
         self.tell: Optional[Callable[[List[str]], None]] = None
 
     def __call__(self, *args: Any) -> int:
@@ -4430,14 +4758,15 @@ class Program:
         elif directory is None and hasattr(os, 'posix_spawnp'):
             status = self._spawn(words)
         else:
-            popen = subprocess.Popen(words, stdin=subprocess.DEVNULL, cwd=directory)
-            status = popen.wait()
+            process = subprocess.Popen(words, stdin=subprocess.DEVNULL, cwd=directory)
+            status = process.wait()
         if self.interrupted and status < 0:
-            raise KeyboardInterrupt   # one that ends by itself has returned
+            raise KeyboardInterrupt   # a program that ends by itself has returned
         return status
 
     def _run_on_windows(self, words: List[str], directory: Optional[str]) -> int:
-        """A wait is not ended by a signal there, and Ctrl-Break goes to groups of processes."""
+        """Run the command on Windows: a signal does not end a wait there, and Ctrl-Break goes to
+        process groups."""
         create_new_process_group = getattr(subprocess, 'CREATE_NEW_PROCESS_GROUP', 0)
         process = subprocess.Popen(words,
                                    stdin=subprocess.DEVNULL,
@@ -4459,8 +4788,8 @@ class Program:
 
     @staticmethod
     def _spawn(words: List[str]) -> int:
-        """As subprocess.Popen, in half of the time that this takes here. Standard input is nothing
-        in a worker, and the other descriptors are not inherited."""
+        """Start the process as subprocess.Popen does, in half of the time. Standard input reads
+        nothing in a worker, and the other descriptors are not inherited."""
         process = os.posix_spawnp(words[0], words, _ENVIRON, setsigdef=_IGNORED_BY_PYTHON)
         status = os.waitpid(process, 0)[1]
         if os.WIFSIGNALED(status):
@@ -4477,26 +4806,29 @@ class Program:
 
     @staticmethod
     def _names_here() -> Set[str]:
-        """Of files in the directory of the job, without those that no program means to leave."""
+        """Return the files in the directory of the job, without those that no program leaves on
+        purpose."""
         try:
             return {name for name in os.listdir('.') if not name.startswith(('.', '__'))}
         except OSError:   # a job has removed the directory
             return set()
 
 
-# What begins with NUL, which no argument of a program contains, is no word of a job's command line,
-# but says how the node is to run it.
+# A word that begins with NUL, which no argument of a program contains, is not a word of a job's
+# command line, but says how the node is to run it.
 RUN_BY_PYTHON = '\0python'   # as the first word: the Python that runs the node
-RUN_IN = '\0in '             # and a directory: the command runs there
-BRING_BACK = '\0back '       # and the name of a file: the job's client gets it
+RUN_IN = '\0in '             # followed by a directory: the command runs there
+BRING_BACK = '\0back '       # followed by the name of a file that the job's client gets
 
 
 class CommandLines(Program):
-    """A computation that is whatever each job says: the arguments of a job are the words of a
-    command line, the first of which is a path, or the name of a program that the node's PATH has.
+    """A computation that runs a different command line for each job: the arguments of a job are the
+    words of the command line. The first word is a path, or the name of a program that is found on
+    the PATH of the node.
 
-    name - of the computation, for people; program - a file among those of the computation that the
-    jobs run, if they run one; most - CPUs that they may use at once over all nodes, 0 for all
+    name - the name of the computation, for people
+    program - the file among those of the computation that the jobs run, if they run one
+    most - the number of CPUs that the jobs may use at once over all nodes, 0 for no limit
     """
 
     def __init__(self, name: str, program: str = '', most: int = 0) -> None:
@@ -4504,12 +4836,12 @@ class CommandLines(Program):
         self.__name__ = name
         self.program = program
         self.most = most
-        # Brings a file to the client; set by the worker
+        # Sends a file to the client; the worker sets it
         self.send: Callable[[str], Any] = _not_here
 
     @property
     def spec(self) -> Dict[str, Any]:
-        """What nodes and schedulers have to know of it."""
+        """Return the information on this computation for nodes and schedulers."""
         if self.most:
             return {'most': self.most}
         return {}
@@ -4532,7 +4864,7 @@ class CommandLines(Program):
         return status
 
     def _run_as_told(self, words: List[str], orders: Sequence[str]) -> int:
-        """Run a command in another directory, or bring files of it to the client."""
+        """Run a command in another directory, or send files that it made to the client."""
         directory = None
         names = []
         for order in orders:
@@ -4542,7 +4874,7 @@ class CommandLines(Program):
                 names.append(order[len(BRING_BACK):])
         status = self._run_here(words, directory)
         for name in names:
-            if status == 0 or os.path.exists(name):   # one that has failed may not have made it
+            if status == 0 or os.path.exists(name):   # a failed program may not have made it
                 self.send(name)
         return status
 
@@ -4561,8 +4893,8 @@ class CommandLines(Program):
 
 
 def _name_of(path: str, directory: str) -> str:
-    """The name that a job's file has for the client: relative to the job's directory, or the last
-    part of a path elsewhere."""
+    """Return the name that a job's file has for the client: relative to the job's directory, or the
+    last part of a path elsewhere."""
     if os.path.isabs(path):
         inside = os.path.relpath(path, directory)
         if inside.startswith(os.pardir):
@@ -4570,14 +4902,14 @@ def _name_of(path: str, directory: str) -> str:
         else:
             path = inside
     name = os.path.normpath(path).replace(os.sep, '/')
-    check_name(name)   # raises ValueError, for '..' too
+    check_name(name)   # raises ValueError, also for '..'
     return name
 
 
 class Calls:
-    """The computation of an executor, where each call names its function. Each worker process calls
-    an initializer first, if there is one. `most`: CPUs that the calls may use at once over all
-    nodes."""
+    """The computation of an executor, in which each call names its function. Each worker process
+    calls the initializer first, if there is one. `most` is the number of CPUs that the calls may
+    use at once over all nodes."""
     __name__ = 'executor'
 
     def __init__(self, initializer: Optional[Callable[..., Any]] = None, initargs: tuple = (),
@@ -4588,12 +4920,12 @@ class Calls:
 
     @property
     def spec(self) -> Dict[str, Any]:
-        """What nodes and schedulers have to know of it."""
+        """Return the information on this computation for nodes and schedulers."""
         return {'initializer': self.initializer is not None, 'most': self.most}
 
     def __call__(self, function: bytes, args: tuple, kwargs: dict) -> Any:
-        """The function is opened for each call, so that no call sees what another has done to
-        it."""
+        """Run one call. The function is opened anew for each call, so that no call sees what
+        another has changed in it."""
         try:
             call = loads(function)
         except BaseException as exc:  # unpickling runs the user's code
@@ -4603,20 +4935,21 @@ class Calls:
 
 
 def mark_unopened(exc: BaseException) -> None:
-    """Let an exception say to the client that a call, or its arguments, could not be opened."""
+    """Mark an exception so that the client learns that a call, or its arguments, could not be
+    opened."""
     with contextlib.suppress(Exception):  # its class may refuse attributes
         exc.dispy_unopened = True  # type: ignore[attr-defined]
 
 
 def call_chunk(function: Callable[..., Any], chunk: List[tuple]) -> List[Any]:
-    """Several calls in one job."""
+    """Run several calls in one job."""
     return [function(*args) for args in chunk]
 
 
 def run_batch(token: str, initializer: Optional[Callable[..., Any]], initargs: tuple,
               batch: Callable[[], Any]) -> Any:
-    """Run some calls in one job: this is the computation of the backend for joblib. `initializer`
-    is called once in each worker process, which `token` tells."""
+    """Run several calls in one job: this is the computation of the backend for joblib.
+    `initializer` is called once in each worker process; `token` identifies the initializer."""
     offer_to_joblib(joblib_backend_in_job)
     if initializer is not None:
         if token not in _initialized:
@@ -4629,8 +4962,8 @@ _initialized: Set[str] = set()
 
 
 def offer_to_joblib(make: Callable[[Any], Any], name: str = 'dispy') -> None:
-    """Register a backend with joblib, if that has been imported and has none of this name;
-    make(joblib.parallel) returns its class."""
+    """Register a backend with joblib, if joblib was imported and has no backend of this name;
+    make(joblib.parallel) returns the class of the backend."""
     parallel = sys.modules.get('joblib.parallel')
     if parallel is None:
         return
@@ -4639,10 +4972,10 @@ def offer_to_joblib(make: Callable[[Any], Any], name: str = 'dispy') -> None:
 
 
 def joblib_backend_in_job(parallel: Any) -> Any:
-    """In a job there is one CPU: calls of joblib that name the backend there run one after the
-    other."""
+    """Return the class of the backend for calls of joblib inside of a job: the job has one CPU, so
+    these calls run one after the other."""
     class BackendInJob(parallel.SequentialBackend):  # type: ignore[misc, name-defined]
-        """As joblib's own for n_jobs=1, whatever else is asked for."""
+        """This does what the sequential backend of joblib does, whatever n_jobs is."""
 
         def __init__(self, nesting_level: Optional[int] = None, **options: Any) -> None:
             super().__init__(nesting_level=nesting_level)
@@ -4650,14 +4983,14 @@ def joblib_backend_in_job(parallel: Any) -> Any:
 
 
 def set_numerical_threads(variables: Dict[str, str]) -> None:
-    """Limit the threads of numerical libraries, which are not loaded yet: this is the setup of the
+    """Limit the threads of numerical libraries that are not loaded yet. This is the setup of the
     backend for joblib."""
     os.environ.update(variables)
 
 
 def globals_of(*functions: Any) -> List[Dict[str, Any]]:
-    """The global variables of these functions, once each; not those of this module, whose functions
-    an executor calls."""
+    """Return the dictionaries of global variables of these functions, each once, without that of
+    this module, whose functions an executor calls."""
     found: List[Dict[str, Any]] = []
     for function in functions:
         while hasattr(function, 'func') and not hasattr(function, '__globals__'):   # a partial
@@ -4681,7 +5014,7 @@ def globals_of(*functions: Any) -> List[Dict[str, Any]]:
 # --------------------------------------------------------------------------------------------------
 
 def secret_path() -> str:
-    """Return where the secret of this user lies when nothing else is said."""
+    """Return the path of this user's secret file, which is the default."""
     if os.name == 'nt':
         appdata = os.environ.get('APPDATA')
         base = appdata or os.path.expanduser('~')
@@ -4691,20 +5024,19 @@ def secret_path() -> str:
     return os.path.join(base, 'dispy', 'secret')
 
 
-# Rights in the lists of who may use a file that Windows has in place of modes, as these lists are
-# written (SDDL); see winnt.h
+# Rights in the access lists of Windows, in the notation of these lists (SDDL); see winnt.h
 _RIGHTS = {'GA': 1 << 28, 'GX': 1 << 29, 'GW': 1 << 30, 'GR': 1 << 31, 'FA': 0x1f01ff,
            'FR': 0x120089, 'FW': 0x120116, 'FX': 0x1200a0, 'CC': 1, 'DC': 2, 'LC': 4,
            'SD': 0x10000, 'WD': 0x40000, 'WO': 0x80000}
 READS = 0x90000001     # its contents, by any of these rights
-WRITES = 0x500d0006    # its contents, its place or the list
-# The system and administrators, who may take any right; whoever owns the file
+WRITES = 0x500d0006    # its contents, its name or the list
+# The system and administrators, who may take any right; the owner of the file
 _TRUSTED = frozenset(('SY', 'BA', 'LA', 'OW', 'CO'))
 _STRANGERS = {'WD': 'everybody', 'BU': 'all users', 'AU': 'all users', 'BG': 'guests'}
 
 
 def _rights_in(text: str) -> int:
-    """The rights of an entry as bits."""
+    """Return the rights of an entry as bits."""
     if text[:2].lower() == '0x':
         return int(text, 16)
     rights = 0
@@ -4714,8 +5046,9 @@ def _rights_in(text: str) -> int:
 
 
 def others_with(rights: int, access: str, user: str) -> List[str]:
-    """Who has any of these rights to a file of Windows beside its user, administrators and the
-    system. `access`: the list, in SDDL; `user`: the user's security identifier."""
+    """Return the holders of any of these rights to a file of Windows, other than its user,
+    administrators and the system. `access` is the access list in SDDL; `user` is the security
+    identifier of the user."""
     head = access.partition('(')[0]
     if 'D:' not in head or 'NO_ACCESS_CONTROL' in head:
         return ['everybody']   # no list
@@ -4734,8 +5067,8 @@ def others_with(rights: int, access: str, user: str) -> List[str]:
 
 
 class AccessLists:
-    """Windows: who may use a file. Each method raises OSError. See GetNamedSecurityInfo and
-    "Security Descriptor String Format"."""
+    """Access lists of files on Windows. Each method raises OSError. See GetNamedSecurityInfo and
+    "Security Descriptor String Format" in Microsoft's documentation."""
     LIST = 4                    # DACL_SECURITY_INFORMATION
     PROTECTED = 0x80000000      # PROTECTED_DACL_SECURITY_INFORMATION: nothing is inherited
     OF_FILE = 1                 # SE_FILE_OBJECT
@@ -4755,13 +5088,13 @@ class AccessLists:
             raise self._ctypes.WinError(error)
 
     def _text(self, pointer: Any) -> str:
-        """The text there, which is given back."""
+        """Return the text at an address, and free its memory."""
         text: str = pointer.value
         self._kernel.LocalFree(pointer)
         return text
 
     def user(self) -> str:
-        """The security identifier of the user of this process."""
+        """Return the security identifier of the user of this process."""
         ctypes = self._ctypes
         token = ctypes.c_void_p()
         process = ctypes.c_void_p(self._kernel.GetCurrentProcess())
@@ -4780,7 +5113,7 @@ class AccessLists:
         return self._text(text)
 
     def of(self, path: str) -> str:
-        """The list of a file, in SDDL."""
+        """Return the access list of a file, in SDDL."""
         ctypes = self._ctypes
         found = ctypes.c_void_p()
         name = ctypes.c_wchar_p(path)
@@ -4796,8 +5129,8 @@ class AccessLists:
         return self._text(text)
 
     def keep(self, path: str) -> None:
-        """Let the user, administrators and the system alone use a file, or a directory and what
-        will be made in it."""
+        """Restrict a file, or a directory and everything that will be created in it, to the user,
+        administrators and the system."""
         ctypes = self._ctypes
         flags = 'OICI' * os.path.isdir(path)
         entries = ['(A;%s;FA;;;%s)' % (flags, who) for who in ('SY', 'BA', self.user())]
@@ -4814,8 +5147,8 @@ class AccessLists:
 
 
 def others_who(rights: int, path: str) -> List[str]:
-    """Windows: who has any of these rights to a file beside the user of this process. Raises
-    OSError."""
+    """Return, on Windows, the holders of any of these rights to a file other than the user of this
+    process. Raises OSError."""
     lists = AccessLists()
     user = lists.user()
     try:
@@ -4826,7 +5159,7 @@ def others_who(rights: int, path: str) -> List[str]:
 
 
 def private_again(path: str) -> str:
-    """The command that lets the user of this process alone use a file of Windows. Raises
+    """Return the command that restricts a file on Windows to the user of this process. Raises
     OSError."""
     lists = AccessLists()
     return 'icacls "%s" /reset, then icacls "%s" /inheritance:r /grant:r *%s:F' % (
@@ -4834,8 +5167,8 @@ def private_again(path: str) -> str:
 
 
 def keep_private(path: str) -> None:
-    """Let nobody else use a file, or a directory and what will be made in it, where its mode does
-    not say so: on Windows."""
+    """Restrict a file, or a directory and everything that will be created in it, to this user on
+    Windows, where file modes do not do so."""
     if not IS_WINDOWS:
         return
     try:
@@ -4847,8 +5180,8 @@ def keep_private(path: str) -> None:
 
 
 def has_place(path: str) -> bool:
-    """Whether a path in the user's home is one: without HOME and an entry in the password file it
-    begins with '~'."""
+    """Return whether a path in the user's home directory is usable: without HOME and an entry in
+    the password file it still begins with '~'."""
     return not path.startswith('~')
 
 
@@ -4858,8 +5191,8 @@ _keys_from: Dict[bytes, bytes] = {}    # key -> the secret that it was derived f
 
 
 def same_secret(key: Any) -> str:
-    """What to do when two sides have different secrets; this one has `key`, or several by the role
-    of the other side."""
+    """Return advice on what to do when both sides have different secrets; this side has `key`, or
+    several keys by the role of the other side."""
     if isinstance(key, bytes):
         first = key
     else:
@@ -4875,12 +5208,11 @@ def same_secret(key: Any) -> str:
 
 
 def find_secret(secret: Union[str, bytes, None] = None, path: Optional[str] = None) -> bytes:
-    """Return the secret's bytes, from the first of: `secret`, the file `path`, environment
-    DISPY_SECRET, the user's secret file, which is made (256 random bits, mode 0600) when it does
-    not exist.
-
-    Raises SecretError for a file that others can read, that is empty or that cannot be read;
-    TypeError.
+    """Return the secret as bytes, from the first of these sources: `secret`, the file `path`, the
+    environment variable DISPY_SECRET, and the user's secret file, which is created (256 random
+    bits, mode 0600) if it does not exist.
+    Raises SecretError for a file that others can read, that is empty or that cannot be read, and
+    TypeError for a value of another type.
     """
     if secret is not None:
         if not isinstance(secret, (str, bytes, bytearray)):
@@ -4939,9 +5271,17 @@ def _check_secret_on_windows(path: str) -> None:
         raise SecretError(text)
 
 
+def _name_first(temporary: str, path: str) -> None:
+    """Give a file its name. Raises FileExistsError if there is a file of this name."""
+    if IS_WINDOWS:   # where a file system may have no hard links, and a new name takes no other's
+        os.rename(temporary, path)
+    else:
+        os.link(temporary, path)
+
+
 def make_secret(path: str) -> None:
-    """Make the file whole or not at all; of two processes that make it at once one wins, and both
-    use that."""
+    """Create the secret file atomically. If two processes do so at the same time, one of them
+    succeeds and both use its file."""
     try:
         directory = os.path.dirname(path)
         os.makedirs(directory, mode=0o700, exist_ok=True)
@@ -4950,14 +5290,15 @@ def make_secret(path: str) -> None:
         try:
             keep_private(temporary)
             with os.fdopen(handle, 'w') as file:
-                random_bytes = os.urandom(32)
-                digits = random_bytes.hex()
+                secret = os.urandom(32)
+                digits = secret.hex()
                 file.write(digits + '\n')
-            os.link(temporary, path)
+            _name_first(temporary, path)
         except FileExistsError:
             logger.debug('another process made %s first', path)
         finally:
-            os.unlink(temporary)
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(temporary)
     except OSError as exc:
         text = ('no secret was given and %s cannot be made: %s; set DISPY_SECRET or give '
                 'a file' % (path, exc.strerror))
@@ -4995,12 +5336,12 @@ def tls_context(server: bool,
                 certfile: str,
                 keyfile: Optional[str] = None,
                 cafile: Optional[str] = None) -> Any:
-    """Make an ssl.SSLContext that presents `certfile` and demands from the peer a certificate that
-    `cafile` (or `certfile` itself) vouches for. Raises SecretError when a file cannot be used."""
-    import ssl  # 15 ms that only those pay who use TLS
+    """Return an ssl.SSLContext that presents `certfile` and requires from the peer a certificate
+    that `cafile` (or `certfile` itself) verifies. Raises SecretError if a file cannot be used."""
+    import ssl  # takes 15 ms, which only users of TLS need to spend
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER if server else ssl.PROTOCOL_TLS_CLIENT)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
-    # A private CA vouches; the handshake binds the channel to the certificate
+    # A private CA verifies; the handshake binds the channel to the certificate
     context.check_hostname = False
     context.verify_mode = ssl.CERT_REQUIRED
     try:
@@ -5018,7 +5359,8 @@ def tls_context(server: bool,
 
 
 def path_option(name: str, value: Any) -> Optional[str]:
-    """A parameter that is the path of a file, or None. Raises TypeError or ValueError naming it."""
+    """Return a parameter that is the path of a file, or None. Raises TypeError or ValueError,
+    naming the parameter."""
     if value is None:
         return None
     try:
@@ -5037,9 +5379,9 @@ def tls_files(certfile: Any,
               keyfile: Any,
               cafile: Any = None,
               words: str = '%s') -> Tuple[Optional[str], Optional[str], Optional[str]]:
-    """The files of TLS as they were given, if they make sense together: who gives a key or a CA
-    wants TLS, and without a certificate nothing would be encrypted. `words` makes of 'certfile'
-    what the user calls it. Raises SecretError, TypeError or ValueError."""
+    """Return the files for TLS as they were given, if they are consistent: a key or a CA without a
+    certificate is an error, since nothing would be encrypted. `words` maps 'certfile' and so on to
+    the names that the user knows. Raises SecretError, TypeError or ValueError."""
     paths = {
         name: path_option(words % name, value)
         for name, value in (('certfile', certfile), ('keyfile', keyfile), ('cafile', cafile))
@@ -5068,8 +5410,8 @@ def certificate_digest(certfile: str) -> bytes:
         text = file.read()
     start = text.index(ssl.PEM_HEADER)
     end = text.index(ssl.PEM_FOOTER) + len(ssl.PEM_FOOTER)
-    pem_cert_to_der_cert = ssl.PEM_cert_to_DER_cert(text[start:end])
-    return hashlib.sha256(pem_cert_to_der_cert).digest()
+    certificate = ssl.PEM_cert_to_DER_cert(text[start:end])
+    return hashlib.sha256(certificate).digest()
 
 
 # -- handshake -------------------------------------------------------------------------------------
@@ -5088,9 +5430,10 @@ def certificate_digest(certfile: str) -> bytes:
 # every minor version of the wire from 1 to its own, and the two sides use the highest that both
 # have, which is Session.version.
 #   - What a minor version has is fixed when it is released: its messages, their numbers, fields and
-#     meanings. tests/releases has it as it was recorded from each release.
-# - A new message, field, kind of value or order of messages takes a new minor version, and is sent
-#     only where Session.version has it.
+#     meanings. tests/releases has them, as `python tests/recorded_peer.py RELEASE` has written them
+#     before the first release that has this minor version.
+#   - A new message, field, kind of value or order of messages takes a new minor version, and is
+#     sent only where Session.version has it.
 #   - A dictionary that travels (spec of a computation, options of a job, facts of a node) may get
 #     new keys at any time, as a release takes no notice of those that it does not know: so only for
 #     what may be left undone.
@@ -5098,7 +5441,7 @@ def certificate_digest(certfile: str) -> bytes:
 #     the last byte of MAGIC, and with the first number of the release. What a frame can do without
 #     is agreed on by the last bytes of HELLO and CHALLENGE, which 5.0 leaves 0.
 MAGIC = b'dispy5\x00\x01'      # the last byte is the major version of the wire
-ALERT = b'dispy5!\x01'         # unauthenticated, told to people, never acted on
+ALERT = b'dispy5!\x01'         # unauthenticated: shown to people, never acted on
 # Minor versions spoken, lowest and highest. 2: with the fields of LATER_FIELDS
 VERSIONS = (1, 2)
 # At the end of ALERT, for people only
@@ -5108,16 +5451,18 @@ _CHALLENGE = struct.Struct('>8sHBBI16s32s16x')
 _PROOF = struct.Struct('>8s32s')
 _SEES_TLS = 1
 NO_TLS = bytes(32)
-# In the last byte of HELLO and CHALLENGE: payloads have no tag. Offered under TLS alone, where the
-# record layer has authenticated every byte and its place before we see it, and the certificate in
-# TH ties this handshake to that channel: whoever could change a payload there could as well have
-# made the handshake. TH has this byte, too, so that nobody between can ask for it. The header's tag
-# stays: it is short, and the length of a frame is believed by it.
+# A flag in the last byte of HELLO and CHALLENGE: payloads have no tag. It is offered under TLS
+# only, where the record layer has authenticated every byte and its position before this program
+# sees it, and the certificate in TH ties this handshake to that channel: a peer that could change a
+# payload there could as well have made the handshake. TH includes this byte, so that nobody in
+# between can set it. The header's tag remains: it is short, and the length of a frame is trusted
+# because of it.
 _NO_PAYLOAD_TAGS = 1
 
 
 class Session(NamedTuple):
-    """What a handshake agreed on; `secret` tells which of several the peer has."""
+    """The result of a handshake; `secret` is the index of the peer's secret if this side accepts
+    several."""
     send_key: bytes
     receive_key: bytes
     peer_instance: bytes
@@ -5128,8 +5473,8 @@ class Session(NamedTuple):
 
 
 def _other_version(name: str, low: int, high: int) -> str:
-    """That the peer speaks other versions of the wire, for people. `name` is its release, or empty
-    if it does not tell."""
+    """Return the text for people that says that the peer speaks other versions of the protocol.
+    `name` is the release of the peer, or empty if the peer does not send it."""
     if name and name.isprintable():
         who = 'it is dispy %s and speaks' % name
     else:
@@ -5181,7 +5526,8 @@ CLOSED_AT_ONCE = (
 
 
 def is_of_tls(exc: BaseException) -> bool:
-    """Whether an exception is one of TLS. Where `ssl` was not imported, there is none."""
+    """Return whether an exception is an error of TLS. If `ssl` was not imported, no exception is
+    one."""
     ssl = sys.modules.get('ssl')
     if ssl is None:
         return False
@@ -5189,14 +5535,14 @@ def is_of_tls(exc: BaseException) -> bool:
 
 
 def is_closing(exc: BaseException) -> bool:
-    """Whether a failure of TLS means that the peer has closed the connection."""
+    """Return whether a failure of TLS means that the peer has closed the connection."""
     if isinstance(exc, ConnectionError):
         return True
     return 'EOF' in str(getattr(exc, 'reason', None) or exc)
 
 
 def tls_text(exc: BaseException) -> str:
-    """Return what a failure of TLS means and how to mend it."""
+    """Return the meaning of a failure of TLS and how to fix it."""
     if is_closing(exc):
         return CLOSED_AT_ONCE
     reason = str(getattr(exc, 'reason', None) or exc)
@@ -5217,8 +5563,8 @@ def tls_text(exc: BaseException) -> str:
 
 def _begin_handshake(sock: Any, binding: bytes, deadline: Optional[float],
                      clock: Callable[[], float]) -> Tuple[int, Callable[[int], bytes]]:
-    """Begin as both sides do. Returns the flags to send, and a function that receives so many bytes
-    before the deadline."""
+    """Begin the handshake as both sides do. Returns the flags to send, and a function that receives
+    a number of bytes before the deadline."""
     if deadline is None:
         deadline = clock() + HANDSHAKE_TIME
     flags = 0
@@ -5235,8 +5581,8 @@ def handshake_dial(sock: Any,
                    binding: bytes = NO_TLS,
                    deadline: Optional[float] = None,
                    clock: Callable[[], float] = time.monotonic) -> Session:
-    """Carry out C's side. Raises HandshakeError with the reason and how to mend it; OSError when
-    the connection breaks."""
+    """Carry out the client's side (C). Raises HandshakeError, whose text says why the handshake
+    failed and how to fix it, and OSError when the connection breaks."""
     tls, receive = _begin_handshake(sock, binding, deadline, clock)
     hello = _HELLO.pack(MAGIC, *VERSIONS, role, wanted, tls, instance, os.urandom(32))
     if tls:
@@ -5280,8 +5626,8 @@ def handshake_accept(sock: Any,
                      binding: bytes = NO_TLS,
                      deadline: Optional[float] = None,
                      clock: Callable[[], float] = time.monotonic) -> Session:
-    """Carry out S's side. Raises HandshakeError, EOFError or OSError; at most 120 bytes are read
-    before the proof is checked."""
+    """Carry out the server's side (S). At most 120 bytes are read before the proof is checked.
+    Raises HandshakeError, EOFError or OSError."""
     tls, receive = _begin_handshake(sock, binding, deadline, clock)
     hello = receive(_HELLO.size)
     magic, low, high, peer_role, wanted, flags, peer_instance, _ = _HELLO.unpack(hello)
@@ -5301,8 +5647,8 @@ def handshake_accept(sock: Any,
             allowed) or flags != tls or peer_instance == instance:
         text = 'the peer is a %s that wants a %s' % (_role_name(peer_role), _role_name(wanted))
         raise HandshakeError(text)
-    random_bytes = os.urandom(32)
-    challenge = _CHALLENGE.pack(MAGIC, version, role, tls, MAX_FRAME, instance, random_bytes)
+    nonce = os.urandom(32)
+    challenge = _CHALLENGE.pack(MAGIC, version, role, tls, MAX_FRAME, instance, nonce)
     untagged = hello[-1] & _NO_PAYLOAD_TAGS
     if not tls:
         untagged = 0
@@ -5331,7 +5677,8 @@ def _role_name(role: int) -> str:
 # -- frames and records: bytes to units and back, without a socket ---------------------------------
 
 def mapped(size: int) -> memoryview:
-    """Memory for so many bytes, which the system gives as it is filled. Raises MemoryError."""
+    """Return anonymous memory of this size in bytes, which the system provides as it is filled.
+    Raises MemoryError."""
     try:
         if hasattr(mmap, 'MAP_PRIVATE'):
             return memoryview(mmap.mmap(-1, size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS))
@@ -5342,8 +5689,8 @@ def mapped(size: int) -> memoryview:
 
 
 def free_memory() -> Optional[int]:
-    """Bytes of memory that are free on this host, and in the cgroup of this process; None where
-    nobody tells."""
+    """Return the bytes of memory that are free on this host and in the cgroup of this process; None
+    if they cannot be determined."""
     free = None
     with contextlib.suppress(OSError, ValueError, AttributeError):   # another system
         with open('/proc/meminfo', 'rb') as file:
@@ -5357,8 +5704,8 @@ def free_memory() -> Optional[int]:
 
 
 def own_cgroup() -> str:
-    """The directory of this process's cgroup (version 2), with a slash behind it; it need not be
-    there."""
+    """Return the directory of this process's cgroup (version 2), with a trailing slash; it may not
+    exist."""
     path = ''
     with contextlib.suppress(OSError):   # another system
         with open('/proc/self/cgroup') as file:
@@ -5367,7 +5714,7 @@ def own_cgroup() -> str:
 
 
 def _free_of_cgroup() -> Optional[int]:
-    """What the limit of this process's cgroup (version 2) leaves."""
+    """Return how many bytes the limit of this process's cgroup (version 2) leaves."""
     with contextlib.suppress(OSError, ValueError):   # none, or another system
         group = own_cgroup()
         sizes = []
@@ -5381,9 +5728,9 @@ def _free_of_cgroup() -> Optional[int]:
     return None
 
 
-# A mapping keeps no descriptor, where it can do without
+# A mapping keeps no descriptor, if Python can do without
 _NO_HANDLE: Dict[str, Any] = {'trackfd': False} if sys.version_info >= (3, 13) else {}
-# Whether there is memory that has a descriptor, can be sealed, and can be sent
+# Whether the system has memory with a descriptor that can be sealed and sent
 HAS_SEGMENTS = False
 if hasattr(os, 'memfd_create') and hasattr(socket, 'SCM_RIGHTS'):
     import fcntl
@@ -5396,7 +5743,8 @@ if HAS_SEGMENTS:
 
 
 def is_unused(memory: bytearray) -> bool:
-    """Whether nothing looks at it any more: then, and only then, its length can be changed."""
+    """Return whether no memoryview refers to this buffer any more: only then its length can be
+    changed."""
     try:
         memory.append(memory.pop())
     except BufferError:
@@ -5405,17 +5753,18 @@ def is_unused(memory: bytearray) -> bool:
 
 
 class ReceiveBuffer:
-    """Cuts a stream of bytes into units of a head of fixed size and a body whose length the head
-    tells.
-
-    The reader receives into `room()` and tells `took(n)`. Small units are cut out of a staging
-    buffer, so that one system call may bring many; a large one gets a buffer of its own, received
-    into in place, which grows by what has arrived and not by what was promised.
+    """Splits a stream of bytes into units. A unit is a head of fixed size and a body whose length
+    the head contains.
+    The reader receives into `get_buffer()` and reports the number of bytes to `buffer_updated()`.
+    Small units are cut out of a staging buffer, so that one system call may bring many of them. A
+    large unit gets a buffer of its own, into which it is received directly and which grows with the
+    bytes that have arrived, not with the length that the head announces.
     """
     STAGING = 256 * 1024
-    # Twice what most frames hold; freshly mapped memory would cost 40 times as much as reused
+    # Twice the size of most frames; newly mapped memory would cost 40 times as much as reused
+    # memory
     FIRST = 2 << 20
-    AT_ONCE = 1 << 30    # bytes that a system call is asked for; some systems refuse 2 GiB
+    AT_ONCE = 1 << 30    # bytes of one system call; some systems refuse 2 GiB
     _used: Deque[bytearray] = collections.deque(maxlen=4)   # memory of units, of all streams
 
     def __init__(self, head_size: int) -> None:
@@ -5430,19 +5779,19 @@ class ReceiveBuffer:
 
     @property
     def coming(self) -> int:
-        """Bytes of the unit that has begun and is not whole; -1 if its head is not there."""
+        """The length in bytes of the unit that is incomplete; -1 if its head has not arrived."""
         return self._body_size
 
     def measure(self, head: bytes) -> int:
-        """Length of the body that follows `head`; may raise to refuse it. May set `_head` to what
-        it has read there."""
+        """Return the length of the body that follows `head`. The method may raise to refuse the
+        unit, and may set `_head` to what it has decoded."""
         raise NotImplementedError
 
     def large_came(self) -> None:
         """More of a large unit has come."""
 
     def get_buffer(self) -> memoryview:
-        """Where to receive next; never empty."""
+        """Return the buffer for the next bytes; it is never empty."""
         if self._large is None:
             return self._view[self._end:]
         if self._filled == len(self._large):
@@ -5452,7 +5801,7 @@ class ReceiveBuffer:
 
     def _grow(self, size: int) -> None:
         old = self._large
-        # In one step: it is taken as it is filled, and nothing is copied any more
+        # In one step: it is used only as it is filled, and nothing is copied any more
         if size >= LAZY:
             self._large = mapped(self._body_size)
         else:
@@ -5462,8 +5811,9 @@ class ReceiveBuffer:
 
     @classmethod
     def _memory(cls, size: int) -> memoryview:
-        """Memory for so many bytes: what was used before and nobody looks at any more, or new."""
-        with contextlib.suppress(IndexError):   # there is none, or another thread has taken it
+        """Return memory of this size: a used buffer to which nothing refers any more, or new
+        memory."""
+        with contextlib.suppress(IndexError):   # there is none, or another thread was faster
             used = cls._used.popleft()
             if len(used) >= size and is_unused(used):
                 cls._used.append(used)
@@ -5474,7 +5824,7 @@ class ReceiveBuffer:
         return memoryview(new)
 
     def buffer_updated(self, count: int) -> List[Tuple[Any, memoryview]]:
-        """Note that `count` bytes were received; return the units (head, body) that are whole
+        """Note that `count` bytes were received. Returns the units (head, body) that are complete
         now."""
         if self._large is None:
             self._end += count
@@ -5566,9 +5916,9 @@ class PayloadTag:
 
 
 class FrameEncoder:
-    """Turns messages into frames of one direction: header 16, its tag 16, payload, tag 32;
-    numbered, the number not sent. Under TLS payloads have no tag if both sides have agreed on
-    that."""
+    """Encodes messages as frames of one direction: header 16 bytes, its tag 16, payload, tag 32.
+    Frames are numbered, and the number is not sent. Under TLS, payloads have no tag if both sides
+    have agreed on that."""
 
     @property
     def sealed(self) -> int:
@@ -5577,7 +5927,7 @@ class FrameEncoder:
 
     def __init__(self, key: bytes, tags_payloads: bool = True,
                  version: int = VERSIONS[1]) -> None:
-        """`version` is the minor version that the other side speaks."""
+        """`version` is the minor version of the protocol that the other side speaks."""
         self._key = key
         self._mac = hmac.new(key, digestmod='sha256')
         self._seq = 0
@@ -5588,8 +5938,8 @@ class FrameEncoder:
             self._encode = functools.partial(encode_for, version)
 
     def seal(self, message: Any) -> List[Buffer]:
-        """The frame as buffers to be sent one behind the other. Raises ValueError when it would be
-        too large."""
+        """Return a frame as buffers that are to be sent one after the other. Raises ValueError if
+        the frame would be too large."""
         buffers, tag = self.begin(message)
         if tag is None:
             return buffers
@@ -5605,7 +5955,7 @@ class FrameEncoder:
         op, encoding, pieces = self._encode(message)
         size = sum(map(len, pieces))
         bounds = BOUNDS_OF.get(type(message), BOUNDS)
-        if len(pieces[0]) > bounds.size + MAX_CONTROL:   # and the index of what is beside it
+        if len(pieces[0]) > bounds.size + MAX_CONTROL:   # and the index of the out-of-band buffers
             reason = '%s with an envelope of %d bytes is over the limit of %d' % (
                 type(message).__name__, len(pieces[0]), bounds.size)
             raise ValueError(reason)
@@ -5635,9 +5985,9 @@ class FrameEncoder:
 
 
 class FrameDecoder(ReceiveBuffer):
-    """Turns frames of one direction into messages. The length is believed only after the header's
-    tag was verified, and nothing is decoded before the payload's was. Raises PeerError; the link is
-    of no use then."""
+    """Decodes frames of one direction. The length is used only after the tag of the header was
+    verified, and the payload is decoded only after its own tag was verified. Raises PeerError,
+    after which the link is unusable."""
 
     def __init__(self, key: bytes, takes: Iterable[int] = MESSAGES,
                  tags_payloads: bool = True) -> None:
@@ -5659,8 +6009,8 @@ class FrameDecoder(ReceiveBuffer):
 
     def measure(self, head: bytes) -> int:
         header = head[:_FRAME.size]
-        # Heads are measured in order, one ahead of bodies at most, so they can be counted on their
-        # own.
+        # Heads are measured in order, at most one ahead of bodies, so that they can be counted by
+        # themselves.
         digest = hmac.digest(self._key, _SEQ.pack(self._measured, 0) + header, 'sha256')
         tag = digest[:HEAD_TAG]
         if not hmac.compare_digest(tag, head[_FRAME.size:]):
@@ -5700,7 +6050,7 @@ class FrameDecoder(ReceiveBuffer):
         return mac
 
     def open(self, head: bytes, body: memoryview) -> Any:
-        """Return the message of a whole frame."""
+        """Return the message in a complete frame."""
         header = head[:_FRAME.size]
         payload = body
         if self._tail:
@@ -5721,26 +6071,27 @@ class FrameDecoder(ReceiveBuffer):
         return message
 
 
-# What passes between the daemon, a runner and its workers on one host: a head and three bodies.
-# kind, 1 if the first body is in a memory segment whose descriptor comes along, number (worker, or
-# exit code + 2^31), serial, start, end, lengths of the three bodies
+# Records between the daemon, a runner and its workers on one host: a head and three bodies. The
+# head has: kind, 1 if the first body is in a memory segment whose descriptor is sent along, number
+# (worker, or exit code + 2^31), serial, start, end, lengths of the three bodies
 _RECORD = struct.Struct('>BBIQddQII')
-_IN_SEGMENT = 1    # the byte that tells it
+_IN_SEGMENT = 1    # the value of that byte
 
 
 class RecordType(enum.IntEnum):
     """Kinds of record."""
     # daemon to runner; FORK and CLOSE also from a runner to a worker that it has not forked
     INIT = 1        # bodies: pickled spec, code, -
-    FORK = 2        # number: worker, which is to be made; its socket travels along
+    FORK = 2        # number: worker to be made; its socket is sent along
     INTERRUPT = 3   # number: worker, serial: only if it runs this one
     KILL = 4        # number: worker
     RECALL = 5      # number: worker
     CLOSE = 6       # run cleanup, end
-    # Number: worker, serial, start: bytes of memory that the job may use, end: seconds; 0: any
+    # Number: worker, serial, start: memory limit of the job in bytes, end: time limit in seconds;
+    # 0: none
     WATCH = 7
-    ASK = 8         # is it alive?
-    EQUIP = 9       # number: worker, which is to be made; body: JSON of variables that it has
+    ASK = 8         # asks whether the runner is alive
+    EQUIP = 9       # number: worker to be made; body: JSON of its environment variables
     # Number: worker, serial: the job, start: 1.0 if its stacks are wanted; answered by SEEN
     LOOK = 10
     # runner to daemon; UP, FAILED and END_NODE also to a runner from a worker that it has not
@@ -5751,8 +6102,8 @@ class RecordType(enum.IntEnum):
     # Number: worker, serial: what it was running or 0, start: exit code, bodies: -, stdout, stderr
     WORKER_EXITED = 19
     MEMORY_EXCEEDED = 21    # number: worker, serial: it is being killed
-    OVERDUE = 25    # number: worker, serial: it has run past its time and is being ended
-    UNBORN = 22     # number: worker, body: text, why its process cannot be made
+    OVERDUE = 25    # number: worker, serial: exceeded its time limit, is being ended
+    UNBORN = 22     # number: worker, body: text that says why it cannot be made
     ALIVE = 23      # answers ASK
     END_NODE = 24   # the cleanup of the computation asks for the end of the node
     # Number: worker, serial: the job, bodies: text of its stacks, ends of its stdout and stderr
@@ -5760,7 +6111,7 @@ class RecordType(enum.IntEnum):
     PRINTED = 20    # number: worker, serial: the job, start: stream, end: offset, body: bytes
     # daemon to worker
     JOB = 32        # number: CPUs, serial, body: payload
-    # Body: text, empty if the file it sent has been kept, or what it wanted is there
+    # Body: text, empty if the file that it sent is stored, or what it requested is there
     FILE_STORED = 33
     # worker to daemon
     RESULT = 48     # number: outcome, serial, times, bodies: payload, stdout, stderr
@@ -5769,15 +6120,15 @@ class RecordType(enum.IntEnum):
     FILE = 50       # serial, number: offset in pieces, bodies: row (a plain pickle), data
     # Serial, body: plain pickle of a bundle's number or a module's name; answered by KEPT
     WANT = 52
-    HERE = 53       # first of all: the kernel tells by it which process has this pipe
+    HERE = 53       # the first one: with it the kernel tells which process has this pipe
     # Body: text, empty if the worker is ready for work: the initializer of an executor has
     # returned, and one that is not forked has loaded the computation
     INITIALIZED = 54
 
 
-# Kind of record -> bytes of its three bodies at most. Who writes them runs a user's code, so that
-# they are checked as what comes from outside is: a record that is not in the table, or is larger,
-# ends its worker or runner.
+# Kind of record -> size limits of its three bodies in bytes. The writers run a user's code, so that
+# records are checked like data from outside: a record that is not in the table, or is larger, ends
+# its worker or runner.
 FROM_WORKER = {
     RecordType.RESULT: (VALUE_MOST, OUTPUT_MOST, OUTPUT_MOST),
     RecordType.JOBS_RETURNED: (8 * SERIALS_MOST, 0, 0), RecordType.LOGGED: (8 * TEXT_MOST, 0, 0),
@@ -5792,7 +6143,7 @@ FROM_RUNNER = {
     RecordType.ALIVE: (0, 0, 0), RecordType.END_NODE: (0, 0, 0),
     RecordType.SEEN: (STACKS_MOST, OUTPUT_SEEN, OUTPUT_SEEN)
 }
-# From a worker that loads the computation itself, beside what it sends to the daemon
+# From a worker that loads the computation itself, in addition to what it sends to the daemon
 FROM_LOADING = {
     kind: FROM_RUNNER[kind]
     for kind in (RecordType.READY, RecordType.FAILED, RecordType.END_NODE, RecordType.ALIVE)
@@ -5801,15 +6152,16 @@ OF_WORKERS = frozenset((Outcome.RETURNED, Outcome.RETURNED_CODE, Outcome.RAISED,
 
 
 class MemorySegment:
-    """Memory in which a value goes to another process, by its descriptor. The value is written to
-    it once, as pieces; stores into a mapping would end this process where there is no more memory.
-    Then it is sealed: nobody can change it, which a private mapping would show, or cut it short,
-    which would end whoever reads it. It is not used again, and is gone with its last descriptor and
-    mapping, whoever was killed before that."""
+    """Memory in which a value is passed to another process, by its descriptor. The value is written
+    to the segment once, with write(); stores into a mapping would kill this process if the memory
+    is exhausted. Then the segment is sealed: nobody can change it, which a private mapping would
+    show, or truncate it, which would kill a reader. A segment is not reused, and the system frees
+    it with its last descriptor and mapping, whichever process was killed before."""
     NAME = 'dispy-value'
 
     def __init__(self, payload: Payload) -> None:
-        """For this value. It is made when it is filled."""
+        """`value` is the value that the segment will contain. The memory is allocated when it is
+        filled."""
         self.payload = payload
         self.is_whole = False
         self.is_begun = False
@@ -5820,8 +6172,8 @@ class MemorySegment:
             self._left.append(view.cast('B'))
 
     def fill(self, most: int) -> int:
-        """Write so many bytes of the value at most. Returns how many it has written. Raises OSError
-        where there is no room or no descriptor."""
+        """Write at most this many bytes of the value. Returns how many were written. Raises OSError
+        if there is no memory or no descriptor."""
         if not self.is_begun:
             self._handle = os.memfd_create(self.NAME, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
             self.is_begun = True
@@ -5855,7 +6207,7 @@ class MappedSegment(mmap.mmap):
 
 
 class _NotReceived:
-    """Stands for a value that has come without its segment. Who opens it gets an error."""
+    """Represents a value that arrived without its segment. Opening it raises an error."""
 
     def __init__(self, size: int) -> None:
         self._size = size
@@ -5871,10 +6223,11 @@ def _raise_shortage(text: str) -> NoReturn:
 
 
 class SegmentIntake:
-    """The descriptors of memory segments that have come on a pipe, in the order of the records to
-    which they belong. Some of these are mapped; where many are in use, as in a program that keeps
-    its results, others are read: a mapping holds a descriptor (before Python 3.13)."""
-    WAITING_MOST = 64     # descriptors whose records have not come
+    """The descriptors of memory segments that have arrived on a pipe, in the order of the records
+    to which they belong. Segments are mapped; if many are in use, as in a program that keeps its
+    results, further ones are read instead, since a mapping holds a descriptor (before Python
+    3.13)."""
+    WAITING_MOST = 64     # descriptors whose records have not arrived
     ROOM = socket.CMSG_SPACE(4 * 4) if hasattr(socket, 'CMSG_SPACE') else 0
     _mapped: 'weakref.WeakSet[mmap.mmap]' = weakref.WeakSet()   # in this process
 
@@ -5882,7 +6235,7 @@ class SegmentIntake:
         self._handles: Deque[int] = collections.deque()
 
     def came(self, ancillary: Sequence[Tuple[int, int, bytes]], flags: int) -> None:
-        """Take what came beside some bytes. Raises PeerError."""
+        """Take the descriptors that came with some bytes. Raises PeerError."""
         handles = array.array('i')
         for level, kind, body in ancillary:
             if level != socket.SOL_SOCKET:
@@ -5891,14 +6244,14 @@ class SegmentIntake:
                 rest = len(body) % handles.itemsize
                 handles.frombytes(body[:len(body) - rest])
         if flags & _MSG_CTRUNC:
-            if not handles:   # this process has no descriptor left
+            if not handles:   # the kernel has dropped it, as no descriptor was left
                 handles.append(-1)
         self._handles.extend(handles)
         if len(self._handles) > self.WAITING_MOST:
             raise PeerError('descriptors that belong to nothing')
 
     def take(self, size: int) -> memoryview:
-        """The value of this size in the next segment. Raises PeerError, MemoryError."""
+        """Return the value of this size in the next segment. Raises PeerError or MemoryError."""
         if not self._handles:
             raise PeerError('a value that has not come')
         handle = self._handles.popleft()
@@ -5922,9 +6275,10 @@ class SegmentIntake:
             text = 'it has %d bytes and not %d' % (length, size)
             raise ValueError(text)
         if len(self._mapped) < SEGMENTS_MOST:
-            with contextlib.suppress(OSError):   # no descriptor, or no mappings here
-                access = mmap.ACCESS_COPY
-                segment = MappedSegment(handle, size, access=access, **_NO_HANDLE)
+            # No descriptor is left, or the system has no mappings
+            with contextlib.suppress(OSError):
+                private = mmap.ACCESS_COPY
+                segment = MappedSegment(handle, size, access=private, **_NO_HANDLE)
                 self._mapped.add(segment)
                 return memoryview(segment)
         view = mapped(size)
@@ -5935,7 +6289,7 @@ class SegmentIntake:
         return view
 
     def close(self) -> None:
-        """Close the descriptors that nobody has taken."""
+        """Close the descriptors that were not used."""
         while self._handles:
             handle = self._handles.popleft()
             if handle >= 0:
@@ -5943,31 +6297,31 @@ class SegmentIntake:
 
 
 def goes_in_segment(payload: Payload) -> bool:
-    """Whether a value passes to or from a worker in a memory segment: if it has buffers beside its
-    pickle, which are used where they lie. What stands in the pickle is copied when it is opened,
-    and through the pipe it comes as fast."""
+    """Return whether a value passes to or from a worker in a memory segment: it does if it has
+    out-of-band buffers, which are used in place. The contents of the pickle itself are copied when
+    it is opened, and a pipe transfers these as fast."""
     if type(payload) is not tuple or not HAS_SEGMENTS or size_of(payload) < SEGMENT_FROM:
         return False
     return payload[0][0] == 1
 
 
 def is_read(sock: socket.socket) -> bool:
-    """Whether the other side has read nearly all that was sent. Otherwise memory segments would
-    gather there without bound."""
+    """Return whether the other side has read nearly all that was sent. Otherwise memory segments
+    would accumulate without bound."""
     answer = fcntl.ioctl(sock, termios.TIOCOUTQ, bytes(4))
     return int.from_bytes(answer, sys.byteorder) < SEGMENTS_UNREAD
 
 
 def segment_record(kind: int, number: int, serial: int, start: float, end: float, first: Payload,
                    second: Buffer = b'', third: Buffer = b'') -> bytes:
-    """A record whose first body is in a memory segment, which is to be sent with it."""
+    """Return a record whose first body is in a memory segment, which must be sent with it."""
     size = size_of(first)
     head = _RECORD.pack(kind, 1, number, serial, start, end, size, len(second), len(third))
     return b''.join((head, second, third))
 
 
 class Record(NamedTuple):
-    """A record that was taken apart."""
+    """A decoded record."""
     kind: int
     number: int
     serial: int
@@ -5978,7 +6332,7 @@ class Record(NamedTuple):
 
 def pack_record(kind: int, number: int = 0, serial: int = 0, start: float = 0.0, end: float = 0.0,
                 first: Payload = b'', second: Buffer = b'', third: Buffer = b'') -> List[Buffer]:
-    """A record as buffers to be written one behind the other."""
+    """Return a record as buffers that are to be written one after the other."""
     if type(first) is tuple:
         size = size_of(first)
     else:
@@ -5991,7 +6345,8 @@ def pack_record(kind: int, number: int = 0, serial: int = 0, start: float = 0.0,
 
 
 class RecordBuffer(ReceiveBuffer):
-    """Bytes to records. With `limits`, FROM_WORKER or FROM_RUNNER, raises PeerError for others."""
+    """Splits bytes into records. With `limits` (FROM_WORKER or FROM_RUNNER), it raises PeerError
+    for other kinds of records."""
 
     def __init__(self, limits: Optional[Dict[RecordType, Tuple[int, int, int]]] = None) -> None:
         super().__init__(_RECORD.size)
@@ -5999,7 +6354,7 @@ class RecordBuffer(ReceiveBuffer):
         self.segments = SegmentIntake()
 
     def measure(self, head: bytes) -> int:
-        self._head = _RECORD.unpack(head)   # the unit has it in place of the bytes
+        self._head = _RECORD.unpack(head)   # the unit has the decoded head instead of the bytes
         kind, in_segment = self._head[:2]
         one, two, three = self._head[6:]
         if self._limits is not None:
@@ -6012,16 +6367,17 @@ class RecordBuffer(ReceiveBuffer):
         return one + two + three
 
     def records(self, count: int) -> List[Record]:
-        """Note `count` received bytes; return the records that are whole now. Raises PeerError."""
-        buffer_updated = self.buffer_updated(count)
+        """Note that `count` bytes were received. Returns the records that are complete now. Raises
+        PeerError."""
+        units = self.buffer_updated(count)
         records: List[Record] = []
-        for head, body in buffer_updated:
+        for head, body in units:
             records.append(self.record_of(head, body))
         return records
 
     def record_of(self, head: Tuple[Any, ...], body: memoryview) -> Record:
-        """The record of which these are the head and the bodies. Raises PeerError for a segment
-        that is none."""
+        """Return the record with this head and these bodies. Raises PeerError if a segment is
+        missing."""
         kind, in_segment, number, serial, start, end, one, two, three = head
         if in_segment:
             segment = self.segments.take(one)
@@ -6041,7 +6397,8 @@ NAMES_ARE_FOLDED = IS_WINDOWS or sys.platform == 'darwin'
 
 
 def is_link(path: str) -> bool:
-    """Whether a path is a symbolic link or, on Windows, a junction, which leads elsewhere, too."""
+    """Return whether a path is a symbolic link or, on Windows, a junction, which also leads
+    elsewhere."""
     try:
         status = os.lstat(path)
     except OSError:
@@ -6055,7 +6412,8 @@ _JUNCTION = 0xa0000003   # IO_REPARSE_TAG_MOUNT_POINT of winnt.h
 
 
 def _means_something_else(part: str) -> bool:
-    """Whether Windows takes a part of a name for a device, or has no file of that name."""
+    """Return whether Windows takes a part of a name for a device, or cannot have a file of that
+    name."""
     if set(part) & set('<>"|?*'):
         return True
     if part[-1] in ' .':
@@ -6065,7 +6423,7 @@ def _means_something_else(part: str) -> bool:
 
 
 def check_apart(names: Iterable[str]) -> None:
-    """Raise ValueError for two names that would be one file here."""
+    """Raise ValueError if two names would be the same file here."""
     seen: Dict[str, str] = {}
     for name in names:
         folded = unicodedata.normalize('NFC', name).casefold()
@@ -6081,10 +6439,10 @@ def check_apart(names: Iterable[str]) -> None:
 # --------------------------------------------------------------------------------------------------
 
 def check_name(name: str) -> Tuple[str, ...]:
-    """The parts of a file name from outside. Raises ValueError for one that could climb out or
-    surprise."""
-    name_parts = name.split('/')
-    parts = tuple(name_parts)
+    """Return the parts of a file name from outside. Raises ValueError for a name that leaves the
+    directory or has a special meaning."""
+    words = name.split('/')
+    parts = tuple(words)
     if len(parts) > 32:
         raise ValueError('file name %.60r has more than 32 parts' % name)
     for part in parts:
@@ -6097,8 +6455,8 @@ def check_name(name: str) -> Tuple[str, ...]:
             raise ValueError('file name %.60r is refused: part %.60r means something else on '
                              'Windows, or cannot be there' % (name, part))
         try:
-            encoded = part.encode('utf-8')
-            if len(encoded) > 255:
+            as_bytes = part.encode('utf-8')
+            if len(as_bytes) > 255:
                 raise ValueError('file name %.60r has a part of more than 255 bytes' % name)
         except UnicodeEncodeError as exc:
             raise ValueError('file name %.60r is not UTF-8' % name) from exc
@@ -6110,8 +6468,8 @@ _WALKS = os.open in os.supports_dir_fd and hasattr(os, 'O_NOFOLLOW')
 
 @contextlib.contextmanager
 def _parent_of(root: str, parts: Sequence[str]) -> Any:
-    """The directory of a file below root, made where missing, links not followed: (prefix, dir_fd)
-    to use it by."""
+    """Return (prefix, dir_fd) for access to the directory of a file below root. Missing directories
+    are created, and links are not followed."""
     if not _WALKS:
         path = root
         for part in parts[:-1]:
@@ -6136,8 +6494,8 @@ def _parent_of(root: str, parts: Sequence[str]) -> Any:
 
 
 def move_below(path: str, root: str, name: str) -> None:
-    """Move a file to the place that `name` has below a directory; links are not followed. Raises
-    OSError, or ValueError for a name that climbs out."""
+    """Move a file to the path `name` below a directory; links are not followed. Raises OSError, or
+    ValueError for a name that leaves the directory."""
     parts = check_name(name)
     parent = _parent_of(root, parts)
     with parent as (prefix, handle):
@@ -6146,8 +6504,8 @@ def move_below(path: str, root: str, name: str) -> None:
 
 
 def open_regular(path: str) -> Any:
-    """Open a file for reading. Raises ValueError at once for what is no regular file: opening a
-    FIFO waits for its other end, and a device may never come to its end; OSError."""
+    """Open a file for reading. Raises ValueError at once if it is not a regular file, because
+    opening a FIFO waits for its other end and a device may be endless. Raises OSError."""
     o_nonblock = getattr(os, 'O_NONBLOCK', 0)
     o_binary = getattr(os, 'O_BINARY', 0)
     o_cloexec = getattr(os, 'O_CLOEXEC', 0)
@@ -6163,7 +6521,7 @@ def open_regular(path: str) -> Any:
 
 
 def file_digest(path: str) -> Tuple[int, bytes]:
-    """Return size and SHA-256 of a file. Raises what `open_regular` raises."""
+    """Return size in bytes and SHA-256 of a file. Raises what `open_regular` raises."""
     digest = hashlib.sha256()
     size = 0
     with open_regular(path) as file:
@@ -6174,11 +6532,11 @@ def file_digest(path: str) -> Tuple[int, bytes]:
 
 
 class Digests:
-    """Digests of large files that were there before, remembered by what the system says of a file:
-    they take minutes, in which no loop may stand still. Any thread: each entry is replaced as a
-    whole."""
+    """Caches the digests of large files that already exist, by the metadata of each file: computing
+    them takes minutes, during which no loop may block. Any thread may use it: each entry is
+    replaced as a whole."""
     INLINE = 16 << 20    # bytes that are digested at once
-    MOST = 4096          # that are remembered
+    MOST = 4096          # digests that are remembered
     _known: Dict[str, Tuple[tuple, bytes]] = {}
 
     @staticmethod
@@ -6203,13 +6561,13 @@ class Digests:
 
     @classmethod
     def unknown(cls, root: str, rows: Sequence[tuple]) -> List[str]:
-        """Paths of files that are there, as large as announced, and would have to be digested; none
-        if that is soon done."""
+        """Return the paths of files that exist, have the announced size, and would have to be
+        digested; the result is empty if that takes little time."""
         paths = []
         total = 0
         for name, size, _, _ in rows:
             path = os.path.join(root, *name.split('/'))
-            # It is not there, or has a name that will be refused
+            # It does not exist, or has a name that will be refused
             with contextlib.suppress(OSError, ValueError):
                 state = cls._state(path)
                 if state[0] == size and cls._known.get(path, ((), b''))[0] != state:
@@ -6222,17 +6580,18 @@ class Digests:
 
     @classmethod
     def learn(cls, paths: Sequence[str]) -> None:
-        """Find out the digests of these. Runs in a thread of its own."""
+        """Compute the digests of these files. This runs in a thread of its own."""
         for path in paths:
-            with contextlib.suppress(OSError):   # who compares it will find out
+            with contextlib.suppress(OSError):   # the comparison will report it
                 cls.of(path)
 
 
 class IncomingFile:
-    """One file on its way in: a temporary name until size and digest are right. `scratch` is a
-    directory where it lies until then, which is removed with its computation; without one, it lies
-    beside its place. With `sync` it is on the disk when it is in its place: files of a computation
-    need not be, as each is compared before it is used again."""
+    """A file that is being received: it has a temporary name until size and digest are verified.
+    `scratch` is a directory for it during this time, which is removed with its computation; without
+    one, the file is next to its destination. If `sync` is true, the file is flushed to the disk
+    before it is moved to its destination; files of a computation need not be, because they are
+    compared before they are used again."""
 
     def __init__(self,
                  root: str,
@@ -6251,13 +6610,13 @@ class IncomingFile:
         digester = hashlib.sha256()
         self._seen = 0
         self._hash = digester
-        random_bytes = os.urandom(6)
-        digits = random_bytes.hex()
+        suffix = os.urandom(6)
+        digits = suffix.hex()
         self._temporary = '.%s.part' % digits
         parent = _parent_of(root, self._parts)
         with parent as (prefix, handle):
-            o_binary = getattr(os, 'O_BINARY', 0)
-            flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | o_binary
+            binary = getattr(os, 'O_BINARY', 0)
+            flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | binary
             if scratch is not None:
                 is_near = self._is_near(scratch, handle)
                 if not is_near:
@@ -6270,15 +6629,15 @@ class IncomingFile:
 
     @staticmethod
     def _is_near(scratch: str, handle: Optional[int]) -> bool:
-        """Whether a file can be moved from there: both are of one file system."""
+        """Return whether a file can be renamed from there, which requires the same file system."""
         if handle is None:
             return False
-        st_dev = os.stat(scratch).st_dev
+        device = os.stat(scratch).st_dev
         status = os.fstat(handle)
-        return st_dev == status.st_dev
+        return device == status.st_dev
 
     def piece(self, offset: int, data: Buffer) -> bool:
-        """Write the next piece; true when the file is whole and in its place."""
+        """Write the next piece. Returns true when the file is complete and at its destination."""
         if offset != self._seen or offset + len(data) > self._size:
             text = ('a piece at %d of %d bytes does not fit a file of %d of which %d are '
                     'here' % (offset, len(data), self._size, self._seen))
@@ -6316,7 +6675,7 @@ class IncomingFile:
         return True
 
     def abort(self) -> None:
-        """Remove what came."""
+        """Remove the part that was received."""
         if self._file >= 0:
             handle = self._file
             self._file = -1
@@ -6328,7 +6687,7 @@ class IncomingFile:
             return
         with contextlib.suppress(OSError, ValueError), _parent_of(self._root,
                                                                   self._parts) as (prefix, handle):
-            # Or it was never made, or is in its place already
+            # It was never made, or is at its destination already
             os.unlink(prefix + self._temporary, dir_fd=handle)
 
 
@@ -6336,15 +6695,15 @@ TOO_LARGE = '%s has %d bytes and the node takes %d at most (its --max-file-size)
 
 
 def check_size(name: str, size: int, most: int, text: str = TOO_LARGE) -> None:
-    """Raise ValueError for a file that is larger than what is allowed."""
+    """Raise ValueError for a file that is larger than the limit."""
     if size > most:
         raise ValueError(text % (name, size, most))
 
 
 def read_pieces(source: Any, size: int) -> Iterator[Tuple[int, Buffer]]:
-    """Offset and content of each piece of a file; `source` is a path, the content, or an object
-    whose method `read` returns the content. What is a memoryview is not copied. Raises OSError if
-    it cannot be read or has become shorter than `size`."""
+    """Yield offset and content of each piece of a file; `source` is a path, the content, or an
+    object whose method `read` returns the content. The content of a memoryview is not copied.
+    Raises OSError if the file cannot be read or has become shorter than `size`."""
     if isinstance(source, memoryview):
         for offset in range(0, size, FILE_PIECE):
             yield offset, source[offset:offset + FILE_PIECE]
@@ -6362,15 +6721,15 @@ def read_pieces(source: Any, size: int) -> Iterator[Tuple[int, Buffer]]:
 
 
 class NoRoom(OSError):
-    """Files that were announced do not fit."""
+    """There is not enough room for the files that were announced."""
     errno = errno.ENOSPC
 
 
 class FileReceiver:
-    """The files that come for one computation, each into the directory of its purpose. Files that
-    are there already with the right size and digest are not asked for. `too_large` is the text for
-    files of more than `most` bytes; `where` begins the texts of all errors. Files for the purposes
-    in `sync` are on the disk when they are in their place."""
+    """Receives the files of one computation, each into the directory of its purpose. Files that
+    exist already with the right size and digest are not requested. `too_large` is the error text
+    for files of more than `most` bytes; `where` is the beginning of all error texts. Files for the
+    purposes in `sync` are flushed to the disk before they are moved to their destination."""
 
     def __init__(self, roots: Dict[Purpose, str], most: int = sys.maxsize,
                  too_large: str = TOO_LARGE, where: str = '', scratch: Optional[str] = None,
@@ -6381,19 +6740,19 @@ class FileReceiver:
         self._where = where
         self._scratch = scratch
         self._sync = sync
-        # Of REASONS: why a file could not be stored
+        # The code, of REASONS, why a file could not be stored
         self.code = ''
         self._keys: Dict[int, int] = {}                    # purpose -> key of what is wanted
         self._wanted: Dict[Tuple[int, str], tuple] = {}    # (purpose, name) -> row
-        # How many of each purpose: a look at a dictionary from which many were taken walks over
-        # where they were.
+        # The number for each purpose: iterating over a dictionary from which many entries were
+        # removed visits their former places.
         self._left: Dict[int, int] = collections.Counter()
-        # (purpose, key, name) -> what has come of that file
+        # (purpose, key, name) -> the file, of which a part has come
         self._partial: Dict[Tuple[int, int, str], IncomingFile] = {}
 
     def want(self, purpose: Purpose, rows: Sequence[tuple]) -> List[Tuple[int, int, tuple]]:
-        """What Need has to say to get these files. Those of this purpose that were wanted before
-        are not wanted any more. Raises ValueError or OSError."""
+        """Return the Need rows that request those of these files which are missing. They replace
+        earlier requests for this purpose. Raises ValueError or OSError."""
         root = self._roots[purpose]
         if NAMES_ARE_FOLDED and isinstance(rows, (list, tuple)):
             check_apart(row[0] for row in rows if _is_file(row))
@@ -6402,7 +6761,8 @@ class FileReceiver:
             if not _is_file(row):
                 raise ValueError('%.80r describes no file' % (row,))
             name, size, digest, _ = row
-            # What a computation or a job cannot do without is no file of the user's choice.
+            # Files that a computation or a job needs are not the user's choice, so that the limit
+            # does not apply.
             if purpose not in (Purpose.MODULES, Purpose.VALUES):
                 check_size(name, size, self._most, self._too_large)
             if not self._known(root, check_name(name), size, digest):
@@ -6421,7 +6781,7 @@ class FileReceiver:
 
     @staticmethod
     def _known(root: str, parts: Sequence[str], size: int, digest: bytes) -> bool:
-        """Whether this very file is there, and not through a link."""
+        """Return whether this very file exists, and not through a link."""
         path = root
         for part in parts:
             path = os.path.join(path, part)
@@ -6434,8 +6794,8 @@ class FileReceiver:
         return Digests.of(path) == digest
 
     def piece(self, piece: FilePiece) -> bool:
-        """Take a piece; true when its file is whole and in its place. Raises ValueError or
-        OSError."""
+        """Take a piece. Returns true when its file is complete and at its destination. Raises
+        ValueError or OSError."""
         purpose = piece.purpose
         row = piece.row
         name = row[0]
@@ -6443,7 +6803,7 @@ class FileReceiver:
         if purpose in ASKED_FOR:
             key = self._keys.get(purpose)
             if piece.key != key:
-                return False   # of what is not wanted any more
+                return False   # of a file that is not wanted any more
             if self._wanted.get((purpose, name)) != row:
                 raise ValueError('%.60r was not asked for' % name)
             begins = file not in self._partial
@@ -6473,7 +6833,8 @@ class FileReceiver:
         return True
 
     def take(self, piece: FilePiece) -> Optional[FileStored]:
-        """Take a piece; returns the answer when its file is whole or cannot be stored."""
+        """Take a piece. Returns the answer when its file is complete or cannot be stored, else
+        None."""
         row = piece.row
         error = ''
         try:
@@ -6482,7 +6843,7 @@ class FileReceiver:
         except (OSError, ValueError) as exc:
             error = self._where + (str(exc) or type(exc).__name__)
             self.code = reason_of(exc)
-            if piece.purpose in FOR_CODE:   # of no use without the others
+            if piece.purpose in FOR_CODE:   # useless without the others
                 error = 'file %.100r cannot be stored: %s' % (row[0], error)
                 for purpose in FOR_CODE:
                     self.abort(purpose)
@@ -6491,8 +6852,8 @@ class FileReceiver:
         return FileStored(*piece[:3], row[0], error)
 
     def again(self) -> List[Tuple[int, int, tuple]]:
-        """The connection on which files came has ended: drop what is half here. Returns what Need
-        has to say to get the rest; what is still on its way is not wanted any more."""
+        """Drop incomplete files, because the connection on which they came has ended. Returns the
+        Need rows that request them again; pieces that are still in transit are ignored."""
         for file in list(self._partial):
             self._partial.pop(file).abort()
         for purpose in {purpose for purpose, _ in self._wanted}:
@@ -6501,7 +6862,7 @@ class FileReceiver:
                 for (purpose, _), row in sorted(self._wanted.items())]
 
     def wants(self, *purposes: int) -> bool:
-        """Whether a file of one of these purposes has been asked for and is not there."""
+        """Return whether a file for one of these purposes was requested and is missing."""
         for purpose in purposes:
             if self._left[purpose]:
                 return True
@@ -6509,8 +6870,8 @@ class FileReceiver:
 
     def abort(self, purpose: Optional[int] = None, key: Optional[int] = None,
               name: Optional[str] = None) -> None:
-        """Remove what is half here and forget what is wanted: all, or that of a purpose, a key, a
-        name."""
+        """Remove incomplete files and forget the requests: all of them, or those of a purpose, a
+        key, a name."""
         for file in list(self._partial):
             if all(given in (None, own) for given, own in zip((purpose, key, name), file)):
                 self._partial.pop(file).abort()
@@ -6520,8 +6881,8 @@ class FileReceiver:
 
 
 def replace_file(path: str, place: str) -> None:
-    """Move a file to its place. On Windows this is tried again while somebody, such as a virus
-    scanner, has one that is there open. Raises OSError."""
+    """Move a file to its destination. On Windows this is repeated while another process, such as a
+    virus scanner, has the existing file open. Raises OSError."""
     for _ in range(10 * IS_WINDOWS):
         try:
             return os.replace(path, place)
@@ -6533,8 +6894,8 @@ def replace_file(path: str, place: str) -> None:
 
 @contextlib.contextmanager
 def replaced(path: str, end: str = '.part') -> Iterator[str]:
-    """The name of a file that takes the place of another when it was written whole. It is removed
-    when that fails. Raises OSError."""
+    """Provide the name of a temporary file that atomically replaces another one at the end of the
+    `with` block. It is removed if this fails. Raises OSError."""
     temporary = path + end
     try:
         yield temporary
@@ -6546,7 +6907,8 @@ def replaced(path: str, end: str = '.part') -> Iterator[str]:
 
 
 def printable(text: str) -> str:
-    """A text with its control characters, and what cannot be encoded, written out."""
+    """Return a text in which control characters, and characters that cannot be encoded, are
+    escaped."""
     if text.isprintable():
         return text
     return ''.join(c if c.isprintable() else c.encode('unicode_escape').decode('ascii')
@@ -6558,9 +6920,10 @@ def take_own_directory(path: str,
                        known: Sequence[str],
                        option: str,
                        mode: int = 0o700) -> None:
-    """Have a directory that is ours alone, with a file `mark` in it that says so: what lies there
-    may be removed. One that has other things in it, and was not begun by an earlier version, which
-    the files `known` tell, is refused. Raises StartError, OSError."""
+    """Create or take a directory for the exclusive use of this process, with a file `mark` in it:
+    everything in a directory with the mark may be removed. A directory with other contents is
+    refused, unless it is that of an earlier version, which is recognized by the files `known`.
+    Raises StartError or OSError."""
     with contextlib.suppress(FileExistsError):
         os.makedirs(path, mode=0o700)
     status = os.lstat(path)
@@ -6582,7 +6945,7 @@ def take_own_directory(path: str,
 
 
 def default_directory(port: int) -> str:
-    """Where the node at this port keeps its files when nothing else is said."""
+    """Return the default directory for the files of the node at this port."""
     if hasattr(os, 'getuid'):
         user: Union[int, str] = os.getuid()
     else:
@@ -6591,8 +6954,8 @@ def default_directory(port: int) -> str:
 
 
 def machine() -> str:
-    """What this machine is known by while it runs; empty where nothing tells. Containers of one
-    machine have the same."""
+    """Return an identifier of this machine since its boot; it is empty if there is none. Containers
+    on one machine have the same identifier."""
     try:
         with open('/proc/sys/kernel/random/boot_id') as file:
             return file.read().strip()
@@ -6603,8 +6966,8 @@ def machine() -> str:
 def _try_lock(file: Any, shared: bool = False) -> None:
     if os.name == 'nt':
         import msvcrt
-        # One byte is locked, at the file's position, which must be the same for all. It lies
-        # beyond the text because nobody else can read a byte that is locked.
+        # One byte is locked, at the file's position, which must be the same for all processes. It
+        # is beyond the text because no other process can read a locked byte.
         file.seek(1 << 30)
         msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)  # type: ignore[attr-defined]
     else:
@@ -6613,8 +6976,8 @@ def _try_lock(file: Any, shared: bool = False) -> None:
 
 
 def lock_file(file: Any) -> None:
-    """Lock a file until it is closed or the process ends. Who looks whether it is locked has the
-    lock for a moment, so that it is tried several times. Raises OSError."""
+    """Lock a file until it is closed or the process ends. A process that tests the lock holds it
+    for a moment; therefore this tries several times. Raises OSError."""
     for left in reversed(range(5)):
         try:
             return _try_lock(file)
@@ -6625,8 +6988,8 @@ def lock_file(file: Any) -> None:
 
 
 def take_lock(path: str, port: int, instance: bytes = b'') -> Any:
-    """Take the lock file or raise StartError naming who has it. Released by the system when the
-    process ends."""
+    """Take the lock file, or raise StartError that names the process which holds it. The system
+    releases the lock when the process ends."""
     file = open(path, 'a+')
     try:
         lock_file(file)
@@ -6648,7 +7011,7 @@ def take_lock(path: str, port: int, instance: bytes = b'') -> Any:
 
 
 def write_private(path: str, data: bytes) -> None:
-    """Write a file that only this user may read, whole or not at all."""
+    """Write a file that only this user may read, atomically."""
     directory = os.path.dirname(path)
     os.makedirs(directory, mode=0o700, exist_ok=True)
     folder = os.path.dirname(path)
@@ -6663,30 +7026,31 @@ def write_private(path: str, data: bytes) -> None:
 
 
 def ask_psutil(question: Callable[[Any], Any]) -> Any:
-    """What `question(psutil)` returns; None where psutil is not installed or cannot tell. psutil
-    may raise anything, such as RuntimeError where Windows has its performance counters disabled."""
+    """Return the result of `question(psutil)`; None if psutil is not installed or cannot tell.
+    psutil may raise anything, such as RuntimeError if the performance counters of Windows are
+    disabled."""
     try:
         import psutil
         return question(psutil)
     except ImportError:
         return None
-    except Exception as exc:  # the figures are useful, but nothing here depends on them
+    except Exception as exc:  # the figures are useful, but not necessary
         logger.debug('psutil cannot tell: %s: %s', type(exc).__name__, exc)
         return None
 
 
 def memory_of(pid: int) -> int:
-    """Resident bytes of a process and its descendants; 0 where nothing tells (neither /proc nor
-    psutil)."""
+    """Return the resident bytes of a process and its descendants; 0 if they cannot be determined
+    (there is neither /proc nor psutil)."""
     try:
         with open('/proc/%d/statm' % pid) as file:
             contents = file.read()
             content_part = contents.split()[1]
             own = int(content_part) * mmap.PAGESIZE
         with open('/proc/%d/task/%d/children' % (pid, pid)) as file:
-            content_parts = file.read().split()
-            return own + sum(map(memory_of, map(int, content_parts)))
-    except OSError:   # it has ended, or there is no such thing here
+            children = file.read().split()
+            return own + sum(map(memory_of, map(int, children)))
+    except OSError:   # it has ended, or there is no /proc
         if sys.platform == 'linux':
             return 0
 
@@ -6700,12 +7064,13 @@ def memory_of(pid: int) -> int:
 
 
 def start_of(pid: int, zombie: bool = True) -> str:
-    """When a process began, in whatever unit tells it from another that gets its number; '' if
-    there is none, or if that cannot be told. `zombie`: one that has ended and waits to be reaped
-    counts. See proc(5)."""
+    """Return the start time of a process, in a unit that only serves to distinguish it from another
+    process with the same PID. The result is '' if there is no such process or the time cannot be
+    determined. With `zombie`, a process that has ended and was not reaped counts as well. See
+    proc(5)."""
     try:
         with open('/proc/%d/stat' % pid, 'rb') as file:
-            # The name before it may hold anything
+            # The name before it may contain anything
             contents = file.read()
             state, *fields = contents.rpartition(b')')[2].split()
         if zombie or state not in b'ZX':
@@ -6724,20 +7089,20 @@ def _start_told(process: Any, zombie: bool) -> str:
 
 
 def is_child(pid: int, parent: int) -> bool:
-    """Whether a process is a child of another; false where nothing tells it."""
+    """Return whether a process is a child of another one; false if this cannot be determined."""
     return bool(ask_psutil(lambda psutil: psutil.Process(pid).ppid() == parent))
 
 
-RUNNER_USER = '_DISPY_RUNNER_USER'    # variable by which a new process learns its `User`
+RUNNER_USER = '_DISPY_RUNNER_USER'    # the variable that tells a new process its `User`
 
 
 def runner_start(handle: int) -> None:
-    """The runner process, started with `subprocess`; `handle` is the descriptor of its socket, -1
-    where that comes through stdin. It puts back what it has inherited of signals: a program may
-    block or ignore them."""
+    """Run a runner process, which `subprocess` has started; `handle` is the descriptor of its
+    socket, -1 if the socket comes through stdin. Signal settings that were inherited are reset: a
+    program may block or ignore signals."""
     user = os.environ.pop(RUNNER_USER, None)
-    absolute_path = os.path.abspath(__file__)
-    sys.argv[:] = [absolute_path]
+    program = os.path.abspath(__file__)
+    sys.argv[:] = [program]
     if _sigmask is not None:
         _sigmask(signal.SIG_SETMASK, ())
     if hasattr(signal, 'SIGCHLD'):
@@ -6753,7 +7118,7 @@ def runner_start(handle: int) -> None:
 # -- addresses -------------------------------------------------------------------------------------
 
 def plain_address(address: str) -> str:
-    """An address as people write it: IPv4 behind IPv6 as IPv4."""
+    """Return an address as people write it; an IPv4 address mapped to IPv6 is returned as IPv4."""
     if address.startswith('::ffff:'):
         if '.' in address:
             return address[7:]
@@ -6761,9 +7126,9 @@ def plain_address(address: str) -> str:
 
 
 def address_in(where: Tuple[Any, ...]) -> str:
-    """The address in what a socket tells, for people and to connect to. One of a link (fe80::1)
-    means something with the interface only: fe80::1%eth0. Raises OSError while no descriptor is
-    left."""
+    """Return the address in a socket address, for people and for connecting. A link-local address
+    (fe80::1) is meaningful with its interface only: fe80::1%eth0. Raises OSError while no
+    descriptor is free."""
     address = plain_address(where[0])
     if len(where) == 4:
         if where[3] and '%' not in address:
@@ -6772,7 +7137,7 @@ def address_in(where: Tuple[Any, ...]) -> str:
 
 
 def is_own_address(address: str) -> bool:
-    """Whether this machine has the address."""
+    """Return whether this machine has the address."""
     try:
         family, kind, _, _, where = socket.getaddrinfo(address, 0, 0, socket.SOCK_DGRAM, 0,
                                                        socket.AI_NUMERICHOST)[0]
@@ -6784,14 +7149,14 @@ def is_own_address(address: str) -> bool:
 
 
 def format_address(host: str, port: int) -> str:
-    """Write a host and a port for people: IPv6 addresses in brackets."""
+    """Return a host and a port as people write them, with IPv6 addresses in brackets."""
     return ('[%s]:%d' if ':' in host else '%s:%d') % (host or '*', port)
 
 
 def nearest_address(addresses: Sequence[str], to: str) -> str:
-    """Of several addresses of one host the one to tell the host `to`: of its family, with most
-    leading bits in common; empty if there is none. An address of this very machine is told to this
-    machine only."""
+    """Return the one of several addresses of a host that is to be told to the host `to`: of the
+    same family, with the longest common prefix; the result is empty if there is none. An address of
+    this machine is told to this machine only."""
     if not addresses:
         return ''
     try:
@@ -6800,7 +7165,7 @@ def nearest_address(addresses: Sequence[str], to: str) -> str:
         else:
             asker = None
         known = [ipaddress.ip_address(address) for address in addresses]
-    except ValueError:   # checked where they came in; a source address of a family we do not know
+    except ValueError:   # a source address of an unknown family; others were checked before
         return ''
     if asker is None:
         return str(known[0])
@@ -6818,12 +7183,12 @@ def nearest_address(addresses: Sequence[str], to: str) -> str:
 
 _WOULD_BLOCK: Tuple[Type[OSError], ...] = (BlockingIOError, InterruptedError)
 _PASSING_BLOCKED = frozenset((errno.EMSGSIZE, errno.ENOBUFS, errno.ETOOMANYREFS))
-# macOS may give the receiver a dead socket if it is closed here before it has arrived there
+# On macOS the receiver may get a dead socket if it is closed here before it has arrived
 LATE_PASSING = sys.platform == 'darwin'
 
 
 def socket_pair() -> Tuple[socket.socket, socket.socket]:
-    """Two sockets that are connected with each other. On Windows they are TCP. Raises OSError."""
+    """Return two connected sockets. On Windows they are TCP sockets. Raises OSError."""
     pair = socket.socketpair()
     for sock in pair:
         set_option(sock, socket.IPPROTO_TCP, 'TCP_NODELAY', 1)
@@ -6832,8 +7197,9 @@ def socket_pair() -> Tuple[socket.socket, socket.socket]:
 
 def pack_socket(sock: socket.socket, pid: int, kind: RecordType, number: int = 0) -> Tuple[
         bytes, Optional[socket.socket]]:
-    """A record with which a socket goes to a process, and the socket if it is to be sent beside it;
-    on Windows it stands in the record. `take_socket` takes it there. Raises OSError."""
+    """Return the record with which a socket is passed to a process, and the socket if it is to be
+    sent with it; on Windows the record contains the socket. `take_socket` is the counterpart.
+    Raises OSError."""
     if hasattr(socket, 'SCM_RIGHTS'):
         return pack_record(kind, number)[0], sock  # type: ignore[return-value]
     shared = sock.share(pid)  # type: ignore[attr-defined]
@@ -6842,9 +7208,9 @@ def pack_socket(sock: socket.socket, pid: int, kind: RecordType, number: int = 0
 
 def send_with(sock: socket.socket, buffers: Sequence[Buffer],
               passing: Union[socket.socket, MemorySegment]) -> int:
-    """Send bytes and a descriptor with the first of them. Raises OSError, which is BlockingIOError
-    if it is to be tried again: macOS has an error of its own for a receiver that is full, and Linux
-    has one for many sockets under way."""
+    """Send bytes, and a descriptor with the first of them. Raises OSError; BlockingIOError means
+    that it is to be tried again: macOS has an error of its own for a receiver that is full, and
+    Linux has one for too many sockets in flight."""
     handle = passing.fileno()
     handles = array.array('i', [handle])
     try:
@@ -6856,7 +7222,7 @@ def send_with(sock: socket.socket, buffers: Sequence[Buffer],
 
 
 def take_socket(record: Record, handles: Deque[int]) -> socket.socket:
-    """The socket that came with a record, or beside it as a descriptor. Raises OSError."""
+    """Return the socket that came in a record, or as a descriptor with it. Raises OSError."""
     if not hasattr(socket, 'SCM_RIGHTS'):
         return socket.fromshare(bytes(record.bodies[0]))  # type: ignore[attr-defined]
     handle = handles.popleft()
@@ -6867,30 +7233,32 @@ def take_socket(record: Record, handles: Deque[int]) -> socket.socket:
 
 
 def set_option(sock: socket.socket, level: int, name: str, value: int) -> None:
-    """Set an option that a socket can do without. Python may lack the constant, and where Python
-    has it the system may not know the option."""
+    """Set a socket option that is not essential. Python may lack the constant, or the system may
+    not support the option."""
     if hasattr(socket, name):
         with contextlib.suppress(OSError):   # it works without
             sock.setsockopt(level, getattr(socket, name), value)
 
 
 def claim_port(sock: socket.socket) -> None:
-    """Have the port of a listening socket for this process alone. On Windows another one could bind
-    the same, and would get the connections. See "Using SO_REUSEADDR and SO_EXCLUSIVEADDRUSE"."""
+    """Reserve the port of a listening socket for this process. On Windows another process could
+    bind the same port and get the connections. See "Using SO_REUSEADDR and SO_EXCLUSIVEADDRUSE" in
+    Microsoft's documentation."""
     set_option(sock, socket.SOL_SOCKET, 'SO_EXCLUSIVEADDRUSE', 1)
 
 
 def set_tcp_options(sock: socket.socket) -> None:
-    """Set the options of every TCP link: no delay for small frames, keep-alive 15/5/3 s where it
-    can be set."""
+    """Set the options of every TCP link: no delay of small frames, and keep-alive of 15/5/3 s if
+    the system supports that."""
     set_option(sock, socket.IPPROTO_TCP, 'TCP_NODELAY', 1)
     set_option(sock, socket.SOL_SOCKET, 'SO_KEEPALIVE', 1)
-    for name, value in (('TCP_KEEPIDLE', 15), ('TCP_KEEPINTVL', 5), ('TCP_KEEPCNT', 3),
-                        ('TCP_USER_TIMEOUT', 30000)):
+    # TCP_KEEPALIVE is what macOS calls TCP_KEEPIDLE
+    for name, value in (('TCP_KEEPIDLE', 15), ('TCP_KEEPALIVE', 15), ('TCP_KEEPINTVL', 5),
+                        ('TCP_KEEPCNT', 3), ('TCP_USER_TIMEOUT', 30000)):
         set_option(sock, socket.IPPROTO_TCP, name, value)
 
 
-# Bytes that a packet carries where longer ones do not arrive: fits the least MTU of IPv6
+# Size of packets if longer ones do not arrive: it fits the smallest MTU of IPv6
 SEGMENT = 1200
 _TCP_INFO = struct.Struct('8B24I')   # the beginning of struct tcp_info of Linux
 _OUT_OF_ORDER = 224                  # where its rcv_ooopack is
@@ -6898,7 +7266,7 @@ _SMALL_MTU = ('. Either the network passes nothing in one direction, or it loses
               'full size: then a link on the way has a smaller MTU than this host, and the ICMP '
               'messages that say so are dropped. Lower the MTU of this host (ip link set DEVICE '
               'mtu 1280), or let ICMP through')
-STALLS = {   # what `stall_of` returns -> what is said
+STALLS = {   # what `stall_of` returns -> the text for people
     'sent': 'packets that were sent there have not arrived, although short packets came from there '
             'until the end' + _SMALL_MTU,
     'received': 'packets from there have not arrived, although shorter ones did' + _SMALL_MTU,
@@ -6906,8 +7274,9 @@ STALLS = {   # what `stall_of` returns -> what is said
 
 
 def stall_of(sock: Any, silence: float, pulse: float) -> str:
-    """Whether packets do not arrive on a connection on which nothing was heard for `silence` s,
-    although the way is there: 'sent', 'received' or ''. Only Linux tells; elsewhere ''."""
+    """Return whether the network loses packets of a connection on which nothing was received for
+    `silence` s, although the route works: 'sent', 'received' or ''. Linux alone can tell; elsewhere
+    the result is ''."""
     if not sys.platform.startswith('linux'):
         return ''
     try:
@@ -7070,18 +7439,19 @@ class Channel:
 
 
 def unfit_text(size: int, text: str) -> str:
-    """What is said of arguments for which there is no room."""
+    """Return the error text for arguments for which there is no memory."""
     return 'arguments of %d bytes cannot be taken: %s: send a file (depends)' % (size, text)
 
 
 def limit_text(where: str) -> str:
-    """Why a value over the limit of this process is not taken."""
+    """Return the error text for a value that exceeds the limit of this process."""
     return 'the limit for one value is %d (%s, --max-value)' % (VALUE_MOST, where)
 
 
 def over_limit_here(message: Jobs, where: str) -> Optional[Unfit]:
-    """What stands for a message of one job that came in one frame, and whose arguments are over the
-    limit all the same: it is a lower one than the default. What is large comes alone."""
+    """Return the replacement for a message with one job, which came in one frame, if its arguments
+    exceed the limit all the same: this happens if the limit is lower than the default. Larger
+    arguments come in a message of their own."""
     payload = message.rows[0][1]
     size = size_of(payload)
     if size > VALUE_MOST:
@@ -7091,13 +7461,13 @@ def over_limit_here(message: Jobs, where: str) -> Optional[Unfit]:
 
 
 def unfit_row(message: Unfit) -> tuple:
-    """The row of Results of a job for whose arguments there is no room."""
+    """Return the row of Results of a job for whose arguments there is no memory."""
     return (message.row[0], int(Outcome.RAISED), 0.0, 0.0, pack_error(message.text, None), b'', b'')
 
 
 class IncomingValue:
-    """A row of Jobs or Results that comes in parts. `place` takes its payload; if there is none, it
-    is passed over."""
+    """A row of Jobs or Results that comes in parts. `place` receives its payload; without one, the
+    payload is skipped."""
     __slots__ = ('kind', 'row', 'total', 'seen', 'place')
 
     def __init__(self, row: tuple, total: int) -> None:
@@ -7109,13 +7479,13 @@ class IncomingValue:
 
     @property
     def copies(self) -> int:
-        """How often it is in memory until it can be used."""
+        """How many copies of the payload are in memory until it can be used."""
         if self.kind is Jobs:
             return ARGUMENTS_COPIED
         return RESULTS_COPIED
 
     def message(self, comp: str) -> Any:
-        """What has come, when it is whole. Raises PeerError."""
+        """Return the message that has come, when it is complete. Raises PeerError."""
         if self.kind is Jobs:
             at = 1
         else:
@@ -7128,14 +7498,14 @@ class IncomingValue:
 
 
 class InMemory:
-    """Memory for a value, which is taken as the value comes."""
+    """Memory for a value, which is allocated as the value comes."""
 
     def __init__(self, size: int) -> None:
-        """Reserve so many bytes. Raises MemoryError."""
+        """`size` is the number of bytes to reserve. Raises MemoryError."""
         self._view = mapped(size)
 
     def add(self, offset: int, data: Buffer) -> None:
-        """These bytes have come. Raises OSError if they find no room."""
+        """Append these bytes. Raises OSError if there is no room for them."""
         self._view[offset:offset + len(data)] = data
 
     def whole(self) -> memoryview:
@@ -7143,24 +7513,24 @@ class InMemory:
         return self._view
 
     def drop(self) -> None:
-        """It is not wanted any more."""
+        """Free the memory, because the value is not wanted any more."""
 
 
 class Values:
-    """What comes in parts on the links of a loop, one value at a time of each computation. One for
-    which there is no room is refused when it begins, with a text for its job, and passed over. The
-    loop's thread."""
+    """The values that come in parts on the links of a loop, one value at a time of each
+    computation. A value for which there is no room is refused when it begins, with a text for its
+    job, and its parts are skipped. The loop's thread uses this class."""
 
     def __init__(self, where: str, log: logging.Logger) -> None:
-        """`where` tells whose memory it is, for people."""
+        """`where` is the text that tells people whose memory it is."""
         self.where = where
         self._log = log
-        # (link, computation) -> what comes
+        # (link, computation) -> the value that comes
         self._coming: Dict[Tuple[int, str], IncomingValue] = {}
 
     def take(self, link: int, part: Part, takes: Container[int]) -> Any:
-        """The message that is whole with this part; what stands for one for which there is no room;
-        or None. Raises PeerError."""
+        """Take a part. Returns the message that is complete with this part, or the replacement for
+        one for which there is no room, or None. Raises PeerError."""
         key = (link, part.comp)
         buffers = pieces_of(part.data)
         refused = None
@@ -7205,7 +7575,8 @@ class Values:
         return None
 
     def find_place(self, value: IncomingValue) -> Any:
-        """Where a value comes to lie. Raises MemoryError or OSError if there is no room."""
+        """Return the place that will receive a value. Raises MemoryError or OSError if there is no
+        room."""
         free = free_memory()
         needed = value.copies * value.total + LAZY
         if free is not None:
@@ -7218,7 +7589,8 @@ class Values:
         return InMemory(value.total)
 
     def _refuse(self, comp: str, value: IncomingValue, text: str) -> Any:
-        """What stands for a value for which there is no room. The rest of it is passed over."""
+        """Return the replacement for a value for which there is no room. The rest of the value is
+        skipped."""
         if value.place is not None:
             value.place.drop()
             value.place = None
@@ -7235,7 +7607,8 @@ class Values:
         return Results(comp, [refused])
 
     def drop(self, link: int, comp: Optional[str] = None) -> None:
-        """What comes of a computation is not wanted any more; None: the link has ended."""
+        """Discard what has come of a computation, because it is not wanted any more; with None,
+        discard everything, because the link has ended."""
         for key in [key for key in self._coming if key[0] == link and comp in (None, key[1])]:
             value = self._coming.pop(key)
             if value.place is not None:
@@ -7458,7 +7831,8 @@ class Link(Channel):
 
 
 def _payload_as_received(payload: Any) -> Any:
-    """A payload that an envelope may carry, as it is when it was received."""
+    """Return a payload in the form that it has after it was received, from the form that an
+    envelope carries."""
     if type(payload) is bytes:
         return payload
     if type(payload) is tuple:
@@ -7741,7 +8115,7 @@ class Pipe(Channel):
 
 
 class Faults:
-    """Counts the faults of a loop for which nothing that it serves was to blame."""
+    """Counts the faults of a loop that nothing which the loop serves has caused."""
     # Faults, s
     MOST = 50
     WITHIN = 1.0
@@ -7750,23 +8124,24 @@ class Faults:
         self._times: Deque[float] = collections.deque(maxlen=self.MOST)
 
     def are_many(self, now: float) -> bool:
-        """Count one more; whether MOST have come within the last WITHIN seconds."""
+        """Count one more fault. Returns whether MOST of them occurred within the last WITHIN
+        seconds."""
         self._times.append(now)
         if len(self._times) != self.MOST:
             return False
         return now - self._times[0] < self.WITHIN
 
 
-# Frames with a job or result that could not be used, after which it is ended
+# Number of unusable frames with a job or result after which it is ended
 REFUSED_MOST = 3
-FRAMES_NOTED = 64             # of jobs or results, the last ones sent on a link
-NOTED = 1 << 20               # bytes of a frame of results from which it is noted what was in it
+FRAMES_NOTED = 64             # frames of jobs or results that were last sent on a link
+NOTED = 1 << 20               # bytes of a frame of results from which its contents are noted
 
 
 class Refusals:
-    """Frames of jobs or results that went into links, so that it is known what was in one that the
-    other side could not use. After REFUSED_MOST such frames a job is ended, or its result is told
-    as lost: it would not come through the next time either."""
+    """Remembers the frames of jobs or results that went into links, so that it is known what was in
+    a frame that the other side could not use. After REFUSED_MOST such frames a job is ended, or its
+    result is reported as lost: the frame would not arrive the next time either."""
 
     def __init__(self) -> None:
         # link -> (numbers of the first and the last frame, computation, serials), the last of them
@@ -7775,17 +8150,17 @@ class Refusals:
         self._counts: Dict[Tuple[str, int], int] = collections.Counter()
 
     def sent(self, link: Link, frame: Any) -> None:
-        """A frame of jobs or results was sent."""
+        """Note that a frame of jobs or results was sent."""
         frames_of = self._sent.setdefault(link.number, collections.deque(maxlen=FRAMES_NOTED))
         first = last = link.sent - 1
-        if link.later and link.goes_in_parts(frame):   # some time among others
+        if link.later and link.goes_in_parts(frame):   # later, between other frames
             first = link.sent
             last = link.sent + 2 * (link.queued // FILE_PIECE) + FRAMES_NOTED
         frames_of.append((first, last, frame.comp, [row[0] for row in frame.rows]))
 
     def refused(self, link: Link, number: int) -> List[Tuple[str, int]]:
-        """The other side cannot use this frame. Returns (computation, serial) of what is to be
-        ended for it."""
+        """Note that the other side cannot use this frame. Returns the pairs (computation, serial)
+        that are to be ended because of it."""
         over = []
         for first, last, comp, serials in self._sent.get(link.number, ()):
             for serial in serials if first <= number <= last else ():
@@ -7796,7 +8171,7 @@ class Refusals:
         return over
 
     def forget(self, link: Link) -> None:
-        """A link has ended."""
+        """Note that a link has ended."""
         self._sent.pop(link.number, None)
 
 
@@ -8260,8 +8635,8 @@ class Loop:
 
 
 class SpoolSender:
-    """Messages that are made as links have room for them: pieces of files, and results that are on
-    the disk. The loop's thread.
+    """Messages that are created only when links have room for them: pieces of files, and results
+    that are on the disk. The loop's thread uses this class.
 
     waiting - link -> owners and their messages
     """
@@ -8271,12 +8646,12 @@ class SpoolSender:
         self.waiting: Dict[int, Deque[Tuple[tuple, Iterator[Any]]]] = {}
 
     def add(self, link: int, owner: tuple, messages: Iterator[Any]) -> None:
-        """Send these messages when those that were added before have gone. `owner` begins with a
-        computation."""
+        """Send these messages after those that were added before. `owner` is a tuple that begins
+        with a computation."""
         self.waiting.setdefault(link, collections.deque()).append((owner, messages))
 
     def add_file(self, link: int, transfer: Tuple[str, int, int], row: tuple, source: Any) -> None:
-        """Send a file; `transfer` is its computation, purpose and key, `source` as in
+        """Send a file; `transfer` is its computation, purpose and key, and `source` is as in
         `read_pieces`."""
         pieces = read_pieces(source, row[1])
         owner = (*transfer, row[0])
@@ -8289,14 +8664,14 @@ class SpoolSender:
         self.add(link, (comp,), messages)
 
     def drop(self, comp: str) -> None:
-        """Send nothing more of a computation."""
+        """Discard everything that waits for a computation."""
         for waiting in self.waiting.values():
             for entry in [entry for entry in waiting if entry[0][0] == comp]:
                 entry[1].close()  # type: ignore[attr-defined]
                 waiting.remove(entry)
 
     def has_room(self) -> bool:
-        """Whether something can be sent now."""
+        """Return whether a message can be sent now."""
         for link in map(self._links.get, self.waiting):
             if link:
                 if link.queued < 4 * BATCH_BYTES:
@@ -8304,8 +8679,8 @@ class SpoolSender:
         return False
 
     def send(self, say: Callable[['Link', Any], None]) -> List[Tuple['Link', tuple, str]]:
-        """Send what there is room for. Returns (link, owner, text) for what could not be read and
-        is not sent on."""
+        """Send as many messages as there is room for. Returns (link, owner, text) of each file or
+        result that could not be read and is not sent any further."""
         failed = []
         for number, waiting in list(self.waiting.items()):
             link = self._links.get(number)
@@ -8314,7 +8689,7 @@ class SpoolSender:
                     say(link, next(waiting[0][1]))
                 except StopIteration:
                     waiting.popleft()
-                except (OSError, ValueError) as exc:   # ValueError: it is no regular file any more
+                except (OSError, ValueError) as exc:   # ValueError: it is no longer a regular file
                     failed.append((link, waiting.popleft()[0], str(exc)))
             if not waiting or link is None:
                 del self.waiting[number]
@@ -8326,8 +8701,8 @@ _Value = typing.TypeVar('_Value')
 
 
 class Recent(typing.OrderedDict[_Key, _Value]):
-    """A dict of at most so many entries: the one that was set longest ago makes place for another,
-    so that others cannot fill the memory."""
+    """A dict with a bounded number of entries: when it is full, the entry that was set longest ago
+    is dropped, so that others cannot exhaust the memory."""
 
     def __init__(self, most: int) -> None:
         super().__init__()
@@ -8343,12 +8718,12 @@ class Recent(typing.OrderedDict[_Key, _Value]):
 # -- accepting -------------------------------------------------------------------------------------
 
 class HandshakeLimiter:
-    """Bounds on connections that have not proved anything yet: 64 handshakes at once, 32 from one
-    address. When there are more, one of them makes way: of the same address, or else the oldest of
-    the network that has most of them, so that silence keeps nobody out. After five failures an
-    address is refused for 15 s, doubling up to 10 min; one from which somebody has proved himself
-    within the last hour is refused nothing, but for all but a few handshakes at once. Established
-    links are not affected."""
+    """Bounds on connections that are not authenticated yet: 64 handshakes at once, 32 from one
+    address. When there are more, one of them is ended: one of the same address, or else the oldest
+    of the network that has most of them, so that silent connections keep nobody out. After five
+    failures an address is refused for 15 s, doubling up to 10 min. An address from which a peer has
+    authenticated within the last hour is never refused for failures, but is limited to few
+    handshakes at once. Established links are not affected."""
     AT_ONCE = 64
     FROM_ONE = 32
     FAILURES = 5
@@ -8360,15 +8735,15 @@ class HandshakeLimiter:
 
     def __init__(self) -> None:
         self._open: Dict[str, int] = collections.Counter()
-        # Address -> failures, and until when it is shut
+        # Address -> failures, and until when it is refused
         self._failed: Recent[str, Tuple[int, float]] = Recent(self.REMEMBERED)
         # Address -> when a line was logged
         self._logged: Recent[str, float] = Recent(self.REMEMBERED)
-        # Address -> when somebody has
+        # Address -> when a peer has authenticated from there
         self._proved: Recent[str, float] = Recent(self.REMEMBERED)
 
     def is_shut(self, address: str, now: float) -> bool:
-        """Whether nobody from this address is heard at present."""
+        """Return whether connections from this address are refused at present."""
         if now >= self._failed.get(address, (0, 0.0))[1]:
             return False
         proved = self._proved.get(address)
@@ -8379,10 +8754,10 @@ class HandshakeLimiter:
         return self._open[address] >= self.FROM_MIXED
 
     def admit(self, address: str, now: float) -> bool:
-        """Whether a connection from this address may begin its handshake; each admitted one must be
-        `done`."""
-        total_open = sum(self._open.values())
-        if total_open >= self.AT_ONCE:
+        """Return whether a connection from this address may begin its handshake; `done` must be
+        called for each one that is admitted."""
+        handshakes = sum(self._open.values())
+        if handshakes >= self.AT_ONCE:
             return False
         if self._open[address] >= self.FROM_ONE:
             return False
@@ -8392,8 +8767,8 @@ class HandshakeLimiter:
         return True
 
     def make_way(self, address: str, under_way: Iterable[Tuple[int, str]]) -> Optional[int]:
-        """Which of the handshakes under way, (number, address) in the order in which they began, is
-        to be ended for one from this address, which then counts as admitted."""
+        """Return which of the handshakes in progress, (number, address) in the order in which they
+        began, is to be ended in favour of one from this address, which then counts as admitted."""
         rows = list(under_way)
         if self._open[address] >= self.FROM_ONE:
             crowd = [number for number, other in rows if other == address]
@@ -8407,12 +8782,13 @@ class HandshakeLimiter:
         return crowd[0]
 
     def done(self, address: str, proved: Optional[bool], now: float) -> None:
-        """The handshake ended; `proved` is whether the peer knew the secret, None if it did not
-        try: silence guesses nothing, and is bounded by the number of handshakes."""
+        """Note that the handshake has ended. `proved` says whether the peer knew the secret; it is
+        None if the peer did not try: silent peers guess nothing, and the number of handshakes
+        bounds them."""
         self.leave(address)
         if proved:
             self._proved[address] = now
-        # One that began before the others failed
+        # This one began before the others failed
         if proved is None:
             return
         if now < self._failed.get(address, (0, 0.0))[1]:
@@ -8428,13 +8804,13 @@ class HandshakeLimiter:
         self._failed[address] = count, now + shut
 
     def leave(self, address: str) -> None:
-        """Give back the place of an admitted connection."""
+        """Release the place of an admitted connection."""
         self._open[address] -= 1
         if not self._open[address]:
             del self._open[address]
 
     def may_log(self, address: str, now: float) -> bool:
-        """Whether a line may be logged: one for each address in 10 s."""
+        """Return whether a line may be logged: one for each address in 10 s."""
         if now - self._logged.get(address, -10.0) < 10.0:
             return False
         self._logged[address] = now
@@ -8442,8 +8818,8 @@ class HandshakeLimiter:
 
 
 def network_of(address: str) -> str:
-    """Return the network of an address: 24 bits of IPv4, 64 of IPv6; one host may have all of its
-    addresses."""
+    """Return the network of an address: 24 bits of IPv4, 64 of IPv6, since one host may have all
+    addresses of its network."""
     try:
         found = ipaddress.ip_address(address.partition('%')[0])
     except ValueError:
@@ -8452,19 +8828,20 @@ def network_of(address: str) -> str:
 
 
 class Authenticated(NamedTuple):
-    """A peer has proved itself. Posted by a gate."""
+    """A peer has authenticated itself. An Acceptor posts this event."""
     sock: socket.socket
     session: Session
     address: str
 
 
 class Acceptor(socketserver.ThreadingMixIn, socketserver.TCPServer):
-    """Accepts connections on one address; each has its TLS and handshake in a thread of its own,
-    bounded by a HandshakeLimiter. A loop watches the listening socket and calls `on_readable`."""
+    """Accepts connections on one address. Each connection does its TLS and protocol handshake in a
+    thread of its own, bounded by a HandshakeLimiter. A loop watches the listening socket and calls
+    `on_readable`."""
     daemon_threads = True
     allow_reuse_address = os.name != 'nt'
     request_queue_size = 128
-    timeout = 0      # handle_request returns when nobody is there any more
+    timeout = 0      # handle_request returns when no connection waits
 
     def __init__(self,
                  address: Tuple[str, int],
@@ -8479,7 +8856,7 @@ class Acceptor(socketserver.ThreadingMixIn, socketserver.TCPServer):
                  patience: float = HANDSHAKE_TIME,
                  refused: Callable[[str, str], None] = lambda address, text: None) -> None:
         self._patience = patience   # s for TLS and handshake
-        # Told when it is logged that somebody was turned away; in the connection's thread
+        # Is called when it is logged that a peer was rejected; in the connection's thread
         self._refused = refused
         self._psk = psk
         self._role = role
@@ -8494,7 +8871,7 @@ class Acceptor(socketserver.ThreadingMixIn, socketserver.TCPServer):
             self._binding = certificate_digest(certfile)
         else:
             self._binding = NO_TLS
-        # The lock guards the keeper
+        # The lock guards the limiter
         self._keeper = HandshakeLimiter()
         self._lock = threading.Lock()
         # Handshakes by the ids of their sockets, in order
@@ -8510,19 +8887,19 @@ class Acceptor(socketserver.ThreadingMixIn, socketserver.TCPServer):
         super().__init__(address, None)  # type: ignore[arg-type]
 
     def server_bind(self) -> None:
-        """As socketserver's, without its look-up of the host's name."""
+        """Do as the method of socketserver does, without looking up the name of the host."""
         if self.address_family == socket.AF_INET6:
             self.socket.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, not self._both)
         claim_port(self.socket)
         super().server_bind()
 
     def on_readable(self) -> None:
-        """Somebody is there. The loop's thread."""
+        """Accept a connection. The loop's thread calls this."""
         self.handle_request()
 
     def get_request(self) -> Tuple[socket.socket, Any]:
-        """Accept. With no descriptor left, the spare one is used to turn the caller away, so that
-        it does not stand in the queue and keep the loop awake."""
+        """Accept a connection. If no descriptor is left, the spare one is used to accept and close
+        the connection, which would otherwise stay in the queue and keep the loop busy."""
         try:
             sock, where = super().get_request()
             address = address_in(where)
@@ -8540,7 +8917,7 @@ class Acceptor(socketserver.ThreadingMixIn, socketserver.TCPServer):
             raise
 
     def verify_request(self, request: Any, client_address: Any) -> bool:
-        """Whether this address may begin a handshake."""
+        """Return whether this address may begin a handshake."""
         address = client_address[0]
         victim = None
         with self._lock:
@@ -8553,7 +8930,7 @@ class Acceptor(socketserver.ThreadingMixIn, socketserver.TCPServer):
                 if number is None:
                     return False
                 _, victim = self._under_way.pop(number)
-            # A descriptor of our own to it: TLS takes the socket's away.
+            # An own descriptor for the connection: TLS takes over that of the socket.
             if self._tls:
                 descriptor = request.fileno()
                 fileno = os.dup(descriptor)
@@ -8562,14 +8939,14 @@ class Acceptor(socketserver.ThreadingMixIn, socketserver.TCPServer):
                 handle = request
             self._under_way[id(request)] = (address, handle)
         if victim is not None:
-            with contextlib.suppress(OSError):   # it has ended meanwhile
+            with contextlib.suppress(OSError):   # it has ended in the meantime
                 victim.shutdown(socket.SHUT_RDWR)
             if self._tls:
                 victim.close()
         return True
 
     def _is_over(self, request: Any) -> None:
-        """A handshake is over. With the lock held."""
+        """Note that a handshake has ended. The lock must be held."""
         _, handle = self._under_way.pop(id(request), ('', None))
         if handle is None:
             return
@@ -8602,8 +8979,8 @@ class Acceptor(socketserver.ThreadingMixIn, socketserver.TCPServer):
                                        self._binding, deadline)
             proved = True
             self._kept.add(id(request))
-            authenticated = Authenticated(sock, session, address)
-            self._deliver(authenticated)
+            arrival = Authenticated(sock, session, address)
+            self._deliver(arrival)
         except HandshakeError as exc:
             if isinstance(exc, Silence):
                 proved = None
@@ -8618,7 +8995,7 @@ class Acceptor(socketserver.ThreadingMixIn, socketserver.TCPServer):
             self._log(address, text)
         finally:
             if not proved:
-                sock.close()   # under TLS not the one that socketserver knows
+                sock.close()   # under TLS it is not the one that socketserver knows
             with self._lock:
                 self._is_over(request)
                 now = time.monotonic()
@@ -8634,14 +9011,15 @@ class Acceptor(socketserver.ThreadingMixIn, socketserver.TCPServer):
             self._refused(address, text)
 
     def shutdown_request(self, request: Any) -> None:
-        """Called when the handshake is over, whatever came of it."""
+        """Close the socket if the handshake has not handed it over. socketserver calls this when
+        the handshake has ended, with success or not."""
         if id(request) in self._kept:
             self._kept.discard(id(request))
         else:
             super().shutdown_request(request)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """A thread of ours failed: our own fault, to be seen."""
+        """Log an exception in a thread of a connection: this is a fault of this program."""
         logger.exception('accepting %s failed', client_address[0])
 
     def server_close(self) -> None:
@@ -8665,11 +9043,15 @@ def dial(host: str,
          patience: float = HANDSHAKE_TIME,
          allowed: Optional[Callable[[str], bool]] = None,
          segment: int = 0) -> Authenticated:
-    """Connect, to addresses that are `allowed` only, TLS, handshake: blocking, for a thread. `tls`
-    is a context of `tls_context`; `note` is told each socket as it is made, so that another thread
-    can shut it down; `patience` is for the connection, and again for the handshake. If `segment` is
-    given, packets carry at most so many bytes in both directions. Raises HandshakeError or OSError;
-    `dial_text` says it in words."""
+    """Connect, to addresses that `allowed` accepts only, and carry out TLS and the handshake. This
+    blocks and is for a thread.
+
+    `tls` is a context of `tls_context`. `note` is called with each socket that is created, so that
+    another thread can shut it down. `patience` is the time in seconds for the connection, and again
+    for the handshake. `segment`, if given, is the largest number of bytes that a packet carries in
+    either direction.
+
+    Raises HandshakeError or OSError; `dial_text` explains them."""
     failure: OSError = OSError('it has no address')
     for family, kind, protocol, _, address in socket.getaddrinfo(host, port, 0, socket.SOCK_STREAM):
         if allowed is not None:
@@ -8723,12 +9105,12 @@ def _dial_tls(sock: socket.socket, tls: Any) -> Any:
 
 
 class Unreached(enum.Enum):
-    """What came of an attempt to reach a peer that has failed."""
-    DOWN = 'down'                    # its host is there, and nothing listens at the port
-    UNREACHABLE = 'unreachable'      # nobody answers, or no way leads there
+    """The reason why an attempt to reach a peer has failed."""
+    DOWN = 'down'                    # its host answers, and nothing listens at the port
+    UNREACHABLE = 'unreachable'      # nobody answers, or there is no route
     NO_SUCH_NAME = 'no such name'
-    NAME_SERVICE = 'no name service'   # nobody says what address the name has
-    # Somebody is there who does not let us in, or whom we do not trust
+    NAME_SERVICE = 'no name service'   # no name service answers
+    # The peer rejects this program, or fails authentication
     REFUSED = 'refused'
 
     def __str__(self) -> str:
@@ -8740,7 +9122,7 @@ NO_WAY = frozenset((errno.EHOSTUNREACH, errno.ENETUNREACH, errno.EHOSTDOWN, errn
 
 
 def dial_text(exc: BaseException) -> str:
-    """Why no connection came about."""
+    """Return the text that says why a connection was not made."""
     if isinstance(exc, ConnectionRefusedError):
         return 'no program listens there'
     if isinstance(exc, socket.gaierror):
@@ -8752,7 +9134,7 @@ def dial_text(exc: BaseException) -> str:
         return 'its name is not valid for a host: %s' % exc
     if isinstance(exc, socket.timeout):
         return '%s %d s' % (NO_ANSWER, HANDSHAKE_TIME)
-    # With TLS 1.3 a rejected certificate comes to light in the handshake
+    # With TLS 1.3, a rejected certificate is noticed only in the handshake
     if is_of_tls(exc):
         return tls_text(exc)
     if isinstance(exc, OSError):
@@ -8762,7 +9144,7 @@ def dial_text(exc: BaseException) -> str:
 
 
 class Failing(enum.Enum):
-    """What failures to connect may have in common although their texts differ."""
+    """What several failures to connect may have in common although their texts differ."""
     SILENT = 'there was no answer in time'
     CLOSED = 'the peer closed the connection at once'
     OTHERWISE = 'it is for other reasons'
@@ -8798,7 +9180,7 @@ def why_unreached(exc: BaseException) -> Unreached:
 
 
 class Connected(NamedTuple):
-    """`peer` was reached. Posted by the thread of a Reconnector."""
+    """`peer` was reached. The thread of a Reconnector posts this event."""
     peer: Any
     sock: Any
     session: Session
@@ -8806,7 +9188,7 @@ class Connected(NamedTuple):
 
 
 class ConnectFailed(NamedTuple):
-    """`peer` was not reached. Posted by the thread of a Reconnector."""
+    """`peer` was not reached. The thread of a Reconnector posts this event."""
     peer: Any
     text: str
     why: Unreached = Unreached.UNREACHABLE
@@ -8819,13 +9201,14 @@ def failure_to_connect(peer: Any, exc: BaseException) -> ConnectFailed:
 
 
 class Reconnector:
-    """Attempts to reach one peer: one at a time, each in a thread. After each failure the wait is
-    twice as long. The loop's thread.
+    """Attempts to reach one peer: one at a time, each in a thread. After each failure the wait
+    doubles. The loop's thread uses this class.
 
-    After the end of a connection the jobs that are there are lost if there is no other within
-    PULSES_LOST pulses. As long, attempts are short and one follows the other after a pulse at most:
-    one that was begun during a cut may never be answered, even when the cut is over, and what
-    follows it finds that out at once.
+    When a connection has ended, the jobs of the peer are lost unless another connection is made
+    within PULSES_LOST heartbeat intervals. During this time, attempts have a short time limit, and
+    the waits between them are at most one interval: an attempt that began while the network was
+    interrupted may never be answered, even after the interruption, whereas a later one succeeds at
+    once.
     """
 
     def __init__(self, first: float, most: float) -> None:
@@ -8839,7 +9222,7 @@ class Reconnector:
 
     @property
     def busy(self) -> bool:
-        """Whether a thread is at it."""
+        """Return whether an attempt is in progress."""
         return self._attempt is not None
 
     def start(self,
@@ -8847,26 +9230,27 @@ class Reconnector:
               peer: Any,
               reach: Callable[[Callable[[Any], None]], Authenticated],
               attempt: 'Optional[Type[ConnectionAttempt]]' = None) -> None:
-        """`reach(note)` is `dial` with its arguments, but for `note`. Connected or ConnectFailed is
-        posted with `peer`. `attempt` is the class of the attempt, if that is not the usual one."""
+        """Begin an attempt. `reach(note)` is `dial` with all of its arguments except `note`.
+        Connected or ConnectFailed is posted with `peer`. `attempt` is the class of the attempt, if
+        it is not ConnectionAttempt."""
         make = attempt or ConnectionAttempt
         self.due = None
         self._attempt = make(post, peer, reach)
         try:
             self._attempt.start()
-        except RuntimeError as exc:   # no more threads, or the interpreter is on its way out
+        except RuntimeError as exc:   # no more threads, or the interpreter is about to exit
             self._attempt = None
             text = 'no thread could be started: %s' % exc
             post(ConnectFailed(peer, text))
 
     def ended(self) -> None:
-        """The attempt is over: its event has come."""
+        """Note that the attempt has ended: its event has come."""
         self._attempt = None
 
     def again(self, now: float, lived: float = 0.0, pulse: float = PULSE) -> None:
-        """It failed, or the link that came of it ended after `lived` seconds: once more, later.
-        With each connection that was made the wait begins anew, unless several in a row have ended
-        at once."""
+        """Try again later, because the attempt failed, or because its link ended after it had
+        `lived` for so many seconds. Each connection that was made resets the wait, unless several
+        links in a row have ended at once."""
         if lived:
             if lived > FLAP_TIME:
                 self._flaps = 0
@@ -8880,22 +9264,23 @@ class Reconnector:
         self._wait = min(2 * self._wait, self._most)
 
     def patience(self, now: float, pulse: float, trip: float = 0.0) -> float:
-        """Return how many seconds an attempt waits. As long as jobs may be lost meanwhile that is a
-        pulse, or what connection and handshake take at a peer whose answers take `trip` s."""
+        """Return the time limit of an attempt in seconds. While jobs may be lost, it is one
+        heartbeat interval, or the time that connection and handshake take with a peer whose round
+        trip takes `trip` s."""
         if now >= self._hurry_until:
             return HANDSHAKE_TIME
         return min(HANDSHAKE_TIME, max(1.0, pulse, TRIPS * trip))
 
     def abort(self, waits: bool = False) -> None:
-        """End the attempt. One that asks for a name cannot be woken: it is left to itself, and
-        nothing comes of it. With `waits` it is waited for even so, as it starts a process that it
-        has to see to."""
+        """End the attempt. An attempt that waits for a name server cannot be interrupted: it is
+        abandoned, and its result is discarded. With `waits`, this method waits for the end of the
+        attempt even in that case, because the attempt starts a process and must handle it."""
         if self._attempt is not None:
             self._attempt.abort(waits)
 
 
 class ConnectionAttempt:
-    """One attempt of a Reconnector, which has a thread of its own."""
+    """One attempt of a Reconnector, with a thread of its own."""
 
     def __init__(self, post: Callable[[Any], None], peer: Any,
                  reach: Callable[[Callable[[Any], None]], Authenticated]) -> None:
@@ -8915,11 +9300,11 @@ class ConnectionAttempt:
         try:
             found = self._reach(self._note)
         except (DispyError, OSError, ValueError, RuntimeError) as exc:
-            # Runtime: no process at interpreter's exit
+            # RuntimeError: no process can be started while the interpreter exits
             self._post(failure_to_connect(self._peer, exc))
         else:
-            connected = Connected(self._peer, *found)
-            self._post(connected)
+            event = Connected(self._peer, *found)
+            self._post(event)
 
     def _note(self, sock: Any) -> None:
         with self._lock:
@@ -8930,7 +9315,8 @@ class ConnectionAttempt:
         raise OSError('given up')
 
     def abort(self, waits: bool) -> None:
-        """End it, and wait for its end if it has come so far that it can be woken."""
+        """End the attempt, and wait for its end if it has reached a point from which it can be
+        interrupted."""
         with self._lock:
             self._aborted = True
             sock = self._sock
@@ -8942,11 +9328,11 @@ class ConnectionAttempt:
 
 
 class SecondConnection:
-    """A second connection to a peer whose link is silent: whichever speaks first is used. The
-    loop's thread.
+    """Attempts to make a second connection to a peer whose link is silent: the one on which
+    something is received first is used. The loop's thread uses this class.
 
-    Attempts are short, and one follows the other: a packet that was lost is sent again by TCP after
-    1, 3, 7 s, a new attempt finds out at once that a cut is over.
+    Attempts are short, and one follows the other: TCP retransmits a lost packet after 1, 3, 7 s
+    only, whereas a new attempt finds out at once that an interruption is over.
     """
 
     def __init__(self, peer: Any) -> None:
@@ -8957,11 +9343,11 @@ class SecondConnection:
 
     @property
     def busy(self) -> bool:
-        """Whether an attempt is under way."""
+        """Return whether an attempt is in progress."""
         return self._dialling.busy
 
     def has_failed(self, since: float) -> bool:
-        """Whether an attempt has failed since then."""
+        """Return whether an attempt has failed since this time."""
         if self._failed_at is None:
             return False
         return self._failed_at >= since
@@ -8971,14 +9357,14 @@ class SecondConnection:
               post: Callable[[Any], None],
               reach: Callable[[Callable[[Any], None]], Authenticated],
               attempt: Optional[Type[ConnectionAttempt]] = None) -> None:
-        """One more attempt, unless there is one."""
+        """Begin an attempt, unless one is in progress."""
         if not self.busy:
             self._began = now
             self._dialling.start(post, self, reach, attempt)
 
     def ended(self, failed_at: Optional[float] = None) -> bool:
-        """Its event has come. Returns whether the next attempt may begin at once: one that was
-        refused at once has to wait."""
+        """Note that the attempt has ended: its event has come. Returns whether the next attempt may
+        begin at once; one that was refused immediately has to wait."""
         self._dialling.ended()
         self._failed_at = failed_at
         if failed_at is None:
@@ -8993,17 +9379,22 @@ class SecondConnection:
 # -- discovery -------------------------------------------------------------------------------------
 
 class DatagramType(enum.IntEnum):
-    """What a datagram says."""
-    QUESTION = 1   # client or scheduler, to all: who is there?
+    """The meaning of a datagram."""
+    QUESTION = 1   # client or scheduler, to all: which nodes exist?
     ANSWER = 2     # node, to the asker
-    HELLO = 3      # node, to all, when it starts and every --ping-interval: ask me
+    HELLO = 3      # node, to all, at its start and every --ping-interval: it exists
     NOT_MINE = 4   # node, to an asker with another secret; signed with a key that nobody shares
 
 
 class Datagram(NamedTuple):
-    """What is said by UDP. `port`: TCP port of the speaker; `address`: where it can be reached, if
-    not where the datagram comes from (answers only: it depends on the asker); `instance`: its
-    process; `nonce`: new each time; `echo`: nonce of the question that is answered."""
+    """The contents of a UDP datagram.
+
+    port - the TCP port of the sender
+    address - the address at which the sender can be reached, if it is not the source of the
+    datagram; only in answers, since it depends on the receiver
+    instance - the process of the sender
+    nonce - 16 bytes that are new in each datagram
+    echo - the nonce of the question that is answered"""
     kind: int
     role: int
     port: int
@@ -9016,18 +9407,18 @@ class Datagram(NamedTuple):
 # magic, kind, role, port, family (0: no address), -, address, instance, counter, nonce, echo, -,
 # tag
 _DATAGRAM = struct.Struct('>8sBBHB3x16s16sQ16s16s8x32s')
-# 128, questions and answers alike: nobody can be made to send more than was sent to him
+# 128 bytes for questions and answers alike: nobody can be made to send more than was received
 DATAGRAM = _DATAGRAM.size
 
 
 class Discovery:
-    """The datagrams of one process: it packs its own, and believes those of others that are signed
-    and new. Who is found by them is dialled, and only the handshake decides; so a forged or
-    repeated datagram costs a connection at most.
+    """The datagrams of one process: it builds its own, and accepts those of others that are signed
+    and new. Processes that are found by datagrams are dialled, and only the handshake authenticates
+    them; therefore a forged or repeated datagram costs at most one connection.
 
-    LIMIT questions a second that are signed with the secret are answered, and besides STRANGERS
-    others, so that nobody is flooded through us and strangers take nothing from those who have the
-    secret; one address of strangers gets TOLD_MOST answers in OTHERS seconds.
+    At most LIMIT signed questions and STRANGERS others are answered in a second, so that nobody can
+    flood a third party through this process, and peers without the secret do not displace those
+    that have it. One address of such strangers gets at most TOLD_MOST answers in OTHERS seconds.
     """
     REMEMBERED = 4096
     LIMIT = 100
@@ -9035,7 +9426,7 @@ class Discovery:
     TOLD_MOST = 5
     OTHERS = 60.0
     WINDOW = 64
-    # Of the whole process: its instance is the same in all that it says
+    # One counter for the process, since its instance is the same in all datagrams
     _counts = itertools.count(1)
 
     def __init__(self,
@@ -9049,22 +9440,21 @@ class Discovery:
         self._instance = instance
         self._port = port
         self._addresses = tuple(addresses)
-        # instance -> highest counter, and as bits which of the WINDOW up to it have come: datagrams
-        # overtake one another
+        # Instance -> highest counter, and a bit mask of the WINDOW counters before it that have
+        # come: datagrams may overtake one another
         self._seen: Recent[bytes, Tuple[int, int]] = Recent(self.REMEMBERED)
-        # (address, instance) -> when it got NOT_MINE; a program that is started once more is told
-        # once more
+        # (address, instance) -> when it got NOT_MINE; a program that is started again gets it again
         self._told: Recent[Tuple[str, bytes], float] = Recent(self.REMEMBERED)
         self._asked: Deque[bytes] = collections.deque(maxlen=16)
-        # Address -> when
+        # Address -> times of answers
         self._told_there: Recent[str, Deque[float]] = Recent(self.REMEMBERED)
         self._second = 0
         self._answered = 0
         self._unknown_answers = 0
 
     def build(self, kind: DatagramType, to: str = '', echo: bytes = bytes(16)) -> bytes:
-        """A datagram of this process, new each time; for an asker's address `to` if it is an
-        answer."""
+        """Return a datagram of this process, which is new each time; `to` is the address of the
+        receiver if it is an answer."""
         nonce = os.urandom(16)
         if kind is DatagramType.QUESTION:
             self._asked.append(nonce)
@@ -9081,17 +9471,17 @@ class Discovery:
             else:
                 family = 6
             address = packed.ljust(16, b'\0')
-        next_count = next(self._counts)
+        count = next(self._counts)
         body = _DATAGRAM.pack(MAGIC, kind, self._role, self._port, family, address, self._instance,
-                              next_count, nonce, echo, bytes(32))[:-32]
+                              count, nonce, echo, bytes(32))[:-32]
         digest = hmac.digest(
             os.urandom(32) if kind is DatagramType.NOT_MINE else self._key, body, 'sha256')
         return body + digest
 
     def parse(self, data: bytes, source: str,
               now: float) -> Tuple[Optional[Datagram], Optional[bytes]]:
-        """What was said, if it concerns us, and the answer to be sent to where it came from. Never
-        raises."""
+        """Return the datagram, if it concerns this process, and the answer that is to be sent to
+        its source; each may be None. This never raises."""
         if len(data) != DATAGRAM:
             return None, None
         if data[:8] != MAGIC:
@@ -9111,12 +9501,13 @@ class Discovery:
             return self._of_stranger(heard, source, now)
         is_new = self._is_new(instance, count)
         if not is_new:
-            return None, None   # repeated by somebody
+            return None, None   # a repeated datagram
         return self._judge(heard, source, now)
 
     def _judge(self, heard: Datagram, source: str,
                now: float) -> Tuple[Optional[Datagram], Optional[bytes]]:
-        """What a datagram of somebody with the secret means, and the answer to it."""
+        """Return the datagram of a process that has the secret, if it concerns this process, and
+        the answer to it."""
         if heard.kind == DatagramType.QUESTION:
             if self._role is not Role.NODE:
                 return None, None
@@ -9177,7 +9568,7 @@ class Discovery:
         return self._answered <= self.LIMIT
 
     def _may_tell(self, source: str, now: float) -> bool:
-        """Whether a stranger is answered."""
+        """Return whether a stranger gets an answer."""
         self._next_second(now)
         times = self._told_there.get(source)
         if self._unknown_answers >= self.STRANGERS:
@@ -9192,9 +9583,9 @@ class Discovery:
         return True
 
 
-# Multicast groups of the site; none is routed, as packets have one hop to go. IPv6 of the link
-# would be asked from link-local addresses, and no node could be meant by the address that people
-# know.
+# Site-local multicast groups; packets are not routed, since they have one hop to go. With
+# link-local groups of IPv6, requests would come from link-local addresses, and no node could be
+# listed by the address that people know.
 GROUP6 = 'ff15::d159:5'
 GROUP4 = '239.255.97.1'
 REACHES = ('lan', 'loopback', 'off')
@@ -9213,9 +9604,9 @@ def discovery_reach() -> str:
 
 
 class UdpListener(socketserver.UDPServer):
-    """A UDP socket. A loop watches it and calls `on_readable`; what comes is given to `hear(data,
-    source, reply)`."""
-    allow_reuse_address = True   # several nodes and clients of one host hear the same broadcasts
+    """A UDP socket. A loop watches it and calls `on_readable`; each datagram is passed to
+    `hear(data, source, reply)`."""
+    allow_reuse_address = True   # several nodes and clients of one host receive the same broadcasts
     timeout = 0
     max_packet_size = DATAGRAM + 1
 
@@ -9229,9 +9620,9 @@ class UdpListener(socketserver.UDPServer):
         super().__init__((host, port), None)  # type: ignore[arg-type]
 
     def server_bind(self) -> None:
-        """Set options, bind the address, join groups."""
+        """Set options, bind the address, and join the multicast groups."""
         sock = self.socket
-        if sys.platform != 'linux':   # on Linux it would bar other users' nodes
+        if sys.platform != 'linux':   # on Linux it would exclude other users' nodes
             set_option(sock, socket.SOL_SOCKET, 'SO_REUSEPORT', 1)
         if self.address_family == socket.AF_INET6:
             sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
@@ -9245,7 +9636,7 @@ class UdpListener(socketserver.UDPServer):
             return
         if self.address_family == socket.AF_INET6:
             for index in interfaces():
-                # One without multicast, or with too many groups
+                # An interface without multicast, or with too many groups
                 with contextlib.suppress(OSError):
                     sock.setsockopt(
                         socket.IPPROTO_IPV6, socket.IPV6_JOIN_GROUP,
@@ -9261,28 +9652,28 @@ class UdpListener(socketserver.UDPServer):
         data, sock = request
 
         def reply(answer: bytes) -> None:
-            # No route, or the buffer is full: the asker asks again
+            # There is no route, or the buffer is full: the peer will ask again
             with contextlib.suppress(OSError):
                 sock.sendto(answer, client_address)
         try:
             source = address_in(client_address)
-        except OSError:   # no descriptor is left: it will ask again
+        except OSError:   # no descriptor is left: the peer will ask again
             return
         self._hear(data, source, reply)
 
     def on_readable(self) -> None:
-        """Something came. The loop's thread."""
+        """Receive a datagram. The loop's thread calls this."""
         self.handle_request()
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """Our own fault, to be seen."""
+        """Log an exception: this is a fault of this program."""
         logger.exception('a datagram from %s failed', client_address[0])
 
 
 def own_addresses() -> Dict[str, str]:
-    """IPv4 addresses of this host and where each one's network is addressed as a whole; needs
-    psutil, else none. While they cannot be had, as without a descriptor, those that were there
-    before."""
+    """Return the IPv4 addresses of this host, each with the broadcast address of its network; this
+    needs psutil, without which there are none. If they cannot be determined now, as when no
+    descriptor is left, the previous result is returned."""
     global _own_addresses
     found = ask_psutil(lambda psutil: psutil.net_if_addrs())
     if found is not None:
@@ -9298,7 +9689,8 @@ _own_addresses = {}   # type: Dict[str, str]   # Python 3.7 compiles no annotati
 
 
 def interfaces() -> List[int]:
-    """Numbers of the interfaces of this host; none while no descriptor is left."""
+    """Return the numbers of the network interfaces of this host; none while no descriptor is
+    left."""
     try:
         return [index for index, _ in socket.if_nameindex()]
     except OSError as exc:
@@ -9306,15 +9698,15 @@ def interfaces() -> List[int]:
         return []
 
 
-# Where all processes of this host hear. On Linux all of 127.0.0.0/8 is there; elsewhere only one
-# address of it, which has no broadcast: then one of those who listen hears it.
+# The address at which all processes of this host listen. On Linux all of 127.0.0.0/8 exists;
+# elsewhere there is only one address, which has no broadcast: one of the listeners gets a datagram.
 LOOPBACK = '127.255.255.255' if sys.platform.startswith('linux') else '127.0.0.1'
 
 
 class DiscoverySockets:
-    """The UDP sockets of one process and how it speaks to all. It hears what is said to `ports`,
-    and speaks to `there`, from the first of its ports, where the answers come. The loop's
-    thread."""
+    """The UDP sockets of one process. They receive what is sent to `ports`, and send to the port
+    `there` from the first of their own ports, at which the answers arrive. The loop's thread uses
+    this class."""
 
     def __init__(self,
                  loop: Loop,
@@ -9331,8 +9723,8 @@ class DiscoverySockets:
         self.error = ''
         self._first = min(ports)
         for number in self._heard(reach, ports) if reach != 'off' else ():
-            # Bound to its broadcast address a socket hears what is said to this machine as a whole,
-            # and nothing else.
+            # A socket that is bound to its broadcast address receives what is sent to this machine
+            # as a whole, and nothing else.
             if reach == 'lan':
                 host = ''
             elif number:
@@ -9346,7 +9738,8 @@ class DiscoverySockets:
                 try:
                     ear = UdpListener(family, host, number, hear, multicast)
                 except OSError as exc:
-                    # Taken by a program that does not share it, or no such family here
+                    # The port is used by a program that does not share it, or there is no such
+                    # family here
                     if family == socket.AF_INET:
                         self.error = 'UDP port %d cannot be used: %s' % (number, exc.strerror)
                     continue
@@ -9356,16 +9749,17 @@ class DiscoverySockets:
 
     @staticmethod
     def _heard(reach: str, ports: Iterable[int]) -> List[int]:
-        """The ports to listen at. Where only one of those who listen at a port of loopback hears
-        what is said there, that is to be a node: who asks from another port keeps off."""
+        """Return the ports at which to listen. If only one of several listeners at a port of the
+        loopback interface receives a datagram, the listener must be a node: a process that asks
+        from another port does not listen there."""
         numbers = sorted(set(ports))
         if reach == 'loopback' and LOOPBACK == '127.0.0.1' and not numbers[0]:
             return [0]
         return numbers
 
     def broadcast(self, say: Callable[[], bytes]) -> None:
-        """To everybody within reach: what `say` returns, by each family anew, so that a host of
-        both answers by both."""
+        """Send the datagram that `say` returns to all hosts within reach, by IPv4 and IPv6. Each
+        family gets a new datagram, so that a host with both answers by both."""
         for ear in self.ears:
             if ear.speaks:
                 data = say()
@@ -9383,10 +9777,10 @@ class DiscoverySockets:
                     if broadcast:
                         broadcasts.add(broadcast)
                 hosts |= broadcasts or {'255.255.255.255'}
-            sorted_hosts = sorted(hosts)
-            targets = [(host, port) for host in sorted_hosts]
+            in_order = sorted(hosts)
+            targets = [(host, port) for host in in_order]
         for target in targets:
-            with contextlib.suppress(OSError):   # an interface that is down, or cannot do it
+            with contextlib.suppress(OSError):   # the interface is down, or does not support it
                 ear.socket.sendto(data, target)
         if not self._multicast:
             return
@@ -9431,7 +9825,7 @@ LEASE_TABLE = {
     (Lease.HELD, 'ended'): Lease.FREE,
     (Lease.ORPHANED, 'ended'): Lease.FREE,
 }
-# (before, after) -> what is logged
+# (before, after) -> the text for the log
 LEASE_TEXT = {
     (Lease.FREE, Lease.HELD): 'this node is held by {}',
     (Lease.HELD, Lease.ORPHANED): 'the connection of {} has ended; it holds this node still',
@@ -9442,12 +9836,12 @@ LEASE_TEXT = {
 
 
 class Stage(enum.Enum):
-    """How far a computation on this node has come."""
-    PREPARING = 'preparing'    # its directory is made, files are compared
+    """The progress of a computation on this node."""
+    PREPARING = 'preparing'    # its directory is being made, files are being compared
     RECEIVING = 'receiving'    # files are coming
     STARTING = 'starting'      # the runner loads code and runs setup
     READY = 'ready'
-    ENDING = 'ending'          # what runs is killed: it is to be known what had begun
+    ENDING = 'ending'          # running jobs are killed, to know which attempts had begun
     CLOSING = 'closing'        # workers end, cleanup runs
 
 
@@ -9462,35 +9856,35 @@ STAGE_TABLE = {
 
 class ForcedEnd(NamedTuple):
     """Why a computation ends while its jobs run: a reason (see REASONS) and a text for its client,
-    and the outcome and text of the jobs that had begun."""
+    and the outcome and text for the jobs that had begun."""
     code: str
     text: str
     outcome: Outcome
     job_text: str
 
 
-# Events: what the shell tells the state.
+# Events: what the node host tells the state
 class LinkUp(NamedTuple):
-    """An authenticated link; `instance` is the client's process."""
+    """An authenticated link was made; `instance` identifies the client's process."""
     link: int
     instance: bytes
     address: str
 
 
 class LinkDown(NamedTuple):
-    """The link is gone; `on_purpose` after a Bye."""
+    """A link has ended; `on_purpose` is true after a Bye."""
     link: int
     on_purpose: bool
 
 
 class Received(NamedTuple):
-    """A message came."""
+    """A message was received."""
     link: int
     message: Any
 
 
 class DirectoryReady(NamedTuple):
-    """The directory is there; these files are missing, as in Need, or nothing is possible and
+    """The directory exists, and these files are missing, as in Need; or it cannot be used, and
     `error` says why."""
     comp: str
     missing: list
@@ -9499,13 +9893,14 @@ class DirectoryReady(NamedTuple):
 
 
 class Wanted(NamedTuple):
-    """Answers WantAgain: these files are missing still, as in Need."""
+    """This answers WantAgain: these files are still missing, as in Need."""
     comp: str
     missing: list
 
 
 class ValueSought(NamedTuple):
-    """What came of FetchValue: it is missing, as in Need, or it is there, or why it cannot be."""
+    """This answers FetchValue: the value is missing, as in Need, or it is present, or the text says
+    why it is not available."""
     comp: str
     digest: bytes
     missing: list
@@ -9513,16 +9908,16 @@ class ValueSought(NamedTuple):
 
 
 class FileWritten(NamedTuple):
-    """A file is there, or could not be stored. `complete`: all that were asked for with the code
-    are there."""
+    """A file is complete, or could not be stored. `complete`: all files that were requested with
+    the code are present."""
     file: FileStored
     complete: bool
     code: str = 'transfer'   # of REASONS
 
 
 class SpoolFound(NamedTuple):
-    """When the daemon starts: results of a computation are on the disk, and when they are given
-    up."""
+    """A daemon that starts has found results of a computation on the disk, and knows when they
+    expire."""
     comp: str
     owner: bytes
     serials: list
@@ -9531,20 +9926,20 @@ class SpoolFound(NamedTuple):
 
 
 class Remembered(NamedTuple):
-    """When the daemon starts: what is known of attempts of a computation that it had."""
+    """A daemon that starts has read what is known of earlier attempts of a computation."""
     comp: str
     past: AttemptHistory
 
 
 class ResultsSpooled(NamedTuple):
-    """Results are on the disk; or, with a text, they could not be written."""
+    """Results were written to the disk or, if there is a text, could not be written."""
     comp: str
     serials: list
     error: str = ''
 
 
 class RunnerUp(NamedTuple):
-    """Code is loaded and setup has run; `notes` are for the client's log."""
+    """A runner has loaded the code, and setup has returned; `notes` are for the client's log."""
     comp: str
     notes: Sequence[str] = ()
 
@@ -9555,10 +9950,10 @@ class EndWanted(NamedTuple):
 
 
 class RunnerGone(NamedTuple):
-    """The runner has ended, or never came up; `text` says why, empty when it was told to end.
-    `unloadable`: the code of the computation cannot even be loaded here. `begun`: serials that its
-    workers are known to have begun; None: what stands first at a worker may have begun. `code`: see
-    REASONS."""
+    """The runner has ended or never became ready; `text` says why, and is empty if it was told to
+    end. `unloadable`: the code of the computation cannot even be loaded here. `begun`: the serials
+    that its workers are known to have begun; None means that the first attempt in the queue of a
+    worker may have begun. `code`: see REASONS."""
     comp: str
     text: str
     unloadable: bool = False
@@ -9567,7 +9962,7 @@ class RunnerGone(NamedTuple):
 
 
 class WorkerResults(NamedTuple):
-    """One worker has results: rows as in Results."""
+    """One worker sends results: rows as in Results."""
     worker: int
     rows: list
 
@@ -9579,21 +9974,23 @@ class WorkerFile(NamedTuple):
 
 
 class WorkerWants(NamedTuple):
-    """A job needs modules that are not here: a bundle by number, or one by name."""
+    """A job needs modules that are not on this host: a bundle by its number, or a module by its
+    name."""
     worker: int
     serial: int
     request: Any
 
 
 class Fetched(NamedTuple):
-    """What came of Fetch: these files are missing, or all are there, or why they cannot be."""
+    """This answers Fetch: these files are missing, or all are present, or the text says why they
+    are not available."""
     comp: str
     missing: list
     error: str = ''
 
 
 class WorkerPrinted(NamedTuple):
-    """Live output of a job, or a log record (stream 0)."""
+    """A job has printed something, or has made a log record (stream 0)."""
     worker: int
     serial: int
     stream: int
@@ -9602,13 +9999,13 @@ class WorkerPrinted(NamedTuple):
 
 
 class WorkerReturnedJobs(NamedTuple):
-    """The worker gave back what it had not started."""
+    """A worker has returned the attempts that it had not started."""
     worker: int
     serials: list
 
 
 class WorkerGone(NamedTuple):
-    """The worker's process ended while it ran `running` (0: nothing)."""
+    """The process of a worker has ended while it ran the attempt `running` (0: none)."""
     worker: int
     text: str
     running: int = 0
@@ -9617,45 +10014,45 @@ class WorkerGone(NamedTuple):
 
 
 class WorkerLeft(NamedTuple):
-    """The process of a worker that had resources, and was let go, has ended."""
+    """The process of a worker that had resources, and that was told to end, has ended."""
     worker: int
 
 
 class WorkerStartFailed(NamedTuple):
-    """A worker could not be started: there are no descriptors, say."""
+    """A worker could not be started, for example because no descriptors were left."""
     worker: int
     text: str
 
 
 class WorkerInitialized(NamedTuple):
-    """A worker is ready for work: the initializer has returned in it. Or that has failed with this
-    text."""
+    """A worker is ready, because the initializer has returned in it; or the initializer has failed
+    with this text."""
     worker: int
     error: str
 
 
 class Faulted(NamedTuple):
-    """A fault of ours concerns this computation: it cannot go on here."""
+    """A fault of this program concerns this computation, which cannot continue here."""
     comp: str
     text: str
 
 
 class MemoryExceeded(NamedTuple):
-    """The job used more memory than it may; its worker is being killed."""
+    """A job has used more memory than its limit; its worker is being killed."""
     worker: int
     serial: int
 
 
 class WorkerOverdue(NamedTuple):
-    """What a worker runs has run past its time, and its runner ends it: this loop had no turn
-    meanwhile."""
+    """The job of a worker has exceeded its time limit, and the runner ends it, because this loop
+    had no turn in the meantime."""
     worker: int
     serial: int
 
 
 class JobSeen(NamedTuple):
-    """A runner has looked at the job of a worker, as Look wants it. All is empty if the worker does
-    not run that any more."""
+    """A runner has inspected the job of a worker, as Look requests. All fields are empty if the
+    worker does not run this job any more."""
     worker: int
     serial: int
     stacks: str
@@ -9668,41 +10065,43 @@ class Stop(NamedTuple):
 
 
 class Finish(NamedTuple):
-    """The daemon shall end when its jobs have ended, and takes no new ones."""
+    """The daemon shall take no new jobs, and end when its jobs have ended."""
 
 
 class CallSoon(NamedTuple):
-    """Something is to be called in the thread of the loop."""
+    """A function is to be called in the thread of the loop."""
     call: Callable[[], None]
 
 
 class Pause(NamedTuple):
-    """No new jobs, by this authority ('operator', 'hours'), until it says Resume. What runs goes
-    on, or is ended too."""
+    """This authority ('operator', 'hours') wants no new jobs to begin until it says Resume. Running
+    jobs go on, or are ended too."""
     by: str
     text: str
     end: bool = False
 
 
 class Resume(NamedTuple):
-    """The inverse; the node serves again when nobody pauses it."""
+    """An authority withdraws its Pause; the node takes jobs again when no authority has paused
+    it."""
     by: str
 
 
 class SetCpus(NamedTuple):
-    """Offer so many CPUs from now on; what runs on more of them goes on."""
+    """The node shall offer this many CPUs from now on; running jobs that exceed the number go
+    on."""
     cpus: int
 
 
 class Release(NamedTuple):
-    """Take the node from the client that holds it."""
+    """The node shall be taken from the client that holds it."""
 
 
 class Status(NamedTuple):
-    """Say how things are. Answered by Show."""
+    """The status of the node is requested. PrintStatus answers it."""
 
 
-# Actions: what the state tells the shell.
+# Actions: what the state tells the node host to do
 class Send(NamedTuple):
     """Send a message on a link."""
     link: int
@@ -9710,13 +10109,13 @@ class Send(NamedTuple):
 
 
 class Broken(NamedTuple):
-    """A computation made the state raise; answered by Faulted."""
+    """The state has raised an exception because of a computation. The answer is Faulted."""
     comp: str
     error: BaseException
 
 
 class SpoolResults(NamedTuple):
-    """Write results, rows of a client, to the disk. Fed back as ResultsSpooled."""
+    """Write results, as rows of Results of a client, to the disk. The answer is ResultsSpooled."""
     comp: str
     owner: bytes
     rows: list
@@ -9724,7 +10123,7 @@ class SpoolResults(NamedTuple):
 
 
 class SendSpooled(NamedTuple):
-    """Send results from the disk, as the link has room."""
+    """Send results from the disk, as the link has room for them."""
     link: int
     comp: str
 
@@ -9735,97 +10134,100 @@ class Forget(NamedTuple):
 
 
 class Remember(NamedTuple):
-    """Write down what is known of attempts that are not held any more; nothing is left to be known
-    where it is empty."""
+    """Write down what is known of attempts that are not held any more; if the history is empty,
+    nothing is to be remembered."""
     comp: str
     past: AttemptHistory
 
 
 class NoteOverrun(NamedTuple):
-    """So many results are not acknowledged that the notes of what has begun do not reach back to
-    the first of them."""
+    """So many results are not acknowledged that the notes of which attempts have begun do not reach
+    back to the first of them."""
     comp: str
 
 
 class Drop(NamedTuple):
-    """Close a link after what was sent on it."""
+    """Close a link after everything was sent on it."""
     link: int
     text: str
 
 
 class PrepareDirectory(NamedTuple):
-    """Make the computation's directory and compare its files. Fed back as DirectoryReady."""
+    """Make the directory of a computation and compare its files. The answer is DirectoryReady."""
     comp: str
     spec: dict
 
 
 class WantAgain(NamedTuple):
-    """The connection on which files came has ended: drop what is half here. Fed back as Wanted."""
+    """Drop incomplete files, because the connection on which they came has ended. The answer is
+    Wanted."""
     comp: str
 
 
 class WriteFile(NamedTuple):
-    """Write a piece of a file. Fed back as FileWritten when its file is there or cannot be
+    """Write a piece of a file. The answer is FileWritten when the file is complete or cannot be
     stored."""
     piece: FilePiece
 
 
 class Fetch(NamedTuple):
-    """Find out which of these files of modules are missing; answered by Fetched."""
+    """Find out which of these files of modules are missing. The answer is Fetched."""
     comp: str
     rows: list
 
 
 class StartRunner(NamedTuple):
-    """Start the process that loads the code. Fed back as RunnerUp or RunnerGone."""
+    """Start the process that loads the code. The answer is RunnerUp or RunnerGone."""
     comp: str
     spec: dict
     link: int
 
 
 class StopRunner(NamedTuple):
-    """End a runner and its workers, with cleanup unless `at_once`; remove the directory. Fed back
-    as RunnerGone."""
+    """End a runner and its workers, with cleanup unless `at_once`; remove the directory. The answer
+    is RunnerGone."""
     comp: str
     at_once: bool
 
 
 class StartWorker(NamedTuple):
-    """Fork a worker. It may be fed at once. WorkerGone tells some day that it has ended."""
+    """Start a worker. Attempts may be sent to it immediately. WorkerGone reports its end."""
     worker: int
     comp: str
 
 
 class Equip(NamedTuple):
-    """A worker that will be started has units of these numbers, by the name of the resource."""
+    """Give the worker that will be started the resource units with these numbers, by the name of
+    the resource."""
     worker: int
     comp: str
     units: Dict[str, List[int]]
 
 
 class SendToWorker(NamedTuple):
-    """Write attempts to a worker."""
+    """Send attempts to a worker."""
     worker: int
     attempts: list
 
 
 class Interrupt(NamedTuple):
-    """KeyboardInterrupt in the job, if the worker still runs it."""
+    """Raise KeyboardInterrupt in the job, if the worker still runs it."""
     worker: int
     serial: int
 
 
 class Look(NamedTuple):
-    """See what a job has printed last and, if that is wanted, the stacks of its process. Fed back
-    as JobSeen."""
+    """Inspect what a job has printed last and, if requested, the stacks of its process. The answer
+    is JobSeen."""
     worker: int
     serial: int
     stacks: bool
 
 
 class LimitMemory(NamedTuple):
-    """Kill the worker if this job uses more bytes of memory, and end the job if it runs for more
-    seconds; 0: as it likes. Fed back as MemoryExceeded and WorkerOverdue."""
+    """Kill the worker if this job uses more than so many bytes of memory, and end the job if it
+    runs for more than so many seconds; 0 means no limit. The answers are MemoryExceeded and
+    WorkerOverdue."""
     worker: int
     serial: int
     most: int
@@ -9833,17 +10235,18 @@ class LimitMemory(NamedTuple):
 
 
 class Kill(NamedTuple):
-    """Kill the worker's process group and descendants. Fed back as WorkerGone."""
+    """Kill the process group and the descendants of a worker. The answer is WorkerGone."""
     worker: int
 
 
 class TakeFromWorker(NamedTuple):
-    """Ask a worker for what it has not started. Fed back as WorkerReturnedJobs."""
+    """Ask a worker to return the attempts that it has not started. The answer is
+    WorkerReturnedJobs."""
     worker: int
 
 
 class AnswerJobFile(NamedTuple):
-    """Tell a worker what became of the file that its job has sent."""
+    """Tell a worker whether the client has stored the file that its job has sent."""
     worker: int
     error: str
 
@@ -9854,12 +10257,12 @@ class Retire(NamedTuple):
 
 
 class PrintStatus(NamedTuple):
-    """Show a text to whoever sits at the terminal."""
+    """Show a text at the terminal."""
     text: str
 
 
 class Exit(NamedTuple):
-    """Nothing is left to do."""
+    """End the loop, because nothing is left to do."""
 
 
 RELEASED_TEXT = 'its operator has released it from this client'
@@ -9868,13 +10271,13 @@ NO_FORK = 'worker processes cannot be started with fork here: this system does n
 
 
 def can_fork() -> bool:
-    """Whether worker processes can be forked here."""
+    """Return whether worker processes can be forked here."""
     return hasattr(os, 'fork')
 
 
 def default_start_method() -> str:
-    """How workers are started where nobody says it. Forking a process that has used frameworks of
-    macOS kills the child. Raises StartError."""
+    """Return how workers are started if nothing else is requested. On macOS a process that has used
+    system frameworks must not be forked, since its child would be killed. Raises StartError."""
     given = os.environ.get('DISPY_START_METHOD', '')
     if given not in ('', FORK, SPAWN):
         raise StartError('DISPY_START_METHOD=%.40s in the environment must be fork or spawn'
@@ -9897,7 +10300,7 @@ ENDING_TEXT = {   # with what the job's options say
 
 
 class Attempt:
-    """One try of a job, here."""
+    """One attempt to run a job on this node."""
     __slots__ = ('serial', 'payload', 'cpus', 'timeout', 'memory', 'priority', 'ending', 'comp',
                  'counted', 'values', 'resources')
 
@@ -9915,7 +10318,7 @@ class Attempt:
         if options:
             self._take(options)
         self.ending: Optional[Outcome] = None   # why it is being ended, if it is
-        self.counted = 0        # bytes of its arguments in the node's books: while it waits
+        self.counted = 0        # bytes of its arguments that are counted while it waits
 
     def _take(self, options: dict) -> None:
         self.cpus = options.get('cpus', 1)
@@ -9926,41 +10329,41 @@ class Attempt:
         self.resources = options.get('resources', ())
 
     def ending_text(self, ending: Outcome) -> str:
-        """Why it was ended, with the number that it has exceeded."""
+        """Return why the attempt was ended, with the number that it has exceeded."""
         return ENDING_TEXT.get(ending,
                                'it was to end') % {'timeout': self.timeout, 'memory': self.memory}
 
 
 class _Worker:
-    """A worker process as the state sees it; the head of its queue is what it runs."""
+    """A worker process as the pure state knows it; it runs the first attempt of its queue."""
     __slots__ = ('key', 'comp', 'queue', 'since', 'told', 'jobs_given', 'recalled',
                  'sending_file_on', 'stuck', 'pardoned', 'resources')
 
     def __init__(self, key: int, comp: '_Computation', resources: Request = ()) -> None:
         self.key = key
         self.comp = comp
-        self.resources = resources   # which it keeps to its end
+        self.resources = resources   # which it keeps until it ends
         self.queue: Deque[Attempt] = collections.deque()
-        self.since = 0.0        # when the head became the head, or when it became idle
-        self.told = False       # the client knows that the head has begun
-        self.pardoned = False   # the head began before another client came, and does not count
+        self.since = 0.0        # when its job became the head, or when it became idle
+        self.told = False       # the client was told that the head has begun
+        self.pardoned = False   # the head began before another client came and is not charged
         self.jobs_given = 0            # jobs given to it
-        self.recalled = False   # asked to give back, not answered
-        # Its job sends a file, or has and waits for the answer: the link it goes along
+        self.recalled = False   # it was asked to return jobs, and has not answered
+        # The link on which its job sends a file, or waits for the answer
         self.sending_file_on = 0
-        # CPUs of a job that was killed and has been told, while its process has not ended
+        # CPUs of a killed job that was reported as ended, until its process has ended
         self.stuck = 0
 
     def note_begun(self) -> None:
-        """What it runs has begun, which its client is to be told."""
+        """Note that its attempt has begun, which is to be reported to the client."""
         self.told = True
         serial = self.queue[0].serial
         self.comp.begun.append((serial, self.since))
 
 
 class Spooled(NamedTuple):
-    """Results on the disk: whose they are, which are there, and when they are given up if their
-    computation is over here."""
+    """Results on the disk: their owner, their serials, and when they expire if their computation
+    has ended here."""
     owner: bytes
     serials: Set[int]
     until: float
@@ -9968,17 +10371,17 @@ class Spooled(NamedTuple):
 
 
 class _Claim:
-    """What a computation, or a client with all of its own, has used of a shared node."""
+    """What a computation, or a client with all of its computations, has used of a shared node."""
     __slots__ = ('used', 'reckoned', 'seen', 'fresh')
 
     def __init__(self) -> None:
         self.used = 0.0          # CPU seconds of attempts that have ended
-        self.reckoned = 0.0      # the same and what runs, in a turn
-        self.seen = -math.inf    # when it last had attempts while others were here
-        self.fresh = True        # none has begun since it came
+        self.reckoned = 0.0      # the same with running jobs, in a turn
+        self.seen = -math.inf    # when it last had attempts while others had some
+        self.fresh = True        # no attempt has begun since it came
 
     def rank(self) -> Tuple[bool, float]:
-        """Return its place in the order: the lowest is served next."""
+        """Return the sort key: the lowest is served next."""
         return not self.fresh, self.reckoned
 
 
@@ -9995,7 +10398,7 @@ class _Computation:
         self.since = now        # when it came here
         client = spec.get('client', comp)
         self.client_name = str(client)[:NAME_MOST]
-        # Whose it is, for people
+        # The name of its owner, for people
         self.user = str(spec.get('whose') or self.client_name)[:NAME_MOST]
         self.stage = Stage.PREPARING
         self.forced_end: Optional[ForcedEnd] = None
@@ -10006,43 +10409,43 @@ class _Computation:
         self.workers: Dict[int, _Worker] = {}
         self.idle: List[_Worker] = []
         self.has_idle_timer = False
-        # Busy workers whose queue may be filled up
+        # Busy workers that may get more attempts
         self.refillable: Dict[int, _Worker] = {}
         self.estimate = DurationEstimate()
         # Jobs that a worker may hold behind the one that it runs
         self.handed = Allowance(self.estimate, 0, AHEAD_MOST)
-        # Attempts recalled by the client that stand behind running ones
+        # Attempts behind running ones that the client has recalled
         self.steal_debt: Set[int] = set()
-        # Attempts that have begun and since when, to be told to the client
+        # Attempts that have begun, with the times, to be reported to the client
         self.begun: List[Tuple[int, float]] = []
-        # Workers in a row that died before their first job
+        # Consecutive workers that ended before their first job
         self.startup_failures = 0
-        # Keys of workers that are not ready for work yet, as the initializer runs in them or they
-        # load the computation; and whether there are such
+        # Keys of workers that are not ready yet, because the initializer runs in them or they load
+        # the computation; and whether there are such workers
         self.starting: Set[int] = set()
         initializer = spec.get('initializer')
         self.initializer = bool(initializer) or start_method == SPAWN
         self.digest = result_key(spec)
-        max_jobs = spec.get('max_jobs')
-        self.most = max_jobs or 0
-        self.limit = spec['cpus']              # CPUs that it may use at once; 0: all
-        self.orphan_at = 0.0                   # when its results are given up, if its link is gone
+        jobs = spec.get('max_jobs')
+        self.most = jobs or 0
+        self.limit = spec['cpus']              # how many CPUs it may use at once; 0: all
+        self.orphan_at = 0.0                   # when its results expire, if its link has ended
         # Questions to the client -> worker that waits for the answer
         self.calls: Dict[int, int] = {}
-        self.asked = False                     # for files, ever
+        self.asked = False                     # whether it has ever requested files
         # Workers, and the files that they wait for
         self.fetches: Deque[Tuple[int, list]] = collections.deque()
-        # When it was given a CPU last, in numbers of the node
+        # When it last got a CPU, as a counter of the node
         self.served = 0
-        self.own = self.client = _Claim()      # see `FairShare`; the second is set by it
+        self.own = self.client = _Claim()      # see `FairShare`, which sets the second
         self.done = 0                          # attempts that have ended
-        self.failed = 0                        # attempts that have ended without a value
-        self.cpu_seconds = 0.0                 # that its jobs have occupied CPUs
-        # Notes of what has begun do not reach back far enough
+        self.failed = 0                        # attempts that have ended without a result
+        self.cpu_seconds = 0.0                 # for which its jobs have occupied CPUs
+        # The notes of which attempts have begun do not reach back far enough
         self.overrun = False
 
     def __str__(self) -> str:
-        """What the log calls it."""
+        """Return the name of the computation in the log."""
         return 'computation %s (%s)' % (self.spec['name'], self.comp)
 
     def move(self, event: str) -> None:
@@ -10059,7 +10462,7 @@ class _Computation:
         return sum(cpus)
 
     def enqueue(self, attempt: Attempt, again: bool = False) -> None:
-        """Let an attempt wait: behind those of its priority, or before them if it has waited
+        """Let an attempt wait: after the others of its priority, or before them if it has waited
         already."""
         waiting = self.waiting
         if again and (not waiting or waiting[0].priority <= attempt.priority):
@@ -10076,11 +10479,11 @@ class _Computation:
 
 class NodeTables:
     """The links, computations and workers of a node, which all of its parts look up, and the
-    actions that they have decided in this call."""
+    actions that the parts have decided in this call."""
 
     def __init__(self, name: str, start_method: str = FORK) -> None:
-        self.name = name        # of the node, for texts
-        self.start_method = start_method   # of workers, for computations that do not say
+        self.name = name        # the name of the node, for texts
+        self.start_method = start_method   # of workers, for computations that do not specify it
         self.now = 0.0          # the time of this call
         self.actions: List[Any] = []
         self.links: Dict[int, LinkUp] = {}
@@ -10109,8 +10512,8 @@ class NodeTables:
             self.reply(comp, need)
 
     def comp_of(self, link: int, name: str) -> Optional[_Computation]:
-        """The computation a message speaks of. None for one that has ended here: the message came
-        too late."""
+        """Return the computation that a message names; None for one that has ended here, so that
+        the message came too late."""
         comp = self.comps.get(name)
         if comp is not None:
             if comp.instance != self.links[link].instance:
@@ -10121,7 +10524,8 @@ class NodeTables:
         return None
 
     def worker_at_work(self, key: int) -> Optional[_Worker]:
-        """A worker; None when there is no such worker, or its computation is being closed."""
+        """Return a worker; None if there is no such worker, or if its computation is being
+        closed."""
         worker = self.workers.get(key)
         if worker is None:
             return None
@@ -10130,38 +10534,39 @@ class NodeTables:
         return worker
 
     def name_client(self, link: int, name: str, process: tuple) -> None:
-        """Note the name that the client on a link has given, and which process it is: a row of
+        """Note the name that the client on a link has given, and its process: a row as in
         ClientHello."""
         self._client_names[link] = name
         self._processes[link] = process
 
     def process_at(self, link: int) -> tuple:
-        """Which process the client on a link is; empty if it has not told."""
+        """Return the row that identifies the process of the client on a link; empty if the client
+        has not sent it."""
         return self._processes.get(link, ())
 
     def client_at(self, link: int) -> str:
-        """The name of the client on a link, or its address."""
+        """Return the name of the client on a link, or its address."""
         address = self.links[link].address
         return self._client_names.get(link, address)
 
     def remove_link(self, link: int) -> Optional[LinkUp]:
-        """Forget a link. Returns what was known of it."""
+        """Forget a link. Returns the entry that it had."""
         self._client_names.pop(link, None)
         self._processes.pop(link, None)
         return self.links.pop(link, None)
 
     def guarded(self, comp: str, call: Callable[..., None], *args: Any) -> None:
-        """Call it for a computation, which alone ends when that raises."""
+        """Call a function for a computation, which alone ends if the function raises."""
         try:
             call(*args)
-        except Exception as exc:  # ours; the shell logs it and tells Faulted
+        except Exception as exc:  # a fault of dispy; the node host logs it and sends Faulted
             action = Broken(comp, exc)
             self.do(action)
 
 
 class Timer(NamedTuple):
-    """A call that is due at some time, `call(*args, now)`; of which computation, and whether
-    `is_wanted(*args)` still."""
+    """A call that is due at some time, `call(*args, now)`; the computation to which it belongs, and
+    whether `is_wanted(*args)` is still true."""
     when: float
     number: int     # timers of the same time are due in the order in which they were set
     comp: str
@@ -10171,13 +10576,13 @@ class Timer(NamedTuple):
 
 
 class Timers:
-    """Calls that are due at some time."""
+    """The calls that are due at some time."""
 
     def __init__(self) -> None:
         self.next_at = math.inf     # when the first is due
         self._heap: List[Timer] = []
         self._numbers = itertools.count()
-        self._most = 64             # after which they are looked through
+        self._most = 64             # the number after which they are searched
 
     def __len__(self) -> int:
         return len(self._heap)
@@ -10188,12 +10593,12 @@ class Timers:
     def at(self, when: float, comp: str, call: Callable[..., None], *args: Any,
            is_wanted: Callable[..., bool]) -> None:
         """Have `call(*args, now)` called at this time."""
-        if len(self._heap) >= self._most:   # those of attempts that have ended
+        if len(self._heap) >= self._most:   # removes those of attempts that have ended
             self._heap = [timer for timer in self._heap if timer.is_wanted(*timer.args)]
             heapq.heapify(self._heap)
             self._most = 2 * len(self._heap) + 64
-        next_number = next(self._numbers)
-        timer = Timer(when, next_number, comp, call, args, is_wanted)
+        number = next(self._numbers)
+        timer = Timer(when, number, comp, call, args, is_wanted)
         heapq.heappush(self._heap, timer)
         self.next_at = self._heap[0].when
 
@@ -10208,18 +10613,19 @@ class Timers:
 
 
 class Cpus:
-    """How many CPUs a node offers, has to hand out, and has free."""
+    """The number of CPUs that a node offers, of those that it may use, and of those that are
+    free."""
 
     def __init__(self, count: int) -> None:
         self.offered = count
-        # More than offered while a computation wants more processes than there are CPUs
+        # It exceeds the offer while a computation wants more processes than there are CPUs
         self.total = count
-        self.most = count       # that `total` ever was
+        self.most = count       # the maximum of `total`
         self.free = count
 
     def resize(self, limits: Iterable[int]) -> None:
-        """CPUs to hand out: those offered, or as many as a computation has been allocated by its
-        client."""
+        """Set the number of CPUs that may be used: those offered, or as many as the client has
+        allocated to a computation."""
         total = max([self.offered, *limits])
         self.free += total - self.total
         self.total = total
@@ -10227,19 +10633,20 @@ class Cpus:
 
 
 class Units:
-    """Units of the node's resources, and which worker has which. A worker is made for what its
-    first job asks for, and keeps that until its process has ended: libraries that use a device look
-    once at which they may use, and what they have there they keep."""
+    """Units of the node's resources, and which worker has which of them. A worker is started with
+    the units that its first job needs, and keeps them until its process has ended: libraries that
+    use a device determine only once which devices they may use, and do not free what they have
+    allocated there."""
 
     def __init__(self, offer: Dict[str, int]) -> None:
         """`offer`: how many units of each resource there are. They are numbered from 0."""
         self._offer = offer
         self._free = {name: list(range(count)) for name, count in offer.items()}
-        # Worker -> its computation, and the units that it has
+        # Worker -> its computation and its units
         self._taken: Dict[int, Tuple[str, Dict[str, List[int]]]] = {}
 
     def lack(self, request: Request, where: str) -> str:
-        """Why this can never be had here; empty if it can."""
+        """Return why these units are never available here; empty if they can be."""
         for name, count in request:
             there = self._offer.get(name, 0)
             if count > there:
@@ -10248,11 +10655,11 @@ class Units:
         return ''
 
     def are_free(self, request: Request) -> bool:
-        """Whether a worker can be made with these."""
+        """Return whether a worker can be started with these units now."""
         return all(len(self._free.get(name, ())) >= count for name, count in request)
 
     def take(self, worker: int, comp: str, request: Request) -> Dict[str, List[int]]:
-        """Give free units to a worker: their numbers by the name of the resource."""
+        """Give free units to a worker. Returns their numbers by the name of the resource."""
         units: Dict[str, List[int]] = {}
         for name, count in request:
             free = self._free[name]
@@ -10262,20 +10669,20 @@ class Units:
         return units
 
     def release(self, worker: int) -> None:
-        """The process of a worker has ended, or was never made."""
+        """Free the units of a worker, because its process has ended or was never made."""
         _, units = self._taken.pop(worker, ('', {}))
         for name, taken in units.items():
-            # The first go first, so that few devices are used where there are few jobs
+            # The first units are used first, so that few jobs use few devices
             self._free[name] = sorted(self._free[name] + taken)
 
     def release_all(self, comp: str) -> None:
-        """All processes of a computation have ended."""
+        """Free the units of a computation, because all of its processes have ended."""
         for worker in [worker for worker, (other, _) in self._taken.items() if other == comp]:
             self.release(worker)
 
 
 class ResourceWorkers:
-    """Workers that have resources, and go to jobs that ask for the same."""
+    """Workers that have resources. They run the jobs that ask for the same resources."""
 
     def __init__(self, tables: NodeTables, units: Units,
                  make: Callable[['_Computation', Request], _Worker],
@@ -10288,8 +10695,8 @@ class ResourceWorkers:
         self._idle: List[_Worker] = []
 
     def worker_for(self, comp: _Computation, request: Request, may_make: bool) -> Optional[_Worker]:
-        """A worker with these resources, for a job of a computation. None if there is none now:
-        one is being made ready, or workers that have the units and do nothing are ended first."""
+        """Return a worker with these resources for a job of a computation; None if there is none
+        now: one is being started, or idle workers that have the units are being ended first."""
         for worker in self._idle:
             if worker.comp is comp and worker.resources == request:
                 self._idle.remove(worker)
@@ -10303,58 +10710,58 @@ class ResourceWorkers:
         if not may_make:
             return None
         worker = self._make(comp, request)
-        if comp.initializer:   # it gets work when it is ready for it
+        if comp.initializer:   # it gets attempts when it is ready
             comp.starting.add(worker.key)
             return None
         return worker
 
     def equip(self, worker: _Worker) -> None:
-        """A worker is about to be started: it gets its units."""
+        """Give units to a worker that is about to be started."""
         name = worker.comp.comp
         units = self._units.take(worker.key, name, worker.resources)
         self._tables.do(Equip(worker.key, name, units))
 
     def _end_idle(self, request: Request) -> None:
-        """Workers that do nothing and have units of these resources let go of them."""
+        """End idle workers that have units of these resources."""
         names = {name for name, _ in request}
         for worker in list(self._idle):
             if names.intersection(name for name, _ in worker.resources):
                 self.retire(worker)
 
     def retire(self, worker: _Worker) -> None:
-        """Let a worker that does nothing end."""
+        """Let an idle worker end."""
         self._remove(worker)
         action = Retire(worker.key)
         self._tables.do(action)
 
     def idle(self, worker: _Worker) -> None:
-        """A worker has nothing to do."""
+        """Note that a worker is idle."""
         self._idle.append(worker)
 
     def idle_of(self, comp: _Computation) -> List[_Worker]:
-        """Workers of a computation that have nothing to do."""
+        """Return the idle workers of a computation."""
         return [worker for worker in self._idle if worker.comp is comp]
 
     def removed(self, worker: _Worker) -> None:
-        """A worker is forgotten. Its units are free when its process has ended."""
+        """Note that a worker was forgotten. Its units are free when its process has ended."""
         if worker in self._idle:
             self._idle.remove(worker)
 
     def drop(self, comp: _Computation) -> None:
-        """A computation is being closed: its workers have no more work."""
+        """Forget the workers of a computation that is being closed: they get no more work."""
         self._idle = [worker for worker in self._idle if worker.comp is not comp]
 
     def on_worker_left(self, event: 'WorkerLeft', now: float) -> None:
-        """The process of a worker that was let go has ended."""
+        """Free the units of a worker that was told to end, because its process has ended."""
         self._units.release(event.worker)
 
 
 class NodeLease:
-    """Which client holds the node, since when, and which others wait for it."""
+    """Which client holds the node, since when, and which others wait for the node."""
 
     def __init__(self, serve: int, client_shutdown: bool) -> None:
-        """`serve`: after so many leases the node ends; 0: there is no such number.
-        `client_shutdown`: a client may ask for the end of the node with its lease."""
+        """`serve`: the node ends after this many leases; 0 means that it does not.
+        `client_shutdown`: a client may request that the node ends with its lease."""
         self.state = Lease.FREE
         self.holder: Optional[bytes] = None
         self.holder_text = ''
@@ -10362,10 +10769,10 @@ class NodeLease:
         self.served = 0             # leases that have ended
         self._serve = serve
         self._client_shutdown = client_shutdown
-        self._is_last = False       # the lease that is held is the last
+        self._is_last = False       # the present lease is the last
         self._held_since = 0.0
         self._refused: Set[int] = set()     # links that were refused because another holds the node
-        # Client from which the node was taken; when it may come again
+        # Client from which the node was taken; when it may use the node again
         self._cooldown: Tuple[Optional[bytes], float] = (None, 0.0)
 
     def _move(self, event: str, holder: Optional[bytes], text: str) -> None:
@@ -10378,7 +10785,7 @@ class NodeLease:
         self.holder_text = text
 
     def take(self, holder: bytes, text: str, now: float, process: tuple = ()) -> None:
-        """A client has the node from now on, or has it still and is connected."""
+        """Note that a client holds the node from now on, or that the holder is connected again."""
         self._process = process
         if self.state is Lease.FREE:
             self._cooldown = (None, 0.0)
@@ -10386,22 +10793,22 @@ class NodeLease:
         self._move('taken', holder, text)
 
     def orphan(self) -> None:
-        """No link of the holder is left."""
+        """Note that no link of the holder is left."""
         self._move('broken', self.holder, self.holder_text)
 
     def end(self) -> None:
-        """The holder has no computation here any more."""
+        """Note that the holder has no computation here any more."""
         self._move('ended', None, '')
         self.served += 1
 
     def is_of_another(self, instance: bytes) -> bool:
-        """Whether another client than this one holds the node."""
+        """Return whether another client than this one holds the node."""
         if self.state is Lease.FREE:
             return False
         return self.holder != instance
 
     def held_by(self, now: float) -> str:
-        """Who holds the node and for how long, for people; empty when it is free."""
+        """Return who holds the node and for how long, for people; empty if it is free."""
         if self.state is Lease.FREE:
             return ''
         return '%s for %.0f s%s' % (self.holder_text or 'another client', now - self._held_since,
@@ -10409,7 +10816,7 @@ class NodeLease:
                                     if self.state is Lease.ORPHANED else '')
 
     def holder_row(self) -> tuple:
-        """Return the holder as a row of Holder; empty if it has not told which process it is."""
+        """Return the holder as a row of Holder; empty if it has not identified its process."""
         if not self._process:
             return ()
         return (*self._process, self.state is Lease.ORPHANED)
@@ -10419,38 +10826,40 @@ class NodeLease:
         self._refused.add(link)
 
     def take_refused(self) -> Set[int]:
-        """Links that were refused so, once each."""
+        """Return the links of clients that were refused for this reason, each once, and forget
+        them."""
         refused = self._refused
         self._refused = set()
         return refused
 
     def forget_link(self, link: int) -> None:
-        """A link is gone."""
+        """Note that a link has ended."""
         self._refused.discard(link)
 
     def cool_down(self, until: float) -> None:
-        """The node is taken from its holder, which may not come again before this time."""
+        """Take the node from its holder, which may not get it again before this time."""
         self._cooldown = (self.holder, until)
 
     def is_cooling_down(self, instance: bytes, now: float) -> bool:
-        """Whether the node was taken from this client and may not be had by it yet."""
+        """Return whether the node was taken from this client, which may not get it yet."""
         holder, until = self._cooldown
         if holder != instance:
             return False
         return now < until
 
     def make_last(self) -> bool:
-        """The client wants the node to end with its lease. Returns whether it will."""
+        """Note that the client wants the node to end with its lease. Returns whether the node will
+        do so."""
         self._is_last = self._client_shutdown
         return self._is_last
 
     def was_last(self) -> bool:
-        """Whether the node ends with the lease that has ended."""
+        """Return whether the node ends with the lease that has ended."""
         return self._is_last or self.served == self._serve
 
 
 class PastAttempts:
-    """What is known of attempts that are not held any more, by computation."""
+    """What is known, for each computation, of attempts that are not held any more."""
 
     def __init__(self, tables: NodeTables, timers: Timers) -> None:
         self._tables = tables
@@ -10458,13 +10867,13 @@ class PastAttempts:
         self._known: Dict[str, AttemptHistory] = {}
 
     def row(self, name: str) -> tuple:
-        """What is known, as on the wire."""
+        """Return what is known in the form that messages carry."""
         if name in self._known:
             return self._known[name].row()
         return ()
 
     def on_remembered(self, event: Remembered, now: float) -> None:
-        """An earlier daemon has written this down."""
+        """Take over what an earlier daemon has written down."""
         self._known[event.comp] = event.past
         self._set_timer(event.comp, now)
 
@@ -10478,7 +10887,7 @@ class PastAttempts:
         tables.do(action)
 
     def forget(self, name: str) -> None:
-        """The client of a computation is done with it."""
+        """Forget a computation, because its client needs it no longer."""
         if self._known.pop(name, None) is not None:
             action = Remember(name, AttemptHistory())
             self._tables.do(action)
@@ -10496,8 +10905,8 @@ class PastAttempts:
 
 class UndeliveredResults:
     """Results that their clients have not acknowledged. While the client of a computation is
-    connected they are in memory, with the computation; while it is away they are on the disk, until
-    it comes back or --zombie-interval has passed."""
+    connected, they are in memory, with the computation; while the client is away, they are on the
+    disk, until the client comes back or --zombie-interval has passed."""
 
     def __init__(self, tables: NodeTables, timers: Timers, past: PastAttempts,
                  zombie: float) -> None:
@@ -10505,18 +10914,18 @@ class UndeliveredResults:
         self._timers = timers
         self._past = past
         self._zombie = zombie
-        # Computation -> results on disk, also of some that are over here
+        # Computation -> results on the disk, including those of computations that have ended here
         self.spooled: Dict[str, Spooled] = {}
-        # Computation -> attempts whose results are to be on disk, and are not yet
+        # Computation -> attempts whose results are being written to the disk
         self._on_their_way: Dict[str, AbstractSet[int]] = {}
-        self._disk_full = False                 # which was told
+        self._disk_full = False                 # this was reported
         # Links on which results of a computation were sent again
         self._resent: Set[Tuple[int, str]] = set()
-        # Links at which the key of a computation was shown
+        # Links on which the key of a computation was shown
         self._key_shown: Set[Tuple[int, str]] = set()
 
     def deliver(self, comp: _Computation) -> None:
-        """Send what has not been sent; to the disk with it if the client is away."""
+        """Send the results that were not sent; if the client is away, write them to the disk."""
         tables = self._tables
         if comp.outbox and comp.link in tables.links:
             tables.do(Send(comp.link, Results(comp.comp, comp.outbox)))
@@ -10525,7 +10934,7 @@ class UndeliveredResults:
             self.spool(comp)
 
     def spool(self, comp: _Computation) -> None:
-        """Results that nobody has acknowledged go to the disk."""
+        """Write the results that nobody has acknowledged to the disk."""
         comp.outbox = []
         on_their_way = self._on_their_way.get(comp.comp, frozenset())
         rows = [row for serial, row in comp.unacknowledged.items() if serial not in on_their_way]
@@ -10534,8 +10943,9 @@ class UndeliveredResults:
             self._tables.do(SpoolResults(comp.comp, comp.instance, rows, comp.digest))
 
     def spooling_failed(self, event: ResultsSpooled) -> None:
-        """There is no room: results stay in memory, and are tried again. Those of a computation
-        that is over are lost, and it is noted that their jobs had begun."""
+        """Note that there is no room on the disk: results stay in memory, and writing them is tried
+        again. Those of a computation that has ended are lost, and it is noted that their jobs had
+        begun."""
         comp = self._tables.comps.get(event.comp)
         serials = self._on_their_way.pop(event.comp, set())
         if serials and (comp is None or comp.stage is Stage.CLOSING):
@@ -10549,7 +10959,7 @@ class UndeliveredResults:
         self._disk_full = True
 
     def on_spooled(self, event: ResultsSpooled, now: float) -> None:
-        """Results are on the disk."""
+        """Note that results are on the disk, or could not be written."""
         comp = self._tables.comps.get(event.comp)
         self._on_their_way.pop(event.comp, None)
         self._disk_full = False
@@ -10569,7 +10979,7 @@ class UndeliveredResults:
         self.spooled[event.comp] = spooled._replace(until=until)
 
     def on_found(self, event: SpoolFound, now: float) -> None:
-        """An earlier daemon has left results on the disk."""
+        """Note that an earlier daemon has left results on the disk."""
         serials = set(event.serials)
         self.spooled[event.comp] = Spooled(event.owner, serials, event.until, event.digest)
         self._expire_at(event.until, event.comp)
@@ -10581,12 +10991,12 @@ class UndeliveredResults:
             self._tables.do(action)
 
     def note_key(self, link: int, name: str) -> None:
-        """Note that the client at a link has shown the key of a computation."""
+        """Note that the client on a link has shown the key of a computation."""
         self._key_shown.add((link, name))
 
     def may_forget(self, link: int, name: str) -> bool:
-        """Whether the client at a link may have results of a computation removed: they are its own,
-        or it has shown their key."""
+        """Return whether the client on a link may have results of a computation removed: they are
+        its own, or it has shown their key."""
         spooled = self.spooled.get(name)
         if spooled is None:
             return True
@@ -10596,18 +11006,18 @@ class UndeliveredResults:
         return spooled.owner == instance
 
     def spooled_serials(self, name: str) -> AbstractSet[int]:
-        """Attempts of a computation whose results are on the disk."""
+        """Return the serials of those attempts of a computation whose results are on the disk."""
         spooled = self.spooled.get(name)
         if spooled is not None:
             return spooled.serials
         return frozenset()
 
     def spooled_of(self, instance: bytes) -> List[str]:
-        """Computations of a client that have results on the disk."""
+        """Return the computations of a client that have results on the disk."""
         return [name for name, spooled in self.spooled.items() if spooled.owner == instance]
 
     def known_attempts(self, name: str) -> List[int]:
-        """All attempts of a computation that are known here."""
+        """Return the serials of all attempts of a computation that are known here."""
         comp = self._tables.comps.get(name)
         spooled = self.spooled.get(name)
         if comp is not None and comp.stage is not Stage.CLOSING:
@@ -10621,19 +11031,20 @@ class UndeliveredResults:
         return known + serials
 
     def give_to(self, name: str, instance: bytes) -> None:
-        """Results on the disk are this client's from now on."""
+        """Make this client the owner of results on the disk."""
         if name in self.spooled:
             self.spooled[name] = self.spooled[name]._replace(owner=instance)
 
     def has_key(self, name: str, key: bytes) -> bool:
-        """Whether this is the key of the results that are on the disk."""
+        """Return whether this is the key of the results that are on the disk."""
         spooled = self.spooled.get(name)
         if spooled is None:
             return False
         return hmac.compare_digest(spooled.digest, key)
 
     def resend(self, name: str, link: int) -> None:
-        """What its client has not acknowledged; it may have some of it. Once on a link."""
+        """Send all results that the client has not acknowledged, once on each link; the client may
+        have some of them already."""
         tables = self._tables
         if (link, name) in self._resent:
             return
@@ -10649,12 +11060,12 @@ class UndeliveredResults:
             tables.do(action)
 
     def forget_link(self, link: int) -> None:
-        """A link is gone."""
+        """Note that a link has ended."""
         self._resent = {(other, name) for other, name in self._resent if other != link}
         self._key_shown = {row for row in self._key_shown if row[0] != link}
 
     def on_ack(self, link: int, message: Ack, now: float) -> None:
-        """The client has these results."""
+        """Forget these results, because the client has them."""
         tables = self._tables
         comp = tables.comp_of(link, message.comp)
         spooled = self.spooled.get(message.comp)
@@ -10693,8 +11104,8 @@ class UndeliveredResults:
         distinct_serials = frozenset(serials)
         text = 'node %s gave up its result after %g s (--zombie-interval)' % (tables.name,
                                                                               self._zombie)
-        attempt_history = AttemptHistory(given_up=distinct_serials, text=text)
-        self._past.add(name, attempt_history)
+        expired = AttemptHistory(given_up=distinct_serials, text=text)
+        self._past.add(name, expired)
         self.forget(name)
 
 
@@ -11749,8 +12160,8 @@ class CpuScheduler:
 
 
 class JobRequests:
-    """What jobs ask of their clients while they run: to take a file, to send modules, to show what
-    they have printed."""
+    """What jobs request of their clients while they run: to store a file, to send modules, to show
+    what they have printed."""
 
     def __init__(self, tables: NodeTables, attempts: Attempts) -> None:
         self._tables = tables
@@ -11758,13 +12169,13 @@ class JobRequests:
         self._numbers = itertools.count(1)   # of calls to clients
 
     def on_file(self, event: WorkerFile, now: float) -> None:
-        """A job sends a piece of a file."""
+        """Pass on a piece of a file that a job sends."""
         piece = event.piece
         tables = self._tables
         worker = tables.worker_at_work(event.worker)
         if worker is None:
             return
-        # Of a job that does not run there
+        # The job does not run there
         if not worker.queue:
             return
         if worker.queue[0].serial != piece.key:
@@ -11772,14 +12183,15 @@ class JobRequests:
         if piece.offset == 0:
             worker.sending_file_on = worker.comp.link or -1
         if not worker.sending_file_on:
-            return   # it was answered already: what is left of it is passed over
+            return   # it was answered already: the rest is ignored
         if worker.sending_file_on == worker.comp.link and worker.sending_file_on in tables.links:
             tables.send(worker.comp.link, piece)
         else:
             self._answer(worker, 'the client is not connected')
 
     def on_wants(self, event: WorkerWants, now: float) -> None:
-        """Its job waits until the client has sent what is wanted, or cannot."""
+        """Ask the client for what a job needs. The job waits until the client has sent it, or
+        cannot."""
         tables = self._tables
         worker = tables.worker_at_work(event.worker)
         if worker is None:
@@ -11794,7 +12206,8 @@ class JobRequests:
         tables.send(comp.link, Call(comp.comp, number, 'modules', (event.request,)))
 
     def on_return(self, link: int, message: Return, now: float) -> None:
-        """The client knows which files a job needs, or why there are none."""
+        """Take the answer of the client, which knows which files a job needs, or why there are
+        none."""
         tables = self._tables
         comp = tables.comp_of(link, message.comp)
         if comp is not None:
@@ -11818,7 +12231,8 @@ class JobRequests:
             tables.do(action)
 
     def on_fetched(self, event: Fetched, now: float) -> None:
-        """Files that a job needs are missing, or are there."""
+        """Request the files that a job needs and that are missing, or tell the job that all are
+        present."""
         tables = self._tables
         comp = tables.comps.get(event.comp)
         if comp is None:
@@ -11838,7 +12252,7 @@ class JobRequests:
             tables.do(action)
 
     def on_printed(self, event: WorkerPrinted, now: float) -> None:
-        """A job has printed something."""
+        """Pass on what a job has printed."""
         tables = self._tables
         worker = tables.workers.get(event.worker)
         if worker is None:
@@ -11850,7 +12264,8 @@ class JobRequests:
             tables.reply(worker.comp, message)
 
     def on_file_stored(self, link: int, message: FileStored, now: float) -> None:
-        """The client has the file of a job, or cannot have it; or it cannot send a value."""
+        """Tell the job whether the client has stored its file; or note that the client cannot send
+        a value."""
         comp = self._tables.comp_of(link, message.comp)
         if message.purpose == Purpose.VALUES:
             if comp is not None:
@@ -11866,7 +12281,7 @@ class JobRequests:
                 self._answer(worker, message.error)
 
     def client_gone(self, comp: _Computation) -> None:
-        """The connection to the client has ended: nobody answers."""
+        """Tell jobs that their requests failed, because the connection to the client has ended."""
         comp.calls.clear()
         comp.fetches.clear()
         for worker in comp.workers.values():
@@ -11880,8 +12295,8 @@ class JobRequests:
 
 
 class Computations:
-    """The stages of computations, from their directory to their end: files come, the runner loads
-    code and runs setup, jobs run, workers end."""
+    """The stages of computations, from their directory to their end: files arrive, the runner loads
+    the code and runs setup, jobs run, workers end."""
 
     def __init__(self, tables: NodeTables, timers: Timers, cpus: Cpus, past: PastAttempts,
                  results: UndeliveredResults, attempts: Attempts, scheduler: CpuScheduler,
@@ -11895,18 +12310,18 @@ class Computations:
         self._scheduler = scheduler
         self._share = share
         self._requests = requests
-        self.ending: List[_Computation] = []   # what runs of them was killed
+        self.ending: List[_Computation] = []   # whose running jobs were killed
 
     # -- files and code ----------------------------------------------------------------------------
 
     def begin(self, link: int, message: Compute) -> None:
-        """A computation has come that is not here."""
+        """Begin a computation that was not here."""
         spec = message.spec
         tables = self._tables
         up = tables.links[link]
         start_method = spec.get('start_method') or tables.start_method
         comp = _Computation(message.comp, up.instance, link, spec, tables.now, start_method)
-        if comp.client_name == comp.comp:   # no scheduler has said for whom it is
+        if comp.client_name == comp.comp:   # no scheduler has named the program
             comp.user = tables.client_at(link)
         logger.info('%s of %s begins; files that its jobs need: %d', comp, comp.user,
                     len(spec['files']))
@@ -11921,7 +12336,7 @@ class Computations:
         tables.do(action)
 
     def client_back(self, comp: _Computation, link: int) -> None:
-        """The client of a computation is back after a broken link."""
+        """Note that the client of a computation is back after a broken link."""
         tables = self._tables
         if comp.link != link:
             logger.info('%s: its client is back; %d jobs are here', comp, len(comp.attempts))
@@ -11940,7 +12355,7 @@ class Computations:
         return Ready(comp.comp, self._results.known_attempts(comp.comp), self._past.row(comp.comp))
 
     def on_prepared(self, event: DirectoryReady, now: float) -> None:
-        """The directory is there, or nothing is possible."""
+        """Note that the directory exists, or that it cannot be used."""
         tables = self._tables
         comp = tables.comps[event.comp]
         if comp.stage is not Stage.PREPARING:
@@ -11954,7 +12369,7 @@ class Computations:
             self._start(comp, now)
 
     def on_wanted(self, event: Wanted, now: float) -> None:
-        """Files are missing still; they are asked for on another link."""
+        """Request the files that are still missing on another link."""
         tables = self._tables
         comp = tables.comps.get(event.comp)
         if comp is None:
@@ -11965,13 +12380,13 @@ class Computations:
             tables.ask_for_files(comp, event.missing)
 
     def on_file_piece(self, link: int, message: FilePiece, now: float) -> None:
-        """A piece of a file has come from a client."""
+        """Take a piece of a file that has come from a client."""
         tables = self._tables
         comp = tables.comp_of(link, message.comp)
         asked = message.purpose in ASKED_FOR
         if message.purpose == Purpose.FROM_JOB or (asked and comp is not None and not comp.asked):
             raise PeerError('a file that was not asked for')
-        # What came on another connection is sent again on this one
+        # What was sent on another connection is sent again on this one
         if asked and comp is not None:
             if comp.link != link:
                 return
@@ -11982,7 +12397,7 @@ class Computations:
             tables.send(link, FileStored(*message[:3], message.row[0], text))
 
     def on_stored(self, event: FileWritten, now: float) -> None:
-        """A file is there, or cannot be stored."""
+        """Note that a file is complete, or cannot be stored."""
         file = event.file
         tables = self._tables
         comp = tables.comps.get(file.comp)
@@ -11993,8 +12408,8 @@ class Computations:
             tables.reply(comp, file)
         elif comp is not None and (error or event.complete):
             if comp.fetches:
-                fetched = Fetched(comp.comp, [], error)
-                self._requests.on_fetched(fetched, now)
+                answer = Fetched(comp.comp, [], error)
+                self._requests.on_fetched(answer, now)
             if comp.stage is Stage.RECEIVING and error:
                 self.refuse(comp, event.code, error)
             elif comp.stage is Stage.RECEIVING:
@@ -12023,7 +12438,7 @@ class Computations:
             self.refuse(late, 'setup', text)
 
     def on_runner_up(self, event: RunnerUp, now: float) -> None:
-        """Code is loaded and setup has run."""
+        """Note that the code is loaded and setup has returned."""
         tables = self._tables
         comp = tables.comps[event.comp]
         if comp.stage is Stage.STARTING:
@@ -12036,18 +12451,20 @@ class Computations:
                 tables.reply(comp, message)
 
     def resize(self) -> None:
-        """Computations have come or gone, or may use other numbers of CPUs."""
+        """Recompute the number of CPUs, because computations have come or gone, or may use other
+        numbers of CPUs."""
         comps = self._tables.comps.values()
         self._cpus.resize(comp.limit for comp in comps)
 
     # -- what cannot go on -------------------------------------------------------------------------
 
     def refuse(self, comp: _Computation, code: str, text: str) -> None:
-        """A computation cannot be used here, or not any more; its client is told why."""
+        """Tell the client that a computation cannot be used here, or not any more, and why."""
         text = shorten(text)
         logger.warning('%s is refused (%s): %s', comp, code, text)
-        self._attempts.return_waiting(comp)   # what has not begun waits again elsewhere
-        # What has ended, has ended; after the refusal nobody would believe it
+        self._attempts.return_waiting(comp)   # attempts that have not begun wait again elsewhere
+        # Attempts that have ended are reported before the refusal; afterwards the client would
+        # ignore them
         self._results.deliver(comp)
         self._results.spool(comp)
         message = Refused(comp.comp, code, text)
@@ -12056,7 +12473,8 @@ class Computations:
 
     def end(self, comp: _Computation, forced_end: ForcedEnd, now: float) -> None:
         """Refuse a computation while its jobs run. These are killed first: only when their workers
-        have ended, it is known which had begun and have failed, and which wait again elsewhere."""
+        have ended is it known which jobs had begun and have failed, and which are to run
+        elsewhere."""
         if comp.stage in (Stage.ENDING, Stage.CLOSING):
             return
         comp.forced_end = forced_end
@@ -12071,7 +12489,7 @@ class Computations:
         self._set_timer(when, comp, self._end_late)
 
     def _end_late(self, name: str, now: float) -> None:
-        """Workers that were killed have not ended."""
+        """Go on although workers that were killed have not ended."""
         comp = self._tables.comps.get(name)
         if comp is None:
             return
@@ -12091,16 +12509,16 @@ class Computations:
                 self.refuse(comp, comp.forced_end.code, comp.forced_end.text)
 
     def on_faulted(self, event: Faulted, now: float) -> None:
-        """A fault of ours has to do with a computation."""
+        """End a computation that a fault of this program concerns."""
         comp = self._tables.comps.get(event.comp)
         if comp is None:
             return
-        forced_end = ForcedEnd('fault', event.text, Outcome.DIED, event.text)
-        self.end(comp, forced_end, now)
+        end = ForcedEnd('fault', event.text, Outcome.DIED, event.text)
+        self.end(comp, end, now)
 
     def on_worker_initialized(self, event: WorkerInitialized, now: float) -> None:
-        """The initializer has returned in a worker, or has failed there, as it would in all
-        others."""
+        """Note that the initializer has returned in a worker, or has failed there, as it would in
+        all others."""
         scheduler = self._scheduler
         error = event.error
         worker = self._tables.workers.get(event.worker)
@@ -12114,14 +12532,14 @@ class Computations:
         if comp.stage is Stage.CLOSING:
             return
         if error:
-            forced_end = ForcedEnd('initializer', error, Outcome.DIED, error)
-            self.end(comp, forced_end, now)
+            end = ForcedEnd('initializer', error, Outcome.DIED, error)
+            self.end(comp, end, now)
         else:
             scheduler.initialized(worker)
 
     def on_worker_gone(self, event: WorkerGone, now: float) -> None:
-        """A worker has ended. Where workers die again and again before they run anything, no other
-        is made."""
+        """Note that a worker has ended. If workers end again and again before they run a job, no
+        other one is started."""
         worker = self._tables.workers.get(event.worker)
         if worker is None:
             return
@@ -12141,14 +12559,15 @@ class Computations:
         self.refuse(comp, code, text)
 
     def on_runner_gone(self, event: RunnerGone, now: float) -> None:
-        """The runner has ended, as it was to, or by itself."""
+        """Note that the runner has ended, because it was told to or by itself."""
         text = event.text
         tables = self._tables
         comp = tables.comps.get(event.comp)
         if comp is None:
             return
         if comp.stage is not Stage.CLOSING:
-            # Its workers are killed with it; what they ran has failed, and all later jobs would.
+            # Its workers are killed with it; their running jobs have failed, and all later jobs
+            # would fail.
             for worker in list(comp.workers.values()):
                 comp.startup_failures = 0
                 if worker.queue:
@@ -12159,8 +12578,8 @@ class Computations:
                     ran = head
                 else:
                     ran = 0
-                worker_gone = WorkerGone(worker.key, 'the runner process ended: %s' % text, ran)
-                self.on_worker_gone(worker_gone, now)
+                end = WorkerGone(worker.key, 'the runner process ended: %s' % text, ran)
+                self.on_worker_gone(end, now)
             if event.unloadable:
                 code = 'code'
             else:
@@ -12177,8 +12596,8 @@ class Computations:
     # -- the end -----------------------------------------------------------------------------------
 
     def wait_for_client(self, comp: _Computation, now: float) -> None:
-        """The client of a computation is away: what has not begun is given back, and results go to
-        the disk."""
+        """Note that the client of a computation is away: attempts that have not begun are returned,
+        and results go to the disk."""
         attempts = self._attempts
         attempts.return_lacking(comp, attempts.values.interrupt(comp.comp))
         self._results.spool(comp)
@@ -12192,7 +12611,7 @@ class Computations:
     def _client_stayed_away(self, name: str, now: float) -> None:
         tables = self._tables
         comp = tables.comps.get(name)
-        # Its client is back, or was back and has a timer of its own
+        # Its client is back, or was back and has left again, with a timer of its own
         if comp is None:
             return
         if comp.link in tables.links:
@@ -12207,8 +12626,8 @@ class Computations:
             self._look_again(comp, when)
 
     def on_kept(self, event: ResultsSpooled, now: float) -> None:
-        """Results of a computation whose client is away are on the disk, or cannot be written
-        there."""
+        """Note that results of a computation whose client is away are on the disk, or cannot be
+        written there."""
         tables = self._tables
         if not event.error:
             self._results.on_spooled(event, now)
@@ -12222,7 +12641,8 @@ class Computations:
             self._look_again(comp, when)
 
     def evict_orphans(self) -> None:
-        """Another client wants this node: what is lost and has nothing to do is not waited for."""
+        """End computations that have lost their client and have no jobs, because another client
+        wants this node."""
         tables = self._tables
         for comp in list(tables.comps.values()):
             if comp.link in tables.links:
@@ -12233,23 +12653,23 @@ class Computations:
                 self.close(comp, at_once=True)
 
     def on_done(self, link: int, message: Done, now: float) -> None:
-        """The client is done with a computation."""
+        """End a computation, because its client needs it no longer."""
         comp = self._tables.comp_of(link, message.comp)
         if comp is not None:
             self.close(comp, at_once=False)
-        # Also of one that is being closed, as it was an orphan
+        # This includes a computation that is being closed because it was orphaned
         if self._results.may_forget(link, message.comp):
             self._results.forget(message.comp)
             self._past.forget(message.comp)
 
     def give_up(self, comp: _Computation) -> None:
-        """The client has left on purpose."""
+        """End the computations of a client that has left on purpose."""
         self.close(comp, at_once=True)
         self._results.forget(comp.comp)
         self._past.forget(comp.comp)
 
     def close(self, comp: _Computation, at_once: bool) -> None:
-        """End a computation; `at_once`: without cleanup."""
+        """End a computation; `at_once` means without cleanup."""
         tables = self._tables
         if comp.stage is Stage.CLOSING:
             return
@@ -12266,8 +12686,8 @@ class Computations:
 
 
 class Inquiries:
-    """Answers what is asked of a node: by clients, what of a computation is here; by its operator,
-    what it does."""
+    """Answers questions to a node: those of clients about a computation here, and those of its
+    operator about the node."""
 
     def __init__(self, tables: NodeTables, lease: NodeLease, cpus: Cpus, facts: dict,
                  now: float) -> None:
@@ -12276,16 +12696,16 @@ class Inquiries:
         self._cpus = cpus
         self._facts = facts
         self._born = now
-        self.queries: List[Tuple[int, str]] = []   # links, and the computations they ask about
+        self.queries: List[Tuple[int, str]] = []  # links, and the computations about which they ask
 
     def on_query(self, link: int, message: Query, now: float) -> None:
-        """A client asks. It is answered at the end of the turn, when what came in it has been
-        handed out."""
+        """Note the question of a client. It is answered at the end of the turn, when the attempts
+        that came in this turn have been started."""
         self._tables.comp_of(link, message.comp)
         self.queries.append((link, message.comp))
 
     def answer(self, now: float) -> None:
-        """Answer all that was asked in this turn."""
+        """Answer all questions of this turn."""
         tables = self._tables
         while self.queries:
             link, name = self.queries.pop()
@@ -12312,7 +12732,7 @@ class Inquiries:
         return Report(name, running, waiting, available)
 
     def status(self, state: str, now: float) -> str:
-        """Return what the node does, for people; `state`: whether it takes jobs."""
+        """Return what the node does, for people; `state` says whether it takes jobs."""
         tables = self._tables
         text = '%s: %d of %d CPUs used, %s, up %s' % (tables.name, self._cpus.total -
                                                       self._cpus.free, self._cpus.offered, state,
@@ -12321,8 +12741,8 @@ class Inquiries:
         if self._lease.state is Lease.FREE:
             lines.append('held by no client, %d served' % self._lease.served)
         else:
-            held = self._lease.held_by(now)
-            lines.append('held by %s' % held)
+            holder = self._lease.held_by(now)
+            lines.append('held by %s' % holder)
         for comp in tables.comps.values():
             workers = comp.workers.values()
             running = sum(1 for worker in workers if worker.queue)
@@ -12334,17 +12754,17 @@ class Inquiries:
 
 
 class JobLookouts:
-    """Questions of clients for what their running jobs do."""
-    WAITING = 100   # that are waited for at most
+    """Questions of clients about what their running jobs do."""
+    WAITING = 100   # limit of answers that are awaited
 
     def __init__(self, tables: NodeTables) -> None:
         self._tables = tables
-        # Worker, serial -> who has asked: links, computations, numbers of their calls
+        # (worker, serial) -> the requests: links, computations, numbers of their calls
         self._asked: 'collections.OrderedDict[Tuple[int, int], List[tuple]]' = \
             collections.OrderedDict()
 
     def on_call(self, link: int, message: Call, now: float) -> None:
-        """A client asks. The runner looks, unless it is about to."""
+        """Take a question. The runner inspects the job, unless it already does."""
         serial, stacks = self._what(message)
         comp = self._tables.comp_of(link, message.comp)
         worker = None
@@ -12352,18 +12772,18 @@ class JobLookouts:
             worker = self._worker_with(comp, serial)
         if worker is None:
             error = ('LookupError', 'the job does not run at this node')
-            returned = Return(message.comp, message.number, error, None)
-            send = Send(link, returned)
-            self._tables.do(send)
+            answer = Return(message.comp, message.number, error, None)
+            action = Send(link, answer)
+            self._tables.do(action)
             return
         key = (worker.key, serial)
         who = (link, message.comp, message.number)
         asked = self._asked.setdefault(key, [])
         asked.append(who)
-        if len(self._asked) > self.WAITING:   # of those a runner did not answer
+        if len(self._asked) > self.WAITING:   # a runner may not have answered some
             self._asked.popitem(last=False)
-        look = Look(worker.key, serial, stacks)
-        self._tables.do(look)
+        request = Look(worker.key, serial, stacks)
+        self._tables.do(request)
 
     @staticmethod
     def _what(message: Call) -> Tuple[int, bool]:
@@ -12384,14 +12804,14 @@ class JobLookouts:
         return None
 
     def on_seen(self, event: JobSeen, now: float) -> None:
-        """A runner has looked."""
+        """Answer with what a runner has seen."""
         key = (event.worker, event.serial)
         value = (event.stacks, event.stdout, event.stderr)
         for link, comp, number in self._asked.pop(key, ()):
             if link in self._tables.links:
-                returned = Return(comp, number, (), value)
-                send = Send(link, returned)
-                self._tables.do(send)
+                answer = Return(comp, number, (), value)
+                action = Send(link, answer)
+                self._tables.do(action)
 
 
 class NodeService:
@@ -12417,8 +12837,8 @@ class NodeService:
         self._inquiries = inquiries
         self.paused: Dict[str, str] = {}
         self.stopping = False
-        self._finishing = False   # it ends when its jobs have ended
-        self._leaving = False     # what runs was killed, and its end is waited for
+        self._finishing = False   # the node ends when its jobs have ended
+        self._leaving = False     # running jobs were killed and have not ended yet
 
     def refusal(self, comp: str) -> Optional[Refused]:
         """Why no client can have the node for a computation now; None if nothing is against it."""
@@ -12958,13 +13378,13 @@ class Node:
 
 
 class EventText(reprlib.Repr):
-    """Writes an event, an action or a message for the log in one short line: fields that are empty
-    are left out, of long lists the beginning is shown, and of what users have sent only the number
-    of bytes, so that the log holds neither their data nor a key."""
+    """Formats an event, an action or a message for the log as one short line. Empty fields are left
+    out, long lists are truncated, and data of users is replaced by its size in bytes, so that the
+    log contains neither their data nor a key."""
     # Names of fields that hold the serial number of an attempt, or a list of them
     SERIALS = frozenset(('serial', 'serials', 'held', 'begun'))
-    # Messages and events whose rows begin with the serial number of an attempt; behind it, results
-    # have their outcome
+    # Messages and events whose rows begin with the serial number of an attempt; in results, the
+    # outcome follows
     ROWS = frozenset((Jobs, Results, Started, WorkerResults))
     RESULTS = frozenset((Results, WorkerResults))
 
@@ -12977,7 +13397,7 @@ class EventText(reprlib.Repr):
         self.maxstring = self.maxother = 120
 
     def repr_instance(self, x: Any, level: int) -> str:
-        """What has no method of its own here."""
+        """Format an object for which there is no method."""
         if isinstance(x, Attempt):
             return self._attempt(x.serial)
         if isinstance(x, enum.Enum):
@@ -13005,8 +13425,8 @@ class EventText(reprlib.Repr):
             if isinstance(value, int):
                 return self._attempt(value)
         if name in self.SERIALS:
-            sorted_values = sorted(value)
-            return self._list(sorted_values, self._attempt)
+            in_order = sorted(value)
+            return self._list(in_order, self._attempt)
         if kind in self.ROWS:
             if name == 'rows':
                 return self._list(value, lambda row: self._row(kind, row, level))
@@ -13039,8 +13459,8 @@ class EventText(reprlib.Repr):
 
 
 class LoggedNode(Node):
-    """A Node that logs each event that it is told and each action that it decides, at level DEBUG.
-    Where that level is off, a Node takes its place, which spends no time on it."""
+    """A Node that logs each event that it handles and each action that it decides, at level DEBUG.
+    If that level is off, a Node is used instead, which spends no time on this."""
     _text = EventText()
 
     def handle(self, event: Any, now: float) -> List[Any]:
@@ -13055,7 +13475,7 @@ class LoggedNode(Node):
         return self._log_actions(actions)
 
     def decided(self) -> List[Any]:
-        """Return what was decided before an exception, as Node does, and log it."""
+        """Return the actions that were decided before an exception, as Node does, and log them."""
         actions = super().decided()
         return self._log_actions(actions)
 
@@ -13066,34 +13486,34 @@ class LoggedNode(Node):
 
 
 def node_type() -> Type[Node]:
-    """The class of a node by the level of the log."""
+    """Return the class of a node by the level of the log."""
     if logger.isEnabledFor(logging.DEBUG):
         return LoggedNode
     return Node
 
 
 def _duration(seconds: float) -> str:
-    """Write a number of seconds as hours, minutes and seconds."""
+    """Return a number of seconds as hours, minutes and seconds."""
     return '%d:%02d:%02d' % (seconds // 3600, seconds // 60 % 60, seconds % 60)
 
 
 class Phase(enum.Enum):
-    """What the hours of service allow."""
+    """What the hours of service permit."""
     SERVING = 'serving'
     DRAINING = 'draining'   # no new jobs
-    CLOSED = 'closed'       # and those that run are ended
+    CLOSED = 'closed'       # and running jobs are ended
 
 
 class Hours(NamedTuple):
-    """Hours of service in minutes after midnight; `stop` or `end` may be None, not both. They may
-    go over midnight."""
+    """Hours of service in minutes after midnight; `stop` or `end` may be None, but not both. They
+    may extend over midnight."""
     start: int
     stop: Optional[int]
     end: Optional[int]
 
     def phase(self, minute: int) -> Phase:
-        """Return what is allowed at this minute of the day: jobs are taken from `start` on, no new
-        ones from `stop` on; those that still run at `end` are ended."""
+        """Return what is permitted at this minute of the day: jobs are taken from `start` on, no
+        new ones from `stop` on, and those that still run at `end` are ended."""
         gone, stop, end = ((when - self.start) % 1440 if when is not None else 1440
                            for when in (minute, self.stop, self.end))
         if gone < min(stop, end):
@@ -13104,21 +13524,21 @@ class Hours(NamedTuple):
 
 
 # --------------------------------------------------------------------------------------------------
-# The job side: worker and runner processes. One thread each; the only place where a user's code
-# runs.
+# The job side: runner and worker processes. Each has one thread; only these processes run the code
+# of users.
 # --------------------------------------------------------------------------------------------------
 
-# Compared after every job: 1 us instead of 30 through os.environ
+# It is compared after every job: this takes 1 us, and 30 us through os.environ
 _ENVIRON = getattr(os.environ, '_data', os.environ)
-# Without the enum around it: 0.1 us
+# Without the conversion to an enum, it takes 0.1 us
 _getsignal = getattr(sys.modules.get('_signal'), 'getsignal', signal.getsignal)
 
 
 def _not_here(*args: Any) -> None:
-    """In place of a function that this system or version of Python does not have."""
+    """Do nothing. This replaces a function that this system or version of Python does not have."""
 
 
-# Asked after each job. PRIO_PROCESS is 0, and 0 is this process.
+# This is called after each job. PRIO_PROCESS is 0, and 0 means this process.
 _affinity: Any = getattr(os, 'sched_getaffinity', _not_here)
 _policy: Any = getattr(os, 'sched_getscheduler', _not_here)
 _priority: Any = getattr(os, 'getpriority', _not_here)
@@ -13126,15 +13546,15 @@ _digits: Any = getattr(sys, 'get_int_max_str_digits', _not_here)
 _locale_now: Any = getattr(sys.modules.get('_locale'), 'setlocale', locale.setlocale)
 _sigmask: Any = getattr(sys.modules.get('_signal'), 'pthread_sigmask', None) \
     or getattr(signal, 'pthread_sigmask', None)   # the same
-# Ignored by default and used by hardly anything. Windows has no such signal: one that a thread of
-# the worker raises there.
+# A signal that is ignored by default and hardly used. Windows has no such signal: there a thread of
+# the worker raises the given one.
 TAKE_BACK_SIGNAL = getattr(signal, 'SIGURG', signal.SIGTERM)
-# Has a worker write its stacks: one that hardly anything uses or that does nothing by default
+# The signal that makes a worker write its stacks: it is hardly used, or does nothing by default
 if hasattr(signal, 'SIGRTMIN'):
     STACKS_SIGNAL = int(signal.SIGRTMIN) + 9
 else:
     STACKS_SIGNAL = int(getattr(signal, 'SIGINFO', 0))
-# Windows has no signal that cannot be handled; to send this one there ends a process likewise
+# Windows has no SIGKILL; sending SIGTERM there kills a process in the same way
 SIGKILL = getattr(signal, 'SIGKILL', signal.SIGTERM)
 # Windows translates line ends in files that are not opened with it
 _O_BINARY = getattr(os, 'O_BINARY', 0)
@@ -13148,7 +13568,7 @@ _PUNCH_HOLE = 2
 
 
 def _libc() -> Any:
-    """The C library of this process, or None where it cannot be had."""
+    """Return the C library of this process, or None if it is not accessible."""
     try:
         import ctypes
         return ctypes.CDLL(None)
@@ -13157,8 +13577,8 @@ def _libc() -> Any:
 
 
 def _prctl(libc: Any, option: int, value: int) -> None:
-    """Set what Linux knows of a process: to die with the parent, to adopt orphans. Elsewhere
-    nothing is done."""
+    """Set an attribute of a process under Linux: to die with its parent, to adopt orphans.
+    Elsewhere nothing is done."""
     if libc is None:
         return
     if sys.platform.startswith('linux'):
@@ -13166,16 +13586,16 @@ def _prctl(libc: Any, option: int, value: int) -> None:
 
 
 def end_with_parent(libc: Any, parent: int) -> None:
-    """Have the kernel kill this process when its parent ends, and end it now if that has ended
-    already: the kernel tells no end that was before it was asked."""
+    """Have the kernel kill this process when its parent ends. If the parent has ended already, end
+    this process now: the kernel does not report an end that was before the request."""
     _prctl(libc, _PR_SET_PDEATHSIG, SIGKILL)
     if os.getppid() != parent:
         os._exit(1)
 
 
 def _own_resource() -> Any:
-    """The module `resource`, which is not left among the imported ones: whoever finds it there
-    knows that the user's code or a library has imported it. None where there is no such module."""
+    """Return the module `resource` without leaving it in `sys.modules`: its presence there shows
+    that the user's code or a library has imported it. Returns None if there is no such module."""
     if 'resource' in sys.modules:
         return sys.modules['resource']
     try:
@@ -13186,8 +13606,8 @@ def _own_resource() -> Any:
 
 
 def _out_of_reach(handle: int) -> int:
-    """The same file under a descriptor from 1024 up, so that a job that closes all it can think of
-    spares it."""
+    """Return a duplicate of a descriptor from 1024 up, so that a job that closes all descriptors it
+    can think of spares it."""
     resource = _own_resource()
     if resource is None:
         return handle
@@ -13205,55 +13625,55 @@ def _out_of_reach(handle: int) -> int:
     except (OSError, ValueError):
         return handle
     finally:
-        # Open descriptors above it stay open
+        # Descriptors above it remain open
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
     os.close(handle)
     return high
 
 
 def output_stream(number: int, buffering: int) -> TextIO:
-    """Make a text stream on descriptor 1 or 2 of a runner or worker. Line ends stay as the job
-    writes them, on Windows too, since the output may be shown on another system."""
+    """Return a text stream on descriptor 1 or 2 of a runner or worker. Line ends remain as the job
+    writes them, also on Windows, since the output may be shown on another system."""
     return open(number, 'w', buffering, encoding='utf-8', errors='backslashreplace',
                 newline='\n', closefd=False)
 
 
 def buffer_lines(libc: Any) -> None:
-    """Have C code, too, write each line of its standard output when it is complete."""
+    """Make C code, too, write each line of its standard output when the line is complete."""
     if not hasattr(libc, 'setvbuf'):
         return
     import ctypes
     for name in ('stdout', '__stdoutp'):   # Linux, macOS
-        with contextlib.suppress(ValueError):   # there is no such variable
+        with contextlib.suppress(ValueError):   # the library has no such variable
             stream = ctypes.c_void_p.in_dll(libc, name)
             libc.setvbuf(stream, None, ctypes.c_int(1), ctypes.c_size_t(0))
             return
 
 
 def keep_descriptors() -> None:
-    """No process that is started from here on inherits a descriptor but the first three; whoever
-    started the node may have left some open."""
+    """Make all descriptors but the first three non-inheritable: the program that started the node
+    may have left some open."""
     for directory in ('/proc/self/fd', '/dev/fd'):
         with contextlib.suppress(OSError):
             for name in os.listdir(directory):
                 if int(name) > 2:
-                    with contextlib.suppress(OSError):   # that of the listing itself
+                    with contextlib.suppress(OSError):   # the descriptor of the listing itself
                         os.set_inheritable(int(name), False)
             return
 
 
 def _no_stdin() -> None:
-    """Make descriptor 0 read nothing."""
+    """Replace descriptor 0 by one that reads nothing."""
     handle = os.open(os.devnull, os.O_RDONLY)
-    if handle:   # it is 0 itself when 0 was closed
+    if handle:   # it is 0 if 0 was closed
         os.dup2(handle, 0)
         os.close(handle)
     os.set_inheritable(0, True)
 
 
 def leave_terminal() -> None:
-    """Never read from the terminal again. On Windows a process ends with its console, so that it is
-    left; what would be written there is lost."""
+    """Never read from the terminal again. On Windows a process ends together with its console;
+    therefore the console is left, and output to it is lost."""
     _no_stdin()
     if not IS_WINDOWS:
         return
@@ -13268,9 +13688,10 @@ def leave_terminal() -> None:
 
 
 def was_importing(exc: BaseException) -> bool:
-    """Whether an exception came out of the code of a module, as while it is imported. An interrupt
-    leaves a package half imported: some of its modules stay in sys.modules, and the next import of
-    it fails. The interpreter takes the frames of the import itself out of a traceback."""
+    """Return whether an exception came out of the code of a module, as while the module is
+    imported. An interrupt leaves a package half imported: some of its modules remain in
+    sys.modules, and the next import of the package fails. The interpreter removes the frames of the
+    import itself from a traceback."""
     trace = exc.__traceback__
     while trace is not None:
         if trace.tb_frame.f_code.co_name == '<module>':
@@ -13280,7 +13701,7 @@ def was_importing(exc: BaseException) -> bool:
 
 
 def write_whole(handle: int, data: bytes) -> None:
-    """Write all of it to a descriptor. Raises OSError."""
+    """Write all bytes to a descriptor. Raises OSError."""
     view = memoryview(data)
     while view:
         view = view[os.write(handle, view):]
@@ -13288,7 +13709,7 @@ def write_whole(handle: int, data: bytes) -> None:
 
 @contextlib.contextmanager
 def with_variables(variables: Dict[str, str]) -> Iterator[None]:
-    """For what is started within, the environment has these variables."""
+    """Set these variables in the environment for processes that are started in the `with` block."""
     before = {name: os.environ.get(name) for name in variables}
     os.environ.update(variables)
     try:
@@ -13302,13 +13723,13 @@ def with_variables(variables: Dict[str, str]) -> Iterator[None]:
 
 
 class Slots:
-    """What a worker shares with the runner and, after their end, with the daemon: numbers (u64) in
-    a file that is mapped into memory. [0] the serial that runs now, [1] the serial that shall be
-    interrupted, [2] how many attempts were begun, then the last BEGUN_KEPT of these.
-
-    The file outlives all processes, so that it can be said after any end of them what was begun.
-    Several workers share a file, since each costs a descriptor; one that is started later goes on
-    with the numbers of one that has ended.
+    """What a worker shares with the runner and, after the end of both, with the daemon: numbers
+    (u64) in a file that is mapped into memory. [0] is the serial that runs now, [1] is the serial
+    that is to be interrupted, [2] is the number of attempts that were begun, and the last
+    BEGUN_KEPT of these follow.
+    The file outlives all processes, so that the attempts that were begun are known whichever way
+    the processes end. Several workers share a file, since each file costs a descriptor; a worker
+    that is started later continues the numbers of one that has ended.
     """
     SIZE = 3 + BEGUN_KEPT
     FIRST = 3
@@ -13317,14 +13738,14 @@ class Slots:
 
     @classmethod
     def make(cls, directory: str, number: int, by_name: bool = False) -> List[Any]:
-        """Make slots for TOGETHER workers. Without room for the file it is left empty, which says
-        that nobody knows what was begun; processes that map the file `by_name` cannot do without
-        it. Raises OSError where no file can be made."""
+        """Make slots for TOGETHER workers. If there is no room on the disk, the file remains empty,
+        which means that nobody knows which attempts were begun; processes that map the file
+        `by_name` cannot do without the room. Raises OSError if no file can be made."""
         size = 8 * cls.SIZE * cls.TOGETHER
         path = os.path.join(directory, '%s%d' % (cls.NAME, number))
         handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | _O_BINARY, 0o600)
         try:
-            # To write to a page without room on the disk kills the process
+            # Writing to a page for which the disk has no room would kill the process
             if hasattr(os, 'posix_fallocate'):
                 os.posix_fallocate(handle, 0, size)
             else:
@@ -13346,7 +13767,8 @@ class Slots:
 
     @classmethod
     def open(cls, directory: str, number: int, index: int) -> Any:
-        """Worker: the slots with this index in a file that the runner has made. Raises OSError."""
+        """Return the slots with this index in a file that the runner has made. A worker calls this.
+        Raises OSError."""
         path = os.path.join(directory, '%s%d' % (cls.NAME, number))
         handle = os.open(path, os.O_RDWR | _O_BINARY)
         try:
@@ -13357,22 +13779,23 @@ class Slots:
 
     @classmethod
     def begin(cls, slots: Any, serial: int) -> None:
-        """Note that this attempt begins. Called by a worker."""
+        """Note that this attempt begins. A worker calls this."""
         slots[cls.FIRST + slots[2] % BEGUN_KEPT] = serial
         slots[2] += 1
         slots[0] = serial
 
     @staticmethod
     def take_back(slots: Any) -> None:
-        """Note that the attempt that was noted last has not begun after all. Called by a worker."""
+        """Note that the attempt which was noted last has not begun after all. A worker calls
+        this."""
         slots[0] = 0
         slots[1] = 0
         slots[2] -= 1
 
     @classmethod
     def read(cls, directory: str) -> Optional[FrozenSet[int]]:
-        """Return the attempts that were begun by the workers of a directory; None if that is not
-        known. Called by the daemon. Raises OSError."""
+        """Return the attempts that were begun by the workers of a directory; None if they are not
+        known. The daemon calls this. Raises OSError."""
         begun: Set[int] = set()
         for name in os.listdir(directory):
             if not name.startswith(cls.NAME):
@@ -13390,19 +13813,19 @@ class Slots:
 
     @classmethod
     def mark_unknown(cls, directory: str) -> None:
-        """Note that from now on nobody knows what was begun. Called by the daemon. Raises
-        OSError."""
+        """Note that from now on nobody knows which attempts were begun. The daemon calls this.
+        Raises OSError."""
         path = os.path.join(directory, cls.NAME + 'unknown')
         os.close(os.open(path, os.O_WRONLY | os.O_CREAT, 0o600))
 
 
-NOTES_ASKED = 'notes'    # in a computation's directory: the path of a file, see `write_notes`
+NOTES_ASKED = 'notes'    # a file with the path of another one, see `write_notes`
 
 
 def write_notes(private: str) -> None:
-    """Runner of a node that is part of a program, which has ended without a word: write which
-    attempts have begun where the program has asked for that, so that the next one knows it. Called
-    when no worker is left."""
+    """Write which attempts have begun to the place that the program has named, so that the next
+    program knows them. The runner of a node that is embedded in a program calls this if the program
+    has ended without telling it to, when no worker is left."""
     try:
         with open(os.path.join(private, NOTES_ASKED)) as file:
             path = file.read()
@@ -13411,13 +13834,13 @@ def write_notes(private: str) -> None:
             json.dump({'begun': None if begun is None else sorted(begun)}, file)
     except FileNotFoundError:
         logger.debug('nobody has asked what has begun')
-    except OSError as exc:   # no room: then nobody knows
+    except OSError as exc:   # no room: then the attempts are unknown
         logger.debug('what has begun cannot be written down: %s', exc)
 
 
 def clip(head: bytes, tail: bytes, total: int) -> bytes:
-    """Output with its middle left out, if anything is: the first and last OUTPUT_KEPT bytes around
-    a mark."""
+    """Return output of which the middle is left out if it is long: the first and last OUTPUT_KEPT
+    bytes with a mark between them."""
     left_out = total - len(head) - len(tail)
     if left_out <= 0:
         return head + tail
@@ -13546,11 +13969,12 @@ class CapturedOutput:
 
 
 class _CallTurn:
-    """Processes write into one pipe by turns. A lock of the process (lockf), which ends with it."""
+    """Lets processes write into one pipe one at a time. It is a lock of the process (lockf), which
+    ends with the process."""
 
     def __init__(self, directory: str) -> None:
-        temporary_file = tempfile.TemporaryFile(dir=directory)
-        with temporary_file as file:
+        unnamed = tempfile.TemporaryFile(dir=directory)
+        with unnamed as file:
             descriptor = file.fileno()
             handle = os.dup(descriptor)
             self._handle = _out_of_reach(handle)
@@ -13565,14 +13989,14 @@ class _CallTurn:
 
 
 class NumericThreads:
-    """How many threads numerical libraries use: as many as the job has CPUs.
-
-    Libraries that are loaded later read the environment; those that are loaded are told by the
-    functions that they export for it, as `threadpoolctl` does. A variable that the user or the
-    operator has set is left alone, and so are the libraries that read it.
+    """Sets the number of threads that numerical libraries use: as many as the job has CPUs.
+    Libraries that are loaded later read the environment; libraries that are loaded already are told
+    by calling the functions that they export for this purpose, as `threadpoolctl` does. A variable
+    that the user or the operator has set is left alone, and so are the libraries that read it.
     """
 
-    # Part of a library's file name: the variables that it reads, and the functions that set it.
+    # Part of a library's file name -> the variables that it reads, and the functions that set the
+    # number
     LIBRARIES = {
         'openblas': (('OPENBLAS_NUM_THREADS', 'OMP_NUM_THREADS'),
                      [prefix + 'openblas_set_num_threads' + suffix
@@ -13587,16 +14011,16 @@ class NumericThreads:
                  'NUMEXPR_NUM_THREADS')
 
     def __init__(self) -> None:
-        self.cpus = 1   # a worker a CPU runs already
+        self.cpus = 1   # the number for one worker on each CPU
         names = {name for variables, _ in self.LIBRARIES.values() for name in variables}
-        chosen_names = [name for name in names.union(self.VARIABLES) if name in os.environ]
-        self._of_user = frozenset(chosen_names)
+        given = [name for name in names.union(self.VARIABLES) if name in os.environ]
+        self._of_user = frozenset(given)
         for name in self.VARIABLES:
             os.environ.setdefault(name, '1')
 
     def use(self, cpus: int, surroundings: 'Surroundings') -> None:
-        """Let numerical libraries use so many threads, as the next job has CPUs. Called by a
-        worker."""
+        """Let numerical libraries use this number of threads, which is the number of CPUs of the
+        next job. A worker calls this."""
         self.cpus = cpus
         for name in self.VARIABLES:
             if name not in self._of_user:
@@ -13616,7 +14040,8 @@ class NumericThreads:
 
     @staticmethod
     def _loaded() -> Set[str]:
-        """The files of libraries in this process; none where nothing tells it."""
+        """Return the files of the libraries in this process; none if the system does not list
+        them."""
         try:
             with open('/proc/self/maps', errors='surrogateescape') as file:
                 return {line[line.index('/'):].rstrip('\n') for line in file if '/' in line}
@@ -13629,7 +14054,7 @@ class NumericThreads:
         import ctypes
         try:
             library = ctypes.CDLL(path)   # it is loaded already
-        except OSError as exc:   # its file has been replaced, for instance
+        except OSError as exc:   # for example because its file was replaced
             logger.debug('%s cannot be told to use %d threads: %s', path, cpus, exc)
             return
         for name in functions:
@@ -13642,23 +14067,24 @@ class NumericThreads:
 
 class TrackerProcess:
     """The resource tracker of multiprocessing, which removes shared memory and semaphores that jobs
-    have left behind. It is a child of the runner, so that its workers share it: one that a worker
-    started would be a process that its job has left running. Most jobs never need it, and it is a
-    whole Python: where workers are forked, there is only its pipe until somebody writes to that.
-    What it removes is a convenience, so that jobs run without it, too."""
+    have left behind. It is a child of the runner, so that its workers share it: a tracker that a
+    worker started would count as a process that its job has left running. Most jobs never need the
+    tracker, and it is a whole Python process: therefore, if workers are forked, only its pipe
+    exists until a process writes to the pipe. Removing such remains is a convenience, so that jobs
+    run without the tracker, too."""
 
     def __init__(self) -> None:
         from multiprocessing import resource_tracker
         self._tracker: Any = getattr(resource_tracker, '_resource_tracker', None)
-        self._process: Any = None    # if it was started here
+        self._process: Any = None    # if it was started by this process
         self.pid = 0
         self.reader = -1    # the end of the pipe that it will read, until it is started
 
     def start(self) -> None:
-        """Start it now."""
+        """Start the tracker now."""
         try:
             self._tracker.ensure_running()
-        except (OSError, AttributeError) as exc:   # no room for a process; another Python
+        except (OSError, AttributeError) as exc:   # no process starts, or Python has other names
             self._warn(exc)
         self.find()
 
@@ -13667,12 +14093,12 @@ class TrackerProcess:
         logger.warning('the resource tracker of multiprocessing cannot be started: %s', exc)
 
     def find(self) -> None:
-        """The user's code here may have needed it, and has started it then."""
+        """Adopt the tracker if the user's code here has started it already."""
         self.pid = getattr(self._tracker, '_pid', None) or self.pid
 
     def make_pipe(self) -> None:
-        """Called after the computation was loaded, and before workers are forked: make the pipe if
-        the tracker does not run."""
+        """Make the pipe of the tracker if the tracker does not run. This is called after the
+        computation was loaded, and before workers are forked."""
         self.find()
         if getattr(self._tracker, '_fd', 0) is not None:
             return
@@ -13682,13 +14108,13 @@ class TrackerProcess:
             self._warn(exc)
 
     def start_at_pipe(self) -> None:
-        """Start it: something was written to the pipe."""
+        """Start the tracker, because something was written to its pipe."""
         handle = self.reader
         self.reader = -1
         code = 'from multiprocessing.resource_tracker import main; main(%d)' % handle
         flags: List[str] = subprocess._args_from_interpreter_flags()  # type: ignore[attr-defined]
         words = [sys.executable, *flags, '-c', code]
-        # It ignores these, but not from its very beginning
+        # The tracker ignores these signals, but not from its very beginning
         ignored = (signal.SIGINT, signal.SIGTERM)
         mask = signal.pthread_sigmask(signal.SIG_BLOCK, ignored)
         try:
@@ -13701,8 +14127,9 @@ class TrackerProcess:
             os.close(handle)
 
     def end_pipe(self) -> None:
-        """The workers have ended: if it was not needed, let the user's code that still runs here
-        start it in the usual way. Nobody would read the pipe meanwhile."""
+        """Remove the pipe after the workers have ended, if the tracker was not needed, so that the
+        user's code that still runs here starts the tracker in the usual way. Nobody would read the
+        pipe."""
         if self.reader < 0:
             return
         with selectors.DefaultSelector() as selector:
@@ -13717,7 +14144,7 @@ class TrackerProcess:
         self._tracker._fd = None
 
     def stop(self) -> None:
-        """Let it remove what is left and end; the workers have ended."""
+        """Let the tracker remove what is left and end. The workers have ended before."""
         handle = getattr(self._tracker, '_fd', None)
         if not self.pid:
             return
@@ -13728,16 +14155,16 @@ class TrackerProcess:
         self._tracker._pid = None
         now = time.monotonic()
         until = now + GRACE
-        with contextlib.suppress(ChildProcessError):   # somebody else has waited for it
+        with contextlib.suppress(ChildProcessError):   # it was reaped elsewhere
             while os.waitpid(self.pid, os.WNOHANG)[0] == 0 and time.monotonic() < until:
                 time.sleep(0.002)
 
 
 class SharedMemoryTracker:
-    """Keeps the resource tracker of a node away from shared memory that a job only attaches to.
-
-    Python registers it there like its own, and the tracker would destroy it at the end of the
-    node, while the program that has made it goes on using it. What a job makes stays registered.
+    """Keeps the resource tracker of a node away from shared memory to which a job only attaches.
+    Python registers this memory as if the job had created it, and the tracker would destroy it at
+    the end of the node, while the program that created it still uses it. Memory that a job creates
+    remains registered.
     """
 
     def __init__(self) -> None:
@@ -13747,8 +14174,8 @@ class SharedMemoryTracker:
         self._unregister = resource_tracker.unregister
 
     def install(self) -> None:
-        """Track shared memory from now on, and in all forked children."""
-        if os.name != 'nt':   # there memory goes with the last process that has it
+        """Track shared memory in this way from now on, and in all forked children."""
+        if os.name != 'nt':   # there the memory is freed with the last process that uses it
             self._tracker.register = self._register_own
             self._tracker.unregister = self._unregister_any
 
@@ -13761,20 +14188,20 @@ class SharedMemoryTracker:
         self._register(name, kind)
 
     def _unregister_any(self, name: str, kind: str) -> None:
-        """Who destroys memory may have attached to it only; the tracker fails for a name that it
-        does not know, and takes one that it knows twice."""
+        """Unregister memory that a process destroys, even if it has only attached to it: the
+        tracker fails for a name that it does not know, and accepts the registration of a known name
+        twice."""
         if kind == 'shared_memory':
             self._register(name, kind)
         self._unregister(name, kind)
 
 
 class Surroundings:
-    """What a job finds around it in its process, beside the computation's globals.
-
-    It is looked at when the worker begins and put back after each job. Nearly always nothing has
-    changed: it is asked for and compared in the quickest way, with one comparison for many things.
-    Limits of resources take long to ask for, and are asked for only where the module `resource`,
-    through which they are changed, has been imported by anybody.
+    """The state of its process that a job finds, besides the computation's globals.
+    The state is saved when the worker begins and restored after each job. Nearly always nothing has
+    changed: therefore it is read and compared in the quickest way, with one comparison for many
+    things. Reading limits of resources takes long, and happens only if the module `resource`,
+    through which they are changed, was imported.
     """
 
     def __init__(self, directory: str) -> None:
@@ -13815,7 +14242,7 @@ class Surroundings:
     def _is_signal(number: int) -> bool:
         try:
             _getsignal(number)
-        except ValueError:   # it is not one that this system lets be handled
+        except ValueError:   # this signal cannot be handled on this system
             return False
         return True
 
@@ -13824,7 +14251,8 @@ class Surroundings:
         return (_affinity(0), _policy(0), _priority(0, 0), _digits(), _locale_now(locale.LC_ALL))
 
     def _set_system(self) -> None:
-        """Raises OSError where the job has given up the right to that."""
+        """Set the state that the system has. Raises OSError if the job has given up the right to do
+        so."""
         affinity, policy, priority, digits, name = self._system
         if affinity is not None:
             os.sched_setaffinity(0, affinity)
@@ -13844,7 +14272,7 @@ class Surroundings:
                 sys.argv, sys.path, warnings.filters, gc.callbacks)
 
     def _set_hooks(self) -> None:
-        logging.captureWarnings(False)   # or it would take itself for switched on
+        logging.captureWarnings(False)   # otherwise it would count as switched on
         (sys.excepthook, sys.unraisablehook, sys.displayhook, sys.breakpointhook,
          threading.excepthook, warnings.showwarning, warnings.formatwarning,
          sys.argv, sys.path, warnings.filters, gc.callbacks) = self._hooks
@@ -13880,14 +14308,14 @@ class Surroundings:
         return os.geteuid(), os.getegid()
 
     def set_environ(self, name: str, value: str) -> None:
-        """A variable that the next jobs find."""
+        """Set an environment variable that the next jobs are to find."""
         os.environ[name] = value
         self._environ = dict(_ENVIRON)
 
     def restore(self) -> bool:
-        """Put back what the job has changed. False when only a new process is free of it: where
-        the job has given up a right, such as that to a higher limit, or has left behind what
-        raises when it is looked at."""
+        """Restore what the job has changed. Returns false if only a new process is free of the
+        change: the job has given up a right, such as that to a higher limit, or has left behind an
+        object that raises when it is inspected."""
         try:
             # Only root can change them
             if self._ids is not None:
@@ -13901,14 +14329,14 @@ class Surroundings:
                 self._set_system()
             if 'resource' in sys.modules:
                 self._restore_limits(sys.modules['resource'])
-        except Exception as exc:  # of the system, and of objects that the job has left there
+        except Exception as exc:  # by the system, or by objects that the job has left there
             logger.debug('this process is replaced: %s: %s', type(exc).__name__, exc)
             return False
         return True
 
     def _restore_files(self) -> None:
         try:
-            os.dup2(self._nothing, 0)   # this takes less time than to look whether it is open
+            os.dup2(self._nothing, 0)   # this takes less time than checking whether it is open
             if os.getcwd() != self._directory:
                 os.chdir(self._directory)
         except OSError:   # its directory is gone, or a descriptor
@@ -13924,7 +14352,7 @@ class Surroundings:
                 os.environ[os.fsdecode(key)] = os.fsdecode(value)
         elif time.tzname is self._zone:
             return
-        if hasattr(time, 'tzset'):   # the C library may have read TZ without Python's knowing
+        if hasattr(time, 'tzset'):   # the C library may have read TZ unknown to Python
             time.tzset()
             self._zone = time.tzname
 
@@ -13933,7 +14361,7 @@ class Surroundings:
         if handlers != self._handlers:
             for number, now, was in zip(self._signals, handlers, self._handlers):
                 if now != was:
-                    signal.signal(number, was)   # raises for one that C code had made
+                    signal.signal(number, was)   # raises for a handler that C code had installed
             if hasattr(signal, 'siginterrupt'):
                 signal.siginterrupt(TAKE_BACK_SIGNAL, False)
         signal.set_wakeup_fd(-1)
@@ -13957,7 +14385,7 @@ class Surroundings:
         if sys.path != self._path:
             sys.path[:] = self._path
         if warnings.filters != self._filters:
-            warnings.resetwarnings()   # it also has what is remembered of filters forgotten
+            warnings.resetwarnings()   # it also clears the cache of the filters
             filters: Any = warnings.filters
             filters[:] = self._filters
         for itself, held in self._lists:
@@ -13974,8 +14402,8 @@ class Surroundings:
 
 def main_for_children(directory: str) -> None:
     """Let multiprocessing's start methods spawn and forkserver work in jobs: their children import
-    the computation's main module, as it is when they are started, from a file. The user's script is
-    never run."""
+    the computation's main module, in its state when they are started, from a file. The user's
+    script is never run."""
     from multiprocessing import spawn
     original = spawn.get_preparation_data
     main = MainFile(directory)
@@ -13984,8 +14412,8 @@ def main_for_children(directory: str) -> None:
         data = original(name)
         data.pop('init_main_from_path', None)
         data['init_main_from_name'] = main.module()
-        absolute_path = os.path.abspath(__file__)
-        folder = os.path.dirname(absolute_path)
+        here = os.path.abspath(__file__)
+        folder = os.path.dirname(here)
         data['sys_path'] = [*data['sys_path'], directory, folder]
         return data
     spawn.get_preparation_data = get_preparation_data
@@ -13998,29 +14426,30 @@ dispynode.load_main(globals(), %r)
 
 
 class MainFile:
-    """What the main module of a computation defines, in files for the children of its jobs. Each is
-    written once, as other children may be about to read it."""
+    """Writes what the main module of a computation defines into files, for the children of its
+    jobs. Each file is written once, since other children may be about to read it."""
 
     def __init__(self, directory: str) -> None:
         self._directory = directory
         self._numbers = itertools.count(1)
-        self._last = ('', 0, b'')   # module, the process that wrote it, what it says
+        self._last = ('', 0, b'')   # module, the process that wrote it, its contents
 
     def module(self) -> str:
-        """The name of a module that defines it as it is now."""
+        """Return the name of a module that defines what the main module contains now."""
         class Pickler(value_pickler()):  # type: ignore[misc]
             complete = True
         found: Dict[str, bytes] = {}
         for name, value in list(vars(sys.modules['__main__']).items()):
             if not name.startswith('__'):
-                with contextlib.suppress(Exception):  # what cannot be pickled, the child has not
-                    dumped = dumps(value, Pickler)
-                    found[name] = in_one_piece(dumped.payload)
+                # The child does not get what cannot be pickled
+                with contextlib.suppress(Exception):
+                    pickled = dumps(value, Pickler)
+                    found[name] = in_one_piece(pickled.payload)
         content = pickle.dumps((modules.here() if modules is not None else (), found))
         module, pid, before = self._last
         if (pid, before) != (os.getpid(), content):
-            next_number = next(self._numbers)
-            module = 'dispy_main_%d_%d' % (os.getpid(), next_number)
+            number = next(self._numbers)
+            module = 'dispy_main_%d_%d' % (os.getpid(), number)
             path = os.path.join(self._directory, module)
             with open(path + '.pickle', 'wb') as file:
                 file.write(content)
@@ -14031,19 +14460,19 @@ class MainFile:
 
 
 def load_main(variables: Dict[str, Any], path: str) -> None:
-    """Define what the job's main module defines. Called in a child of a job."""
+    """Define what the main module of the job defines. This is called in a child of a job."""
     with open(path, 'rb') as file:
         loader, found = pickle.load(file)   # written by the job's own worker
     SharedMemoryTracker().install()
     if loader:
-        module_loader = ModuleLoader(*loader[0])
-        module_loader.need(loader[1])   # the search path came from the job
+        modules_of_job = ModuleLoader(*loader[0])
+        modules_of_job.need(loader[1])   # the search path came from the job
     main = sys.modules.get('__mp_main__')
     if main is not None:
         if vars(main) is variables:
             spaces.adopt_main(main)
     for name, payload in found.items():
-        with contextlib.suppress(Exception):  # it is missing when it is used
+        with contextlib.suppress(Exception):  # using it will raise
             variables[name] = loads(payload)
 
 
@@ -14433,8 +14862,8 @@ class JobServices:
 
 
 def link_to(path: str, link: str) -> None:
-    """Make a file or directory known under another name. Symbolic links take a privilege on
-    Windows: there files have a second name, and directories are made once more. Raises OSError."""
+    """Make a file or directory accessible under another name. Symbolic links require a privilege on
+    Windows: there, files get a hard link, and directories are copied. Raises OSError."""
     if not IS_WINDOWS:
         os.symlink(path, link)
     elif os.path.isdir(path):
@@ -14446,16 +14875,16 @@ def link_to(path: str, link: str) -> None:
 def _hard_link(path: str, link: str) -> None:
     try:
         os.link(path, link)
-    except OSError:   # a file system without them
+    except OSError:   # the file system has no links
         shutil.copy2(path, link)
 
 
 class ReturnedFiles:
-    """Files in the directory of a job that go to its client when a program has ended. What was
-    there before, and has not changed since, is no work of the program."""
+    """Files in the directory of a job that are sent to its client when a program has ended. Files
+    that were there before and have not changed since are not results of the program."""
 
     def __init__(self, before: str, patterns: Sequence[str]) -> None:
-        """`before`: what stands before their names at the client."""
+        """`before`: the prefix of the names that they have for the client."""
         self._before = before
         self._patterns = patterns
         self._known = {path: self._state(path) for pattern in patterns
@@ -14483,7 +14912,8 @@ class ReturnedFiles:
 
     @staticmethod
     def _matching(pattern: str) -> List[str]:
-        """Files with names of this pattern, and those in directories of such names."""
+        """Return the files whose names match this pattern, and those in directories whose names
+        match it."""
         found = []
         for path in sorted(glob.glob(pattern, recursive=True)):
             if os.path.isfile(path):
@@ -14790,20 +15220,20 @@ class Worker:
 
 
 def children_here() -> List[int]:
-    """The children of this process by /proc; none where there is no such thing."""
+    """Return the PIDs of the children of this process from /proc; none if there is no /proc."""
     try:
         with open('/proc/self/task/%d/children' % os.getpid()) as file:
-            content_parts = file.read().split()
-            return [int(pid) for pid in content_parts]
+            pids = file.read().split()
+            return [int(pid) for pid in pids]
     except OSError:
         return []
 
 
 def has_ended(pid: int) -> bool:
-    """Whether a child of ours is no more; it is waited for if so."""
+    """Return whether a child of this process has ended; if so, it is reaped."""
     try:
         return os.waitpid(pid, os.WNOHANG)[0] != 0
-    except ChildProcessError:   # somebody else has waited for it
+    except ChildProcessError:   # it was reaped elsewhere
         return True
 
 
@@ -14811,8 +15241,9 @@ _SITE = tuple(os.sep + name + os.sep for name in ('site-packages', 'dist-package
 
 
 def _is_of_library(frame: Any) -> bool:
-    """Whether a thread began in an installed library and runs nothing of anybody else but the
-    standard library. One that began in the standard library runs what it was given."""
+    """Return whether a thread began in an installed library and runs code of that and of the
+    standard library only. A thread that began in the standard library runs the code that it was
+    given."""
     files = []
     while frame is not None:
         files.append(frame.f_code.co_filename)
@@ -14830,19 +15261,19 @@ def _is_of_library(frame: Any) -> bool:
     return True
 
 
-# Names of what joblib and loky make, with the number of the process that has made it.
+# Names of files of joblib and loky, which contain the PID of the process that has made them
 _JOBLIB_NAME = re.compile(r'(?:joblib_memmapping_folder_|sem\.loky-|loky-)(\d+)[_-]')
 
 
 def remove_joblib_remains(pids: Set[int], since: float) -> None:
-    """Remove what processes of a job that have been killed have left in shared memory: arrays that
-    joblib has mapped, and semaphores of loky. Each has a process that would have removed it, which
-    is one of those that have been killed. What is older than `since` (in seconds since the epoch)
-    is of another process, which has had the same number."""
+    """Remove what killed processes of a job have left in shared memory: arrays that joblib has
+    mapped, and semaphores of loky. For each of them there is a process that removes it, which was
+    killed together with the others. Entries older than `since` (in seconds since the epoch) belong
+    to another process that had the same PID."""
     for directory in ('/dev/shm', tempfile.gettempdir()):
         try:
             names = os.listdir(directory)
-        except OSError:   # there is no such thing on this system
+        except OSError:   # this system has no such directory
             continue
         for name in names:
             match = _JOBLIB_NAME.match(name)
@@ -14867,7 +15298,8 @@ def remove_joblib_remains(pids: Set[int], since: float) -> None:
 
 def lend_names(names: Dict[str, Any], globals_: Sequence[Dict[str, Any]]) -> Callable[[], None]:
     """Make names known to one job: in the computation's global variables, where they are free.
-    Returns what takes them away again, with those that opening them has brought there."""
+    Returns a function that removes them again, together with the names that opening them has added
+    there."""
     spaces.forget_added(names)
     lent = [(variables, name) for variables in globals_ for name in names if name not in variables]
     for variables, name in lent:
@@ -14880,7 +15312,7 @@ def lend_names(names: Dict[str, Any], globals_: Sequence[Dict[str, Any]]) -> Cal
 
 
 class SlotPlace(NamedTuple):
-    """Slots of one worker, and where they are."""
+    """The slots of one worker, and where they are."""
     slots: Any
     file: int      # its number
     number: int    # of the slots in the file
@@ -14901,8 +15333,8 @@ class _Child(NamedTuple):
 
 
 def offer_names(names: Dict[str, Any], spaces_: Iterable[Dict[str, Any]]) -> None:
-    """Names that need no import in a job: in the global variables of the computation where they are
-    free, and in builtins for the other modules."""
+    """Make names available in jobs without an import: in the global variables of the computation
+    where they are free, and in builtins for the other modules."""
     for name, value in names.items():
         setattr(builtins, name, value)
     for variables in spaces_:
@@ -14911,7 +15343,8 @@ def offer_names(names: Dict[str, Any], spaces_: Iterable[Dict[str, Any]]) -> Non
 
 
 def support_of(spec: dict) -> str:
-    """The directory of the client's cloudpickle, where this host has none or another version."""
+    """Return the directory for the client's cloudpickle, which is used if this host has no
+    cloudpickle or another version."""
     return os.path.join(spec['private'], 'support')
 
 
@@ -14926,8 +15359,7 @@ def unpack_support(spec: dict) -> None:
 
 
 class ComputationCode:
-    """The user's code in a process that loads it: the computation, its setup and in the end its
-    cleanup."""
+    """The user's code in a process that loads it: the computation, its setup and its cleanup."""
 
     def __init__(self, spec: dict) -> None:
         self._spec = spec
@@ -14935,7 +15367,7 @@ class ComputationCode:
         self._cleanup: Any = None
         self._setup_args: tuple = ()
         self.globals: List[Dict[str, Any]] = []   # of the computation, setup and cleanup
-        self.is_loaded = False      # what fails later is not for want of code
+        self.is_loaded = False      # later failures are not caused by the code
 
     def load(self, code: memoryview) -> None:
         """Load the code and run setup. Raises whatever the user's modules and setup do."""
@@ -14986,7 +15418,8 @@ class ComputationCode:
                 % (len(left), 's' * (len(left) != 1), ', '.join(left[:5])))
 
     def _loader(self) -> ModuleLoader:
-        """Make the modules and the main module of the program importable here."""
+        """Make the modules and the main module of the program importable here. Returns the
+        loader."""
         global modules, known_values
         main = types.ModuleType('__main__')
         sys.modules['__main__'] = main
@@ -15002,7 +15435,8 @@ class ComputationCode:
         return modules
 
     def _load_functions(self, code: memoryview, loader: ModuleLoader) -> Any:
-        """The computation, cleanup and what is found by name beside them. Returns setup."""
+        """Load the computation, its cleanup and the objects that are found by name beside them.
+        Returns setup."""
         if self._spec['bundles']:
             loader.need((0,))
         if self._spec['kind'] == 'source':
@@ -15023,7 +15457,7 @@ class ComputationCode:
         return setup
 
     def clean_up(self, end_node: Callable[[], None]) -> str:
-        """Run cleanup. Returns what it has raised, for people, or ''."""
+        """Run cleanup. Returns the text of the exception that it has raised, or ''."""
         if self._cleanup is None:
             return ''
         if self._spec['client_shutdown']:
@@ -15031,8 +15465,8 @@ class ComputationCode:
         try:
             self._cleanup(*self._setup_args)
         except BaseException as exc:  # the user's cleanup may raise anything; the daemon logs it
-            exception_description = describe_exception(exc, 1)
-            return 'cleanup failed: ' + exception_description
+            reason = describe_exception(exc, 1)
+            return 'cleanup failed: ' + reason
         return ''
 
 
@@ -15040,7 +15474,8 @@ _NO_BODIES = (memoryview(b''),) * 3
 
 
 class RunningLimit:
-    """What one job may use. `ended_at` is when it was ended for that, if it was."""
+    """The limits of one job. `ended_at` is the time when the job was ended because of them, if it
+    was."""
     __slots__ = ('most', 'seconds', 'began', 'ended_at')
 
     def __init__(self, most: int, seconds: float) -> None:
@@ -15050,7 +15485,7 @@ class RunningLimit:
         self.ended_at: Optional[float] = None
 
     def is_over(self, now: float) -> bool:
-        """Whether its time has passed, and nothing was done yet."""
+        """Return whether the time limit has passed, and nothing was done about it yet."""
         if not (bool(self.seconds) and self.began is not None):
             return False
         if self.ended_at is not None:
@@ -15058,33 +15493,33 @@ class RunningLimit:
         return now - self.began >= self.seconds
 
     def is_to_be_killed(self, now: float) -> bool:
-        """Whether it was interrupted and goes on all the same."""
+        """Return whether the job was interrupted and still runs."""
         if self.ended_at is None:
             return False
         return now - self.ended_at >= GRACE
 
 
 class RunningLimits:
-    """What jobs of workers may use, by worker and job. The node ends jobs in time itself. The
-    runner does it some tenths of a second later if the node has not: a node that is part of a
-    program has no turn while that holds the GIL."""
+    """The limits of jobs, by worker and job. The node itself ends jobs in time. If it has not, the
+    runner does so some tenths of a second later: a node that is embedded in a program has no turn
+    while the program holds the GIL."""
 
     def __init__(self) -> None:
         self._known: Dict[int, Dict[int, RunningLimit]] = {}
-        self.of_memory = False     # there may be some
+        self.of_memory = False     # there may be limits of memory
 
     def __bool__(self) -> bool:
         return bool(self._known)
 
     def add(self, record: Record) -> None:
-        """A job will run in a worker, or runs already."""
+        """Add the limits of a job that will run in a worker, or runs already."""
         jobs = self._known.setdefault(record.number, {})
         if record.serial not in jobs:
             jobs[record.serial] = RunningLimit(int(record.start), record.end)
             self.of_memory = self.of_memory or bool(record.start)
 
     def find(self, worker: int, serial: int, now: float) -> Optional[RunningLimit]:
-        """The limit of what a worker runs now."""
+        """Return the limit of the job that a worker runs now."""
         jobs = self._known.get(worker, {})
         for other in [other for other, before in jobs.items()
                       if before.began is not None and other != serial]:   # it has ended
@@ -15096,13 +15531,13 @@ class RunningLimits:
         return limit
 
     def keep(self, worker: int, serial: int) -> None:
-        """Of what a worker has, nothing else is left."""
+        """Forget all limits of a worker but those of these jobs."""
         jobs = self._known.get(worker, {})
         for other in [other for other in jobs if other != serial]:
             del jobs[other]
 
     def forget_all_but(self, workers: Container[int]) -> None:
-        """Forget all workers but these: the others have ended."""
+        """Forget all workers but these, because the others have ended."""
         for worker in [worker for worker, jobs in self._known.items()
                        if worker not in workers or not jobs]:
             del self._known[worker]
@@ -15111,7 +15546,7 @@ class RunningLimits:
 
 
 def _job_objects() -> Any:
-    """Windows: the library that has the functions for job objects, with their types set."""
+    """Return the Windows library that has the functions for job objects, with their types set."""
     import ctypes
     library = ctypes.WinDLL('kernel32', use_last_error=True)  # type: ignore[attr-defined]
     handle = ctypes.c_void_p
@@ -15135,15 +15570,15 @@ _JOB_KILL_ON_CLOSE = 0x2000
 _JOB_ACCOUNTING = struct.Struct('@qqqqIIII')
 _JOB_ACCOUNTING_CLASS = 1
 _PROCESS_ASSIGN = 0x0101   # PROCESS_TERMINATE | PROCESS_SET_QUOTA
-_ENDED_BY_US = 0x10000   # the exit code by which multiprocessing knows that it has ended a process
+_ENDED_BY_US = 0x10000   # multiprocessing uses this exit code for processes that it has ended
 
 
 class ProcessTree:
-    """Windows: a process and all that it starts from now on, as a job object. All of them end when
-    the process that has made this one ends, whatever way."""
+    """A process and all processes that it starts from now on, as a job object of Windows. All of
+    them end when the process that has made the job object ends, for whatever reason."""
 
     def __init__(self, pid: int) -> None:
-        """`pid`: of a child of this process. Raises OSError."""
+        """`pid`: the PID of a child of this process. Raises OSError."""
         self._library = _job_objects()
         self._handle: Any = self._library.CreateJobObjectW(None, None)
         limits = _JOB_LIMITS.pack(0, 0, _JOB_KILL_ON_CLOSE, *[0] * 16)
@@ -15161,12 +15596,12 @@ class ProcessTree:
         raise error
 
     def kill(self) -> None:
-        """End all of them."""
+        """Kill all of them."""
         if self._handle:
             self._library.TerminateJobObject(self._handle, _ENDED_BY_US)
 
     def close(self) -> None:
-        """End all of them, and forget them."""
+        """Kill all of them, and close the job object."""
         if self._handle:
             self.kill()
             self._library.CloseHandle(self._handle)
@@ -15174,15 +15609,15 @@ class ProcessTree:
 
 
 def tree_of(pid: int) -> Optional[ProcessTree]:
-    """On Windows what ends a process with all that it starts. Elsewhere groups of processes do.
-    Raises OSError."""
+    """Return, on Windows, the object that ends a process with all processes that it starts.
+    Elsewhere process groups serve this purpose. Raises OSError."""
     if IS_WINDOWS:
         return ProcessTree(pid)
     return None
 
 
 def processes_in_tree() -> int:
-    """Windows: how many processes there are in the job object of this one."""
+    """Return how many processes are in the job object of this process, on Windows."""
     import ctypes
     told = ctypes.create_string_buffer(_JOB_ACCOUNTING.size)
     if _job_objects().QueryInformationJobObject(None, _JOB_ACCOUNTING_CLASS, told,
@@ -15193,11 +15628,12 @@ def processes_in_tree() -> int:
 
 
 class StackFile:
-    """A file into which a process writes the stacks of its threads when it gets STACKS_SIGNAL, also
-    while C code runs. It lies in the private directory of its computation, under its pid."""
-    TIME = 0.3      # s that this may take: the runner does nothing else meanwhile
+    """A file into which a process writes the stacks of its threads when it gets STACKS_SIGNAL, even
+    while C code runs. It is in the private directory of its computation, and its PID is its
+    name."""
+    TIME = 0.3      # s that this may take: the runner is blocked in the meantime
     STEP = 0.002
-    # What has called the job, which stands behind its own lines
+    # The frames that have called the job, which follow its own lines
     OURS = re.compile(r'  File "[^"\n]*dispynode\.py", line \d+ in _run\n(?:  File .*\n)*')
     SILENT = 'the process has not written its stacks: it is stopped, or waits for its disk'
 
@@ -15206,19 +15642,20 @@ class StackFile:
         self._pid = pid
 
     def begin(self) -> None:
-        """Write into it from now on. Called by the process itself. Without a file there are no
-        stacks."""
+        """Write into the file from now on. The process itself calls this. If the file cannot be
+        made, there are no stacks."""
         if not STACKS_SIGNAL:
             return
         import faulthandler
         flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND
         with contextlib.suppress(OSError, RuntimeError):
-            opened = os.open(self._path, flags, 0o600)
-            handle = _out_of_reach(opened)
+            descriptor = os.open(self._path, flags, 0o600)
+            handle = _out_of_reach(descriptor)
             faulthandler.register(STACKS_SIGNAL, handle, all_threads=True)
 
     def read(self) -> str:
-        """Have the process write its stacks. Return them, or why there are none."""
+        """Have the process write its stacks. Returns them, or the text that says why there are
+        none."""
         if not STACKS_SIGNAL:
             return 'this system has no signal for it'
         try:
@@ -15231,7 +15668,7 @@ class StackFile:
             return 'the stacks cannot be read: %s' % exc
 
     def _written(self, before: int) -> str:
-        """Wait until it has written, and return that."""
+        """Wait until the process has written its stacks, and return them."""
         until = time.monotonic() + self.TIME
         size = before
         while time.monotonic() < until:
@@ -15249,8 +15686,8 @@ class StackFile:
         return self.OURS.sub('', text)
 
     def _is_ready(self) -> bool:
-        """Return whether the process takes the signal, which would end it otherwise, as far as the
-        system tells that."""
+        """Return whether the process handles the signal, which would kill it otherwise, as far as
+        the system shows that."""
         path = '/proc/%d/status' % self._pid
         if not os.path.exists(path):
             return True
@@ -15274,8 +15711,8 @@ def look_at_job(child: _Child, private: str, wants_stacks: bool) -> Tuple[bytes,
     to stdout and stderr."""
     stacks = ''
     if wants_stacks:
-        stack_file = StackFile(private, child.process.pid)
-        stacks = stack_file.read()
+        file = StackFile(private, child.process.pid)
+        stacks = file.read()
     ends = []
     for output in (child.out, child.err):
         status = os.fstat(output.handle)
@@ -15283,8 +15720,8 @@ def look_at_job(child: _Child, private: str, wants_stacks: bool) -> Tuple[bytes,
         data = output.since(at)
         ends.append(data[:OUTPUT_SEEN])
     stdout, stderr = ends
-    encoded = stacks.encode('utf-8', 'replace')
-    return encoded[:STACKS_MOST], stdout, stderr
+    shown = stacks.encode('utf-8', 'replace')
+    return shown[:STACKS_MOST], stdout, stderr
 
 
 class WorkerProcesses:
@@ -15626,17 +16063,17 @@ class WorkerProcesses:
 
 
 def stderr_tail(printed: bytes) -> str:
-    """The end of what was printed, to stand below a text for people."""
-    decoded = printed.decode('utf-8', 'replace')
-    tail = decoded[-2000:]
+    """Return the end of what was printed, to be appended to a text for people."""
+    text = printed.decode('utf-8', 'replace')
+    tail = text[-2000:]
     if tail:
         return '\nstderr:\n' + tail
     return ''
 
 
 def check_not_shared(spaces_: Iterable[Dict[str, Any]]) -> None:
-    """Raise RuntimeError for what setup has made for all jobs of a node to share: it is shared by
-    forked processes only, and each worker would have one of its own."""
+    """Raise RuntimeError for objects that setup has made for all jobs of a node to share: only
+    forked processes share them, and each worker would have one of its own."""
     for variables in spaces_:
         for name, value in list(variables.items()):
             kind = shared_kind(value)
@@ -15660,8 +16097,8 @@ _SHARED_KINDS = (
 
 
 def shared_kind(value: Any) -> str:
-    """What a value is that only forked processes share, or ''. Contents of containers and
-    attributes of instances are looked at too."""
+    """Return the kind of a value that only forked processes share, or ''. Contents of containers
+    and attributes of instances are examined too."""
     kind = _shared_itself(value)
     if kind:
         return kind
@@ -15676,8 +16113,8 @@ def shared_kind(value: Any) -> str:
 def _shared_itself(value: Any) -> str:
     for module, names in _SHARED_KINDS:
         kinds = [getattr(sys.modules.get(module), name, None) for name in names]
-        chosen_kinds = [kind for kind in kinds if isinstance(kind, type)]
-        if isinstance(value, tuple(chosen_kinds)):
+        classes = [kind for kind in kinds if isinstance(kind, type)]
+        if isinstance(value, tuple(classes)):
             return 'a %s of multiprocessing' % type(value).__name__
     wrapper = getattr(value, '_wrapper', None)
     if type(wrapper).__module__ == 'multiprocessing.heap':
@@ -15685,7 +16122,7 @@ def _shared_itself(value: Any) -> str:
     managers = sys.modules.get('multiprocessing.managers')
     if managers is not None and isinstance(value, (managers.BaseProxy, managers.BaseManager)):
         manager = getattr(value, '_manager', None) or value
-        if hasattr(manager, '_process'):   # started here, and not only connected to
+        if hasattr(manager, '_process'):   # started here, and not only connected
             return 'of a manager of multiprocessing that was started here'
     return ''
 
@@ -16276,7 +16713,7 @@ class SpawnedWorker(LoadingProcess):
 
 
 class User(NamedTuple):
-    """Whose rights jobs have, when the daemon was started as root with --user."""
+    """The user whose rights jobs have, if the daemon was started as root with --user."""
     name: str
     uid: int
     gid: int
@@ -16284,8 +16721,8 @@ class User(NamedTuple):
 
 
 def become(user: User) -> None:
-    """Give up root for good, and what multiprocessing inherited from it: a tracker that removes
-    what it is told to."""
+    """Give up root for good, and also the tracker that multiprocessing inherited from root: it
+    removes whatever it is told to."""
     from multiprocessing import resource_tracker
     tracker: Any = getattr(resource_tracker, '_resource_tracker', None)
     if getattr(tracker, '_fd', None) is not None:
@@ -16303,8 +16740,8 @@ def runner_main(control: socket.socket, user: Optional[User] = None) -> None:
     if hasattr(os, 'setsid'):
         if os.getsid(0) != os.getpid():
             os.setsid()
-    _no_stdin()       # nor are lines that are typed there meant for setup()
-    del sys.argv[1:]  # among which the secret may be
+    _no_stdin()       # setup() must not read lines that are typed there
+    del sys.argv[1:]  # they may contain the secret
     if user is not None:
         become(user)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -16318,38 +16755,38 @@ def runner_main(control: socket.socket, user: Optional[User] = None) -> None:
             code = exc.code
         else:
             code = 1
-    os._exit(code)   # threads and exit handlers of the user's modules are not waited for
+    os._exit(code)   # the user's threads and exit handlers are not waited for
 
 
 def worker_main(control: socket.socket, private: str, names: Tuple[str, str],
                 place: Tuple[int, int], runner: int) -> None:
     """A worker process that is not forked, started by the runner with `spawn`."""
     if hasattr(os, 'setsid'):
-        os.setsid()   # a group of its own, for signals to the job and all it starts
+        os.setsid()   # a group of its own, for signals to the job and its children
     _no_stdin()
     out = _out_of_reach(control.detach())
     worker = SpawnedWorker(socket.socket(fileno=out))
     try:
         worker.run(private, names, place, runner)
     except (ConnectionError, EOFError, SystemExit):
-        os._exit(1)   # the other side is gone, and with it whoever could be told
-    except BaseException:   # no descriptors, or our own fault
+        os._exit(1)   # the other side is gone, so that this cannot be reported
+    except BaseException:   # no descriptors are left, or a fault of dispy
         worker.tell_fault(traceback.format_exc())
         os._exit(70)
-    os._exit(0)   # as a runner
+    os._exit(0)   # as a runner does
 
 
 # --------------------------------------------------------------------------------------------------
-# The daemon: carries out what Node decides; its directory, its processes, its command line
+# The daemon: it carries out what Node decides. Its directory, its processes, its command line.
 # --------------------------------------------------------------------------------------------------
 
-NODE_MARK = 'dispy-node'    # the file that says that a directory is a node's
-# All that an idle node has in its directory
+NODE_MARK = 'dispy-node'    # the file that marks a directory as a node's
+# Everything that an idle node has in its directory
 KEEPING_FILES = frozenset(('lock', 'memory', NODE_MARK))
 
 
 def _was_ours(root: str) -> bool:
-    """Whether a node without a mark has used this directory: its lock file tells."""
+    """Return whether a node without a mark has used this directory: its lock file tells."""
     try:
         path = os.path.join(root, 'lock')
         with open_regular(path) as file:
@@ -16359,8 +16796,8 @@ def _was_ours(root: str) -> bool:
 
 
 def _is_ours(name: str, *beginnings: str) -> bool:
-    """Whether a name in the node's directory is one that it gives itself: a beginning, and the name
-    of a computation."""
+    """Return whether a name in the node's directory is one that it gives itself: a beginning, and
+    the name of a computation."""
     if not (name.startswith(beginnings) and bool(name[2:])):
         return False
     return is_comp(name[2:])
@@ -16393,7 +16830,8 @@ def _row_of(pipe: Pipe, head: Tuple[Any, ...], body: memoryview) -> tuple:
 
 
 def shortage(exc: BaseException) -> str:
-    """Why a process could not be made, with the limit that was met and what raises it."""
+    """Return why a process could not be started, with the limit that was reached and how to raise
+    it."""
     number = getattr(exc, 'errno', None)
     limits = {
         errno.EMFILE: ('RLIMIT_NOFILE', 'no more descriptors: limit %s; raise it with ulimit -n'),
@@ -16414,8 +16852,8 @@ def shortage(exc: BaseException) -> str:
 
 
 def _limit_of(name: str) -> str:
-    """A limit of this process for people; of processes also that of its cgroup, which may be
-    lower."""
+    """Return a limit of this process for people; for processes also that of its cgroup, which may
+    be lower."""
     found = []
     try:
         import resource
@@ -16432,7 +16870,7 @@ def _limit_of(name: str) -> str:
 
 
 def _cgroup_pids() -> List[int]:
-    """Limits of processes by the cgroups that this process is in (Linux)."""
+    """Return the limits of processes in the cgroups that this process is in (Linux)."""
     found = []
     with contextlib.suppress(OSError, ValueError), open('/proc/self/cgroup') as file:
         for line in file:
@@ -16443,11 +16881,11 @@ def _cgroup_pids() -> List[int]:
             with contextlib.suppress(OSError, ValueError), open(os.path.join(below,
                                                                              'pids.max')) as limit:
                 contents = limit.read()
-                found.append(int(contents))   # 'max' is no number
+                found.append(int(contents))   # 'max' is not a number
     return found
 
 
-# Exit codes of Windows that people meet
+# Exit codes of Windows that people may see
 NT_STATUS = {
     0xC0000005: 'access violation', 0xC0000017: 'no memory', 0xC00000FD: 'stack overflow',
     0xC0000135: 'a DLL was not found', 0xC000013A: 'ended by Ctrl-C', 0xC0000374: 'heap corruption',
@@ -16455,7 +16893,7 @@ NT_STATUS = {
 
 
 def exit_text(code: Optional[int]) -> str:
-    """What an exit code says, in words."""
+    """Return the meaning of an exit code in words."""
     # Windows: an exception that nothing has handled
     if code is not None:
         if code >= 1 << 31:
@@ -16464,8 +16902,8 @@ def exit_text(code: Optional[int]) -> str:
     if code is None or code >= 0:
         return 'ended with exit code %s' % code
     try:
-        signals = signal.Signals(-code)
-        name = signals.name
+        ended_by = signal.Signals(-code)
+        name = ended_by.name
     except ValueError:
         name = 'unknown'
     return 'was killed by signal %d (%s%s)' % (
@@ -16473,8 +16911,9 @@ def exit_text(code: Optional[int]) -> str:
 
 
 def platform_text() -> str:
-    """What `platform.platform()` returns. On Linux that starts a process, `uname -p`, for which the
-    first result of a program would have to wait, and which as a rule tells nothing new."""
+    """Return what `platform.platform()` returns, except that on Linux no process `uname -p` is
+    started: the first result of a program would have to wait for it, and as a rule it adds
+    nothing."""
     if sys.platform != 'linux':
         with process_start_lock:
             return platform.platform()
@@ -16483,7 +16922,7 @@ def platform_text() -> str:
 
 
 def node_facts() -> dict:
-    """What a client may want to know of this host."""
+    """Return the facts on this host that are of interest to a client."""
     system = platform_text()
     python = tuple(sys.version_info[:3])
     cloudpickle = installed_version('cloudpickle')
@@ -16495,18 +16934,19 @@ def node_facts() -> dict:
 
 
 class ProcFiles:
-    """What /proc tells on Linux that psutil would tell. A program's first result would have to wait
-    until psutil is imported, longer than for all else that its node does before it."""
-    _idle = 0     # when this was asked for before, in ticks since the system was started
+    """Reads from /proc on Linux what psutil would return. The first result of a program would have
+    to wait until psutil is imported, which takes longer than everything else that its node does
+    before it."""
+    _idle = 0     # values of the previous call, in ticks since the system was started
     _all = 0
 
     @classmethod
     def free(cls) -> Dict[str, float]:
-        """Return `cpu`, in percent since this was asked for before, `memory`, `memory_total` and
-        `swap`. Raises OSError, ValueError, KeyError."""
+        """Return `cpu`, in percent since the previous call, `memory`, `memory_total` and `swap`, in
+        bytes. Raises OSError, ValueError or KeyError."""
         with open('/proc/stat') as file:
             words = file.readline().split()
-        ticks = [int(word) for word in words[1:9]]   # what guests use is a part of these
+        ticks = [int(word) for word in words[1:9]]   # the time of guests is a part of these
         idle = ticks[3] + ticks[4]                   # idle, or waiting for a disk
         passed = sum(ticks) - cls._all
         share = (idle - cls._idle) / max(1, passed)
@@ -16525,14 +16965,14 @@ class ProcFiles:
 
 
 def availability(directory: str, soon: bool = False) -> dict:
-    """What is free here now: `cpu` in percent, `memory`, `disk` and `swap` in bytes, and how much
-    there is, `memory_total` and `disk_total`. None for what cannot be told, such as all but those
-    of the disk without psutil. Each is asked for by itself, so that one that fails does not hide
-    the others. If somebody waits for it, it is told `soon`: where that is possible psutil is not
-    imported for it."""
+    """Return the resources that are free now: `cpu` in percent, `memory`, `disk` and `swap` in
+    bytes, and the totals `memory_total` and `disk_total`. A figure is None if it cannot be
+    determined, such as all but those of the disk without psutil. Each is determined by itself, so
+    that a failure does not hide the others. `soon` says that the caller waits: if possible, psutil
+    is not imported then."""
     found: Dict[str, Optional[float]] = {}
     if soon and sys.platform == 'linux' and 'psutil' not in sys.modules:
-        with contextlib.suppress(OSError, ValueError, KeyError):   # psutil may know
+        with contextlib.suppress(OSError, ValueError, KeyError):   # psutil may succeed
             if importlib.util.find_spec('psutil') is not None:
                 found = ProcFiles.free()  # type: ignore[assignment]
     if not found:
@@ -16550,7 +16990,7 @@ def availability(directory: str, soon: bool = False) -> dict:
 
 
 def installed_version(package: str) -> str:
-    """Version of a package without importing it; empty when it is not there."""
+    """Return the version of a package without importing it; empty if it is not installed."""
     spec = importlib.util.find_spec(package)
     if spec is None:
         return ''
@@ -16558,7 +16998,7 @@ def installed_version(package: str) -> str:
         return ''
     if not hasattr(spec.loader, 'get_data'):
         return ''
-    # It may lie in an archive
+    # It may be in an archive
     source = spec.loader.get_data(spec.origin)  # type: ignore[union-attr]
     found = re.search(rb'^__version__ = ["\']([^"\']+)', source, re.MULTILINE)
     if found:
@@ -16569,8 +17009,8 @@ def installed_version(package: str) -> str:
 # -- what is kept on the disk ----------------------------------------------------------------------
 
 class ModuleStore:
-    """Files of modules by their digests, so that each travels once to a node. It is kept below a
-    limit."""
+    """Files of modules by their digests, so that each is sent only once to a node. The total size
+    is kept below a limit."""
 
     def __init__(self, root: str) -> None:
         self._root = root
@@ -16580,8 +17020,8 @@ class ModuleStore:
         return os.path.join(self._root, digits)
 
     def bring(self, root: str, rows: Sequence[Tuple[str, int, bytes, int]]) -> None:
-        """Put those files that are here below a computation's own directory. A file that is damaged
-        is sent again."""
+        """Copy those of these files that are present below a computation's own directory. A damaged
+        file is sent again."""
         for name, size, digest, mode in rows:
             target = os.path.join(root, *check_name(name))
             path = self._path(digest)
@@ -16596,7 +17036,7 @@ class ModuleStore:
                 continue
 
     def keep(self, root: str, rows: Sequence[Tuple[str, int, bytes, int]]) -> None:
-        """Take copies of files that have come."""
+        """Keep copies of files that have come."""
         try:
             os.makedirs(self._root, mode=0o700, exist_ok=True)
             for name, size, digest, _ in rows:
@@ -16607,11 +17047,11 @@ class ModuleStore:
                     with replaced(path, '.new') as temporary:
                         shutil.copyfile(os.path.join(root, *check_name(name)), temporary)
             self._shorten()
-        except OSError as exc:   # no room: they are sent again to the next computation
+        except OSError as exc:   # no room: they are sent again for the next computation
             logger.debug('files of modules are not kept: %s', exc)
 
     def _shorten(self) -> None:
-        """Remove the files that were not used for longest."""
+        """Remove the files that have not been used for longest."""
         files = sorted(((entry.stat().st_mtime, entry.stat().st_size, entry.path)
                         for entry in os.scandir(self._root)),
                        reverse=True)
@@ -16623,9 +17063,9 @@ class ModuleStore:
 
 
 class RecordLog:
-    """The form of a file on the disk that only grows: records, each behind the CRC-32 of all that
-    it has. A record has a header and pieces; the last numbers of the header are their sizes. A
-    record that is torn, at the end of the file, was never reported as kept and is not read."""
+    """The format of an append-only file: records, each preceded by the CRC-32 of its contents. A
+    record has a header and pieces; the last numbers of the header are the sizes of the pieces. A
+    truncated record at the end of the file was never reported as written and is ignored."""
     _CRC = struct.Struct('>I')
 
     def __init__(self, head: struct.Struct, pieces: int) -> None:
@@ -16633,14 +17073,15 @@ class RecordLog:
         self._pieces = pieces
 
     def record(self, head: Buffer, pieces: Iterable[Buffer]) -> List[Buffer]:
-        """Return a record as the file has it; to be written in one go, or not at all."""
+        """Return a record in the format of the file; it must be written in one go, or not at
+        all."""
         pieces = (head, *pieces)
         crc = self._crc_of(pieces)
         return [self._CRC.pack(crc), *pieces]
 
     def read(self, file: Any) -> Iterator[Tuple[tuple, List[bytes], int]]:
-        """Read records from where a file stands on: (header without the sizes, pieces, bytes of the
-        record). Ends before one that is torn."""
+        """Yield records from the current position of a file on: (header without the sizes, pieces,
+        size of the record in bytes). Stops before a truncated record."""
         first = self._CRC.size
         while True:
             head = file.read(first + self._head.size)
@@ -16669,8 +17110,8 @@ class RecordLog:
 
 
 class ResultSpool:
-    """Results of one computation on disk, while its client is away: a file of a header (magic,
-    instance of the client) and of records as workers write them (see RecordLog)."""
+    """Results of one computation on the disk, while its client is away: a file with a header
+    (magic, instance of the client) and with records as workers write them (see RecordLog)."""
     MAGIC = b'dispy5r\3'
     HEAD = len(MAGIC) + 16 + KEY_SIZE
     _LOG = RecordLog(_RECORD, 3)
@@ -16679,9 +17120,9 @@ class ResultSpool:
         self.path = path
 
     def append(self, owner: bytes, rows: Sequence[tuple], digest: bytes = bytes(KEY_SIZE)) -> None:
-        """Keep rows of Results; they are on the disk when this returns. Raises OSError or
-        ValueError, and nothing of them is kept then: a file that was made for them is gone again,
-        since nobody would remove it later."""
+        """Append rows of Results; they are on the disk when this returns. Raises OSError or
+        ValueError, and then nothing was appended: a file that was created for them is removed
+        again, since nobody would remove it later."""
         with open(self.path, 'ab') as file:
             start = file.tell()
             try:
@@ -16694,7 +17135,7 @@ class ResultSpool:
                 file.flush()
                 os.fsync(file.fileno())
             except BaseException:
-                with contextlib.suppress(OSError):   # what is buffered has no room either
+                with contextlib.suppress(OSError):   # there is no room for buffered data either
                     file.close()
                 if start:
                     os.truncate(self.path, start)
@@ -16708,11 +17149,11 @@ class ResultSpool:
         return time.time() - status.st_mtime
 
     def rows(self) -> Iterator[tuple]:
-        """Return what is kept, row after row; ends before what is torn."""
+        """Yield the rows, up to the first truncated record."""
         return (row for row, _ in self._rows())
 
     def _rows(self) -> Iterator[Tuple[tuple, int]]:
-        """Rows, and how many bytes of the file each takes."""
+        """Yield the rows, and the number of bytes of each in the file."""
         with open(self.path, 'rb') as file:
             file.seek(self.HEAD)
             contents = self._LOG.read(file)
@@ -16720,8 +17161,8 @@ class ResultSpool:
                 yield (serial, number, start, end, *bodies), size
 
     def scan(self) -> Tuple[bytes, bytes, List[int]]:
-        """Owner, digest of the key and serials; cuts off what is torn. Raises ValueError for a file
-        that is none of ours."""
+        """Return owner, digest of the key and serials, and remove a truncated end. Raises
+        ValueError if the file has another format."""
         with open(self.path, 'rb') as file:
             head = file.read(self.HEAD)
         if len(head) < self.HEAD or not head.startswith(self.MAGIC):
@@ -16742,18 +17183,18 @@ class ResultSpool:
 
 
 class Memory:
-    """What a node remembers of attempts that it does not hold any more: a file `g-NAME` a
-    computation in its directory, and `memory`, with what this memory is known by. A client that
-    finds another memory than before knows that what this one does not name may have begun. It is
-    another one when the machine has ended without the node (what was not on the disk yet is gone),
-    or something could not be written down.
+    """What a node remembers of attempts that it does not hold any more: a file `g-NAME` for each
+    computation in its directory, and a file `memory` that identifies this memory. A client that
+    finds another identifier than before knows that attempts which this memory does not list may
+    have begun. The identifier changes if the machine has stopped without the node (data that was
+    not flushed to the disk is lost), or if something could not be written.
     """
 
     def __init__(self, directory: str, lasting: bool = True) -> None:
-        """`lasting`: it is to outlive the machine. Raises OSError."""
-        memory_path = os.path.join(directory, 'memory')
+        """`lasting`: the memory is to outlive the machine. Raises OSError."""
+        path = os.path.join(directory, 'memory')
         self._directory = directory
-        self._path = memory_path
+        self._path = path
         self._lasting = lasting
         self._known: Dict[str, AttemptHistory] = {}
         self.ident = ''
@@ -16781,9 +17222,9 @@ class Memory:
         return os.path.join(self._directory, 'g-' + comp)
 
     def begin(self, wrecks: Dict[str, Optional[FrozenSet[int]]]) -> Dict[str, AttemptHistory]:
-        """When the daemon starts: what is known by computation. `wrecks` are those that an earlier
-        process had when it was killed, and what had begun of them, None if nobody knows. Raises
-        OSError."""
+        """Return what is known, by computation. The daemon calls this when it starts. `wrecks` are
+        the computations of an earlier process that was killed, with their attempts that had begun,
+        or None if nobody knows these. Raises OSError."""
         for name in os.listdir(self._directory):
             path = os.path.join(self._directory, name)
             is_part = name.endswith('.part')
@@ -16799,13 +17240,13 @@ class Memory:
                 past = AttemptHistory(whole=False)
             else:
                 past = AttemptHistory(lost=begun)
-            and_also = self._known.get(comp, AttemptHistory()).and_also(past)
-            self.write(comp, and_also)
+            merged = self._known.get(comp, AttemptHistory()).and_also(past)
+            self.write(comp, merged)
         return self._known
 
     @staticmethod
     def read(directory: str, comp: str) -> AttemptHistory:
-        """What is written down of a computation. Raises OSError."""
+        """Return what was written of a computation. Raises OSError."""
         path = os.path.join(directory, 'g-' + comp)
         try:
             with open(path) as file:
@@ -16821,7 +17262,7 @@ class Memory:
             return AttemptHistory(whole=False)
 
     def write(self, comp: str, past: AttemptHistory) -> None:
-        """This is what is known of a computation now."""
+        """Write what is known of a computation now."""
         try:
             if past == AttemptHistory():
                 self._known.pop(comp, None)
@@ -16837,15 +17278,16 @@ class Memory:
             self.tear()
 
     def tear(self) -> None:
-        """Something is not known here that ought to be: the next process begins another memory."""
+        """Note that something is missing here: the next process begins another memory."""
         self._torn = True
         with contextlib.suppress(OSError):   # it is gone already
             os.unlink(self._path)
 
     def close(self) -> None:
-        """The node ends in good order."""
+        """Note that the node ends in good order."""
         if not self._torn:
-            with contextlib.suppress(OSError):   # a full disk: as if the machine had ended
+            # A full disk has the same effect as the end of the machine
+            with contextlib.suppress(OSError):
                 text = '%s %s clean' % (self.ident, machine())
                 self._write(self._path, text)
 
@@ -16853,14 +17295,14 @@ class Memory:
 # -- resources beside CPUs -------------------------------------------------------------------------
 
 class Offer(NamedTuple):
-    """What a node offers beside CPUs: how many units of each resource, what its devices are called
-    and in which variables of their environment libraries look for those that they may use."""
+    """What a node offers besides CPUs: the number of units of each resource, the identifiers of its
+    devices, and the environment variables in which libraries look up which devices they may use."""
     counts: Dict[str, int] = {}
     devices: Tuple[str, ...] = ()
     variables: Tuple[str, ...] = ()
 
     def variables_for(self, units: Dict[str, List[int]]) -> Dict[str, str]:
-        """The environment of a worker that has these units."""
+        """Return the environment variables of a worker that has these units."""
         if GPU not in units:
             return {}
         words = ','.join(self.devices[unit] for unit in units[GPU])
@@ -16868,11 +17310,11 @@ class Offer(NamedTuple):
 
 
 class GpuSearch:
-    """Which devices this host has. `environ` is the environment of this process, `output_of` runs
-    a command and returns what it prints, '' where there is no such command, and `names_in` lists a
+    """Finds the GPUs of this host. `environ` is the environment of this process; `output_of` runs a
+    command and returns what it prints, or '' if there is no such command; `names_in` lists a
     directory."""
     CUDA = 'CUDA_VISIBLE_DEVICES'
-    HIP = 'HIP_VISIBLE_DEVICES'   # of ROCm, whose libraries look at the first one too
+    HIP = 'HIP_VISIBLE_DEVICES'   # for ROCm, whose libraries read the first one too
     KFD = '/sys/class/kfd/kfd/topology/nodes'
 
     def __init__(self, environ: Any = os.environ,
@@ -16885,8 +17327,9 @@ class GpuSearch:
         self._read = read or _text_of
 
     def visible(self) -> Optional[List[str]]:
-        """The devices that this process may use, by its environment; None if that does not say. As
-        CUDA reads it: what stands behind the first word that is no device does not count."""
+        """Return the devices that this process may use according to its environment; None if the
+        environment does not restrict them. As in CUDA, everything after the first word that is not
+        a device is ignored."""
         for name in (self.CUDA, self.HIP):
             text = self._environ.get(name)
             if text is None:
@@ -16898,13 +17341,13 @@ class GpuSearch:
         return None
 
     def variables(self) -> Tuple[str, ...]:
-        """The variables that say which devices a job has."""
+        """Return the variables that say which devices a job has."""
         if self.HIP in self._environ or self._of_rocm():
             return self.CUDA, self.HIP
         return (self.CUDA,)
 
     def all(self, quick: bool = False) -> List[str]:
-        """What `gpu=auto` finds; `quick`: without starting a process."""
+        """Return the devices that `gpu=auto` finds; `quick` means without starting a process."""
         found = [] if quick else self._of_nvidia()
         if not found:
             names = [name for name in self._names_in('/dev') if re.fullmatch(r'nvidia\d+', name)]
@@ -16913,12 +17356,12 @@ class GpuSearch:
         visible = self.visible()
         if visible is None:
             return found
-        # A word may be a number, or the beginning of an identifier, which is not known here
+        # A word may be a number, or the beginning of an identifier that is not known here
         return visible[:len(found)]
 
     def _of_nvidia(self) -> List[str]:
-        """Devices that nvidia-smi lists. One that is divided is used by the identifiers of its
-        parts."""
+        """Return the devices that nvidia-smi lists. A partitioned device is used by the identifiers
+        of its partitions."""
         found: List[str] = []
         parts: Dict[str, List[str]] = {}
         for line in self._output_of(['nvidia-smi', '-L']).splitlines():
@@ -16931,13 +17374,14 @@ class GpuSearch:
         return [word for device in found for word in parts.get(device, [device])]
 
     def _of_rocm(self) -> List[str]:
-        """Devices of AMD that the kernel lists; nodes whose number is 0 are processors."""
+        """Return the devices of AMD that the kernel lists; nodes with the number 0 are
+        processors."""
         count = 0
         for name in self._names_in(self.KFD):
             number = self._read('%s/%s/gpu_id' % (self.KFD, name)).strip()
             count += number not in ('', '0')
         visible = self._environ.get('ROCR_VISIBLE_DEVICES')
-        if visible is not None:   # devices are numbered among those that it leaves
+        if visible is not None:   # devices are numbered among the visible ones
             words = [word for word in visible.split(',') if word.strip()]
             count = min(count, len(words))
         return [str(number) for number in range(count)]
@@ -16974,7 +17418,7 @@ def _text_of(path: str) -> str:
 
 def find_offer(words: Sequence[str], search: Optional[GpuSearch] = None,
                quick: bool = False) -> Offer:
-    """What NAME=N and gpu=auto say that a node offers; `quick` as of GpuSearch.all. Raises
+    """Return the offer that NAME=N and gpu=auto describe; `quick` is as in GpuSearch.all. Raises
     ValueError."""
     search = search or GpuSearch()
     counts: Dict[str, int] = {}
@@ -17005,7 +17449,7 @@ def find_offer(words: Sequence[str], search: Optional[GpuSearch] = None,
 
 
 def _numbered_devices(count: int, search: GpuSearch) -> List[str]:
-    """So many devices of this host. Raises ValueError if the environment leaves fewer."""
+    """Return this many devices of this host. Raises ValueError if the environment leaves fewer."""
     visible = search.visible()
     if visible is None:
         return [str(number) for number in range(count)]
@@ -17017,7 +17461,7 @@ def _numbered_devices(count: int, search: GpuSearch) -> List[str]:
 
 
 class Interpreter(NamedTuple):
-    """Another Python that jobs may run on."""
+    """Another Python interpreter on which jobs may run."""
     path: str
     version: Tuple[int, int, int]
     cloudpickle: str    # its version; '' if it is not installed there
@@ -17025,11 +17469,11 @@ class Interpreter(NamedTuple):
 
     @property
     def fact(self) -> Dict[str, Any]:
-        """What clients are told of it."""
+        """Return what clients are told about the interpreter."""
         return {'python': self.version, 'cloudpickle': self.cloudpickle}
 
 
-# What a Python is asked for, by a program that any version can run
+# The program that every version of Python can run, and that prints these facts
 PROBE = '''
 import importlib.util, json, sys
 def version(name):
@@ -17043,7 +17487,8 @@ print(json.dumps([sys.version_info[:3], version('cloudpickle'),
 
 
 def find_interpreters(words: Sequence[str]) -> Dict[str, Interpreter]:
-    """The Pythons that NAME=PATH say, by their names. Each is started once. Raises ValueError."""
+    """Return the interpreters that NAME=PATH options name, by their names. Each is started once.
+    Raises ValueError."""
     found: Dict[str, Interpreter] = {}
     for word in words:
         name, _, path = word.partition('=')
@@ -17082,14 +17527,14 @@ def _probe(name: str, path: str) -> Interpreter:
 
 
 def _tell_without_psutil(python: str) -> None:
-    if sys.platform != 'linux':   # there /proc tells
+    if sys.platform != 'linux':   # there /proc has it
         logger.warning('%s has no psutil, which limits the memory of jobs here (dispy_memory): '
                        'they are not limited', python)
 
 
 def environment_for(python: str) -> Dict[str, str]:
-    """The environment in which another Python than this one is started: without what would let it
-    take this one's library for its own."""
+    """Return the environment for starting another Python than this one, without the variables that
+    would make it use the library of this one."""
     variables = dict(os.environ)
     for name in ('DISPY_SECRET', 'PYTHONHOME', '__PYVENV_LAUNCHER__'):
         variables.pop(name, None)
@@ -17097,7 +17542,7 @@ def environment_for(python: str) -> Dict[str, str]:
 
 
 def pythons_text(facts: Dict[str, Any]) -> str:
-    """'3.11.2, lab (3.12.1)': the Pythons that a node has, by what it tells."""
+    """Return a text such as '3.11.2, lab (3.12.1)': the interpreters of a node, from its facts."""
     texts = ['.'.join(map(str, facts.get('python', ()))) or 'one']
     for name, fact in facts.get('pythons', {}).items():
         texts.append('%s (%s)' % (name, '.'.join(map(str, fact['python']))))
@@ -17105,8 +17550,9 @@ def pythons_text(facts: Dict[str, Any]) -> str:
 
 
 def whole_memory(given: Optional[int] = None) -> Optional[int]:
-    """Bytes of memory that jobs on this host can have together: what it has, or the limit of the
-    cgroup of this process, and at most what is given. None where nobody tells."""
+    """Return the bytes of memory that all jobs on this host can have together: those of the host,
+    or the limit of the cgroup of this process, and at most the given number. Returns None if they
+    cannot be determined."""
     sizes = []
     if given is not None:
         sizes.append(given)
@@ -17126,7 +17572,7 @@ def whole_memory(given: Optional[int] = None) -> Optional[int]:
 # -- the loop and its parts ------------------------------------------------------------------------
 
 class Options(NamedTuple):
-    """How a node is to be; one field an option of the command line."""
+    """The settings of a node; there is one field for each option of the command line."""
     cpus: int
     hosts: Tuple[str, ...] = ('',)
     port: int = NODE_PORT
@@ -17150,48 +17596,48 @@ class Options(NamedTuple):
     zombie: float = ZOMBIE_TIME            # s
     msg_timeout: float = HANDSHAKE_TIME    # s
     force_cleanup: bool = False            # files of computations are removed, whatever clients say
-    start_method: str = FORK               # of workers, for clients that do not say
-    python: str = ''                       # what runs the runners, if not sys.executable
+    start_method: str = FORK               # of workers, for clients that do not specify it
+    python: str = ''                       # the interpreter of the runners, if not sys.executable
     grace: float = GRACE                   # s that jobs have to end when the node is stopped
     offer: Offer = Offer()
     interpreters: Dict[str, Interpreter] = {}   # others that jobs may run on
-    memory: Optional[int] = None           # bytes that jobs may have together
+    memory: Optional[int] = None           # bytes of memory for all jobs together
 
 
 class ChildEnded(NamedTuple):
-    """Posted when this is PID 1, as in a container: a process has ended that may be nobody's but
-    ours."""
+    """A child process has ended. This is posted if this process is PID 1, as in a container, where
+    orphans of other processes become its children."""
 
 
 class Digested(NamedTuple):
-    """The digests of files that were there are known. Posted by a thread."""
+    """The digests of files that existed before are known. A thread posts this."""
     action: PrepareDirectory
 
 
 class NodeDirectory:
-    """The directory of a node, which is the node's alone: 0700, and locked by its file `lock`,
-    which names the process and its port. In it stand what is known of past attempts, results whose
+    """The directory that a node has for itself: its mode is 0700, and its file `lock` is locked and
+    names the process and its port. It contains what is known of past attempts, results whose
     clients are away, and the directories of computations."""
 
     def __init__(self, options: Options, instance: bytes,
                  taken: Callable[[Memory, Dict[str, AttemptHistory]], None]) -> None:
-        """`taken` is called when the directory is the node's, with what is known of attempts of
-        computations that earlier nodes had."""
+        """`taken` is called when the node has the directory, with what is known of attempts of
+        computations of earlier nodes."""
         self._options = options
         self._instance = instance
         self._taken = taken
         self._port = 0
         self._lock_file: Any = None
         self.memory: Optional[Memory] = None
-        # Where computations work, and what is above: not the same with --user
+        # The directory of computations, and the one above it: they differ with --user
         self.root = self.base = ''
 
     def available(self) -> Dict[str, Any]:
-        """Return what is free of the machine, with the disk of the directory."""
+        """Return the free resources of the machine, with the disk of the directory."""
         return availability(self.root, self._options.embedded)
 
     def take(self, port: int) -> None:
-        """Have the directory. Raises StartError."""
+        """Create or take over the directory, and lock it. Raises StartError."""
         self._port = port
         user = self._options.user
         root = self._options.prefix or default_directory(port)
@@ -17242,8 +17688,8 @@ class NodeDirectory:
 
     @staticmethod
     def _wrecks(root: str) -> Dict[str, Optional[FrozenSet[int]]]:
-        """Computations of a node that did not end in good order, and which of their attempts had
-        begun; None if nobody knows."""
+        """Return the computations of a node that did not end in good order, and which of their
+        attempts had begun; None for these if nobody knows."""
         wrecks: Dict[str, Optional[FrozenSet[int]]] = {}
         for name in os.listdir(root):
             is_ours = _is_ours(name, 'p-')
@@ -17268,7 +17714,8 @@ class NodeDirectory:
                     shutil.rmtree(path, ignore_errors=True)
 
     def _check_reach(self, user: User) -> None:
-        """Whether --user can read what runs here. One file of each installation tells."""
+        """Check that --user can read the installed files that run here; one file of each
+        installation is tested. Raises StartError."""
         for path in (os.__file__, __file__):
             try:
                 with self.as_user(), open(path, 'rb'):
@@ -17280,8 +17727,8 @@ class NodeDirectory:
 
     @staticmethod
     def _user_directory(root: str, user: User) -> str:
-        """Make the directory of --user in ours. Ours stays root's, so that nothing that a job
-        plants is in the way of the lock."""
+        """Make the directory of --user inside the node's directory. The latter remains that of
+        root, so that nothing that a job creates can obstruct the lock."""
         root = os.path.join(root, 'user-' + user.name)
         with contextlib.suppress(FileExistsError):
             os.mkdir(root, 0o700)
@@ -17290,7 +17737,8 @@ class NodeDirectory:
 
     @contextlib.contextmanager
     def as_user(self) -> Any:
-        """Where jobs may have planted links, files are handled with the rights of --user alone."""
+        """Handle files with the rights of --user alone, because jobs may have created links
+        there."""
         user = self._options.user
         if user is None:
             yield
@@ -17304,8 +17752,8 @@ class NodeDirectory:
             os.setegid(os.getgid())
 
     def ensure(self) -> None:
-        """Make the node's directory anew if it has disappeared: what cleans /tmp has removed it.
-        Raises StartError, OSError."""
+        """Create the node's directory again if it has disappeared, as when a program has cleaned
+        /tmp. Raises StartError or OSError."""
         if os.path.isdir(self.root):
             return
         logger.error('the directory %s has disappeared and is created again', self.root)
@@ -17317,21 +17765,21 @@ class NodeDirectory:
     # -- what stands in it -------------------------------------------------------------------------
 
     def path_of_modules(self) -> str:
-        """Where files of modules are kept for other computations."""
+        """The directory in which files of modules are kept for other computations."""
         return os.path.join(self.root, 'p-.modules')
 
     def ask_for_notes(self, comp: str, path: str) -> None:
-        """Have the runner of a computation write there which attempts have begun, if this process
-        ends without a word. Raises OSError."""
+        """Have the runner of a computation write to this path which attempts have begun, if this
+        process ends without telling the runner to end. Raises OSError."""
         with open(os.path.join(self.private_of(comp), NOTES_ASKED), 'w') as file:
             file.write(path)
 
     def private_of(self, comp: str) -> str:
-        """The directory for what is ours and not for a computation's jobs."""
+        """Return the directory for those files of a computation that its jobs do not use."""
         return os.path.join(self.root, 'p-' + comp)
 
     def working_directory(self, comp: str, dest_path: str, keep: bool) -> str:
-        """The directory in which jobs of a computation run. Raises ValueError."""
+        """Return the directory in which jobs of a computation run. Raises ValueError."""
         if not dest_path:
             return os.path.join(self.root, ('k-' if keep else 'c-') + comp)
         parts = check_name(dest_path)
@@ -17343,34 +17791,34 @@ class NodeDirectory:
         return os.path.join(self.root, *parts)
 
     def spool(self, comp: str) -> ResultSpool:
-        """The file with results of a computation whose client is away."""
+        """Return the file for results of a computation whose client is away."""
         path = os.path.join(self.base, 'r-' + comp)
         return ResultSpool(path)
 
     def spooled(self) -> List[str]:
-        """Computations that have such a file."""
+        """Return the computations that have such a file."""
         return [
             name[2:] for name in sorted(os.listdir(self.base))
             if _is_ours(name, 'r-') and os.path.isfile(os.path.join(self.base, name))
         ]
 
     def remember(self, action: Remember) -> None:
-        """Write down what is known of attempts that are not held any more."""
+        """Write what is known of attempts that are not held any more."""
         if self.memory is not None:
             self.memory.write(action.comp, action.past)
 
     def tear_memory(self) -> None:
-        """Note that not all is known of what was here."""
+        """Note that not all is known of earlier attempts here."""
         if self.memory is not None:
             self.memory.tear()
 
     def after_fork(self) -> None:
-        """In a forked child: the directory is the parent's alone."""
+        """Forget the directory in a forked child: it belongs to the parent."""
         if self._lock_file is not None:
             self._lock_file.close()
 
     def close(self) -> None:
-        """Remove what is to be removed and let go of the lock. Does nothing the second time."""
+        """Remove temporary files and release the lock. Does nothing the second time."""
         if self.memory is not None:
             self.memory.close()
             self.memory = None
@@ -17389,8 +17837,8 @@ class NodeDirectory:
 
 
 def is_abandoned(root: str, tries: int = 1) -> bool:
-    """Whether the node whose directory this is was part of a program, and that has ended. It has
-    the lock of the directory as long as it lives."""
+    """Return whether this is the directory of a node that was embedded in a program which has
+    ended. The program holds the lock of the directory as long as it lives."""
     for left in reversed(range(tries)):
         try:
             path = os.path.join(root, 'lock')
@@ -17406,8 +17854,9 @@ def is_abandoned(root: str, tries: int = 1) -> bool:
 
 
 def remove_abandoned_directory(root: str, private: str = '', tries: int = 1) -> None:
-    """Remove what is in the directory of a node that was part of a program, if that has ended:
-    `private`, which was a computation's, and all of it when that was the last."""
+    """Remove files from the directory of a node that was embedded in a program, if the program has
+    ended: `private`, which was a computation's, and the whole directory if that was the last
+    one."""
     if not is_abandoned(root, tries):
         return
     if private:
@@ -17418,7 +17867,7 @@ def remove_abandoned_directory(root: str, private: str = '', tries: int = 1) -> 
 
 
 class ComputationDirectory:
-    """The directories of one computation, and the files that come into them."""
+    """The directories of one computation, and the files that arrive for it."""
 
     def __init__(self, comp: str, directory: str, private: str, keep: bool, max_file: int) -> None:
         self.comp = comp
@@ -17430,12 +17879,12 @@ class ComputationDirectory:
             Purpose.VALUES: values_in(private)
         }
         self.receiver = FileReceiver(roots, max_file, scratch=private)
-        self.fetched: list = []                      # rows of those that are on their way
+        self.fetched: list = []                      # rows of files that are being transferred
 
 
 class ComputationFiles:
-    """The files of computations: this makes their directories, finds out what is missing, stores
-    what comes. The loop's thread."""
+    """The files of computations: this class makes their directories, determines which files are
+    missing, and stores those that arrive. The loop's thread uses it."""
 
     def __init__(self, host: 'NodeHost', directory: NodeDirectory, options: Options) -> None:
         self._host = host
@@ -17448,16 +17897,16 @@ class ComputationFiles:
         self.remains: Dict[str, Tuple[float, float]] = {}
 
     def start(self) -> None:
-        """The node's directory is there."""
+        """Begin, because the node's directory exists."""
         root = self._directory.path_of_modules()
         self._modules = ModuleStore(root)
 
     def of(self, comp: str) -> ComputationDirectory:
-        """The directories of a computation that was prepared."""
+        """Return the directories of a computation that was prepared."""
         return self._known[comp]
 
     def prepare(self, action: PrepareDirectory) -> None:
-        """Make a computation's directories and post which of its files are missing."""
+        """Make the directories of a computation and post which of its files are missing."""
         spec = action.spec
         comp = action.comp
         keep = not spec['cleanup'] and not self._options.force_cleanup
@@ -17467,7 +17916,7 @@ class ComputationFiles:
             self._directory.ensure()
             private = self._directory.private_of(comp)
             directory = self._directory.working_directory(comp, spec['dest_path'], keep)
-            # A thread has no rights of its own
+            # A thread cannot have rights of its own
             if self._options.user is None:
                 unknown = Digests.unknown(directory, spec['files'])
             else:
@@ -17477,7 +17926,7 @@ class ComputationFiles:
                 return
             self._digesting.discard(comp)
             with self._directory.as_user():
-                # It is known before it is made, and so it is removed if something fails
+                # It is noted before it is made, so that it is removed if something fails
                 files = self._known[comp] = ComputationDirectory(comp, directory, private, keep,
                                                                  self._options.max_file)
                 for path in (directory, private):
@@ -17488,15 +17937,15 @@ class ComputationFiles:
         except (OSError, ValueError, StartError) as exc:
             error = 'files cannot be stored: %s' % exc
             reason = reason_of(exc)
-            directory_ready = DirectoryReady(comp, [], error, reason)
-            self._host.post(directory_ready)
+            answer = DirectoryReady(comp, [], error, reason)
+            self._host.post(answer)
         else:
             event = DirectoryReady(comp, missing)
             self._host.post(event)
 
     def _digest(self, action: PrepareDirectory, paths: Sequence[str]) -> None:
-        """Large files are there from before: whether they are the same is found out beside the
-        loop."""
+        """Compute the digests of large files that existed before in a thread, to find out whether
+        they are the same."""
         def work() -> None:
             Digests.learn(paths)
             event = Digested(action)
@@ -17506,7 +17955,7 @@ class ComputationFiles:
         thread.start()
 
     def on_digested(self, event: Digested) -> None:
-        """Digests of files that were there are known."""
+        """Go on, because the digests of files that existed before are known."""
         action = event.action
         if self._host.node.is_preparing(action.comp):
             self.prepare(action)
@@ -17514,8 +17963,8 @@ class ComputationFiles:
             self._digesting.discard(action.comp)
 
     def _want_modules(self, files: ComputationDirectory, rows: list) -> list:
-        """Files of modules that have to be sent, as in Need; those that came for other computations
-        are copied."""
+        """Return the Need rows for the files of modules that are missing; those that came for other
+        computations are copied."""
         assert self._modules is not None   # ours
         files.fetched = rows
         self._modules.bring(files.private, rows)
@@ -17529,8 +17978,8 @@ class ComputationFiles:
                 missing = self._want_modules(self._known[comp], action.rows)
         except (OSError, ValueError) as exc:
             error = 'files cannot be stored: %s' % exc
-            fetched = Fetched(comp, [], error)
-            self._host.post(fetched)
+            answer = Fetched(comp, [], error)
+            self._host.post(answer)
         else:
             event = Fetched(comp, missing)
             self._host.post(event)
@@ -17539,7 +17988,7 @@ class ComputationFiles:
         """Post whether a value is missing."""
         digest = action.digest
         files = self._known.get(action.comp)
-        if files is None:   # it is over
+        if files is None:   # the computation has ended
             return
         missing: list = []
         if action.size > VALUE_MOST:
@@ -17559,15 +18008,16 @@ class ComputationFiles:
         self._host.post(event)
 
     def drop_value(self, action: DropValue) -> None:
-        """Remove a value."""
+        """Remove a value that nobody needs."""
         files = self._known.get(action.comp)
         if files is not None:
-            with self._directory.as_user(), contextlib.suppress(OSError):   # it has gone
+            # It does not exist any more
+            with self._directory.as_user(), contextlib.suppress(OSError):
                 path = os.path.join(values_in(files.private), action.digest.hex())
                 os.unlink(path)
 
     def want_again(self, action: WantAgain) -> None:
-        """Post which files are missing still: the link on which they came has ended."""
+        """Post which files are still missing, because the link on which they came has ended."""
         files = self._known.get(action.comp)
         if files is not None:
             with self._directory.as_user():
@@ -17590,7 +18040,7 @@ class ComputationFiles:
         self._host.post(event)
 
     def note_overrun(self, action: NoteOverrun) -> None:
-        """Note that notes of what has begun do not reach back far enough."""
+        """Note that the notes of which attempts have begun do not reach back far enough."""
         files = self._known.get(action.comp)
         if files is not None:
             try:
@@ -17602,7 +18052,7 @@ class ComputationFiles:
                 self._directory.tear_memory()
 
     def discard(self, comp: str) -> None:
-        """Remove the directories of a computation, but for the one that is to stay."""
+        """Remove the directories of a computation, except one that is to be kept."""
         files = self._known.pop(comp, None)
         if files is None:
             return
@@ -17613,14 +18063,15 @@ class ComputationFiles:
             self._remove(files.directory, WORKER_RETRY_DELAY)
 
     def _remove(self, path: str, delay: float) -> None:
-        """Remove a directory; later what cannot be removed now, for want of descriptors, say."""
+        """Remove a directory. What cannot be removed now, for example because no descriptor is
+        left, is removed later."""
         with self._directory.as_user():
             shutil.rmtree(path, ignore_errors=True)
         if os.path.lexists(path):
             self.remains[path] = (self._host.now + delay, min(2 * delay, REMOVAL_DELAY_MOST))
 
     def remove_again(self) -> None:
-        """Remove what could not be removed before."""
+        """Remove what could not be removed earlier."""
         for path, (when, delay) in list(self.remains.items()):
             if self._host.now >= when:
                 del self.remains[path]
@@ -17634,21 +18085,21 @@ class ComputationFiles:
 
 class ResultStore:
     """Results on the disk, whose clients are away or have come back, and results that their clients
-    could not take. The loop's thread."""
+    could not use. The loop's thread uses this class."""
 
     def __init__(self, host: 'NodeHost', directory: NodeDirectory, zombie: float) -> None:
         self._host = host
         self._directory = directory
         self._zombie = zombie
         self._unkept: Set[str] = set()    # computations with results that could not be kept
-        # Results that their clients could not take, and why
+        # Results that their clients could not use, and why
         self.refused: Dict[Tuple[str, int], str] = {}
         self.backlog = SpoolSender(host.links)
-        # Kept results, of a link and a computation, and when they are read again
+        # Links and computations of kept results that could not be read, and when to read them again
         self.read_later: Dict[Tuple[int, str], float] = {}
 
     def find_kept(self) -> None:
-        """When the daemon starts: what earlier ones have kept."""
+        """Find the results that earlier daemons have kept. The daemon calls this when it starts."""
         for comp in self._directory.spooled():
             spool = self._directory.spool(comp)
             try:
@@ -17693,20 +18144,21 @@ class ResultStore:
         self._directory.spool(comp).remove()
 
     def usable(self, comp: str, row: tuple) -> tuple:
-        """A row of Results, or what is told in the place of one that its client could not take."""
+        """Return a row of Results, or the replacement for a result that its client could not
+        use."""
         text = self.refused.get((comp, row[SERIAL]))
         if text is None:
             return row
         return refused_row(row, text)
 
     def send_kept(self, action: SendSpooled) -> None:
-        """Send results from the disk, as the link has room."""
+        """Send results from the disk, as the link has room for them."""
         kept_rows = self._kept_rows(action.link, action.comp)
         self.backlog.add_results(action.link, action.comp, kept_rows)
 
     def _kept_rows(self, link: int, comp: str) -> Iterator[tuple]:
-        """Read results from the disk. Those that are not there any more have been lost, which their
-        client is told; when there is no descriptor to read them with they are tried again."""
+        """Yield results from the disk. Those that are missing are lost, which is reported to their
+        client; if no descriptor is left to read them, they are read later."""
         missing = set(self._host.node.results.spooled_serials(comp))
         text = 'the file ends before it'
         try:
@@ -17725,7 +18177,7 @@ class ResultStore:
                        'utf-8', 'replace'), b'', b'')
 
     def read_again(self) -> None:
-        """Read what could not be read before."""
+        """Read the results that could not be read earlier."""
         for (link, comp), when in list(self.read_later.items()):
             if self._host.now >= when:
                 del self.read_later[link, comp]
@@ -17734,13 +18186,14 @@ class ResultStore:
                     self.backlog.add_results(link, comp, kept_rows)
 
     def close(self) -> None:
-        """Results that could not be kept are lost, which must be known later."""
+        """Note that results which could not be written are lost, so that this is known later."""
         if self._unkept:
             self._directory.tear_memory()
 
 
-# Held while a thread starts a process. Popen reads a pipe to its end, which a child that is forked
-# meanwhile, such as one of a multiprocessing.Pool, would hold open for as long as it lives.
+# The lock is held while a thread starts a process. Popen reads a pipe to its end, which a child
+# that is forked in the meantime, such as one of a multiprocessing.Pool, would hold open as long as
+# it lives.
 process_start_lock = threading.Lock()
 if hasattr(os, 'register_at_fork'):
     os.register_at_fork(before=process_start_lock.acquire,
@@ -17749,12 +18202,13 @@ if hasattr(os, 'register_at_fork'):
 
 
 class RunnerProcess:
-    """The process of a runner. The loop's thread.
+    """The process of a runner. The loop's thread uses this class.
 
-    It is started with `subprocess`: `multiprocessing` would run a program's main module again, and
-    share its resource tracker. It inherits no descriptor but its own, and has a session of its own.
-    On Windows it has a console of its own, without a window, which workers and programs share: a
-    Ctrl-C that is typed for the node does not reach them, and the node can ask programs to end.
+    The process is started with `subprocess`: `multiprocessing` would run a program's main module
+    again, and share its resource tracker. The process inherits no descriptor but its own, and has a
+    session of its own. On Windows it has a console of its own, without a window, which workers and
+    programs share: a Ctrl-C that is typed for the node does not reach them, and the node can ask
+    programs to end.
     """
     # What is imported stays. The garbage collector would look through it again and again meanwhile.
     CODE = ('import gc, sys; gc.disable(); sys.path%s = %r; import dispynode; gc.freeze(); '
@@ -17762,9 +18216,9 @@ class RunnerProcess:
 
     def __init__(self, control: socket.socket, user: Optional[User], python: str,
                  home: str = '') -> None:
-        """`control`: its end of the socket; `python`: what runs it, if not this Python; `home`: a
-        directory with this module, for one that has its own library and packages. Raises
-        OSError."""
+        """`control`: the runner's end of the socket; `python`: the interpreter, if it is not this
+        one; `home`: a directory with this module, for an interpreter that has its own library and
+        packages. Raises OSError."""
         self._home = home
         self._popen: Any = self._start(control, user, python or sys.executable)
         self.pid: int = self._popen.pid
@@ -17774,14 +18228,14 @@ class RunnerProcess:
         for entry in sys.path:
             if isinstance(entry, str):
                 places.append(entry)
-        absolute_path = os.path.abspath(__file__)
-        home = os.path.dirname(absolute_path)
+        here = os.path.abspath(__file__)
+        home = os.path.dirname(here)
         if home not in places:
             places.append(home)
         where = '[:]'
         variables = dict(os.environ)
         variables.pop('DISPY_SECRET', None)
-        if self._home:   # behind what it finds by itself
+        if self._home:   # after the paths that it finds by itself
             where = '[len(sys.path):]'
             places = [self._home]
             variables = environment_for(python)
@@ -17795,7 +18249,7 @@ class RunnerProcess:
             error = None
             try:
                 os.fstat(2)
-            except OSError:   # closed: its number must not become that of something else there
+            except OSError:   # closed: its number must not be used for another descriptor
                 error = opened.enter_context(open(os.devnull, 'w'))
             with process_start_lock:
                 return subprocess.Popen(
@@ -17807,9 +18261,10 @@ class RunnerProcess:
     @staticmethod
     def _start_on_windows(control: socket.socket, python: str, words: Sequence[str],
                           variables: Dict[str, str]) -> Any:
-        """A socket is for one process there, whose number must be known before: it goes through
-        stdin. The Python of a virtual environment starts another, which would have a number of its
-        own: that one is started here, as multiprocessing does it."""
+        """Start the process on Windows. A socket is prepared for one process there, whose PID must
+        be known: therefore the socket is sent through stdin. The Python of a virtual environment
+        starts another one, which would have a PID of its own: that one is started directly, as
+        multiprocessing does it."""
         base = getattr(sys, '_base_executable', python)
         if python == sys.executable and python != base:
             variables['__PYVENV_LAUNCHER__'] = python
@@ -17818,7 +18273,7 @@ class RunnerProcess:
         error = None
         try:
             os.fstat(2)
-        except OSError:   # closed, as in a program without a console
+        except OSError:   # it is closed, as in a program without a console
             error = subprocess.DEVNULL
         with process_start_lock:
             process = subprocess.Popen([python, *words], env=variables, stdin=subprocess.PIPE,
@@ -17832,48 +18287,48 @@ class RunnerProcess:
 
     @property
     def exitcode(self) -> Optional[int]:
-        """None while it runs. 0 where the program has others wait for its children, and nobody
-        can tell."""
+        """The exit status, or None while the process runs. It is 0 if the program has others wait
+        for its children, so that the status cannot be determined."""
         return self._popen.poll()  # type: ignore[no-any-return]
 
     def terminate(self) -> None:
-        """Tell it to end."""
+        """Send the process a request to end."""
         self._popen.terminate()
 
     def kill(self) -> None:
-        """Kill it."""
+        """Kill the process."""
         self._popen.kill()
 
     def join(self, seconds: float) -> None:
-        """Wait for its end."""
+        """Wait for the end of the process."""
         with contextlib.suppress(subprocess.TimeoutExpired):
             self._popen.wait(seconds)
 
     def forget(self) -> None:
-        """In a forked child: it is no child of this process."""
+        """Forget the process in a forked child, which is not its parent."""
         self._popen.returncode = 0
 
 
 class RunnerWatch:
-    """Whether a runner lives and answers. Its process is watched, since others may hold its socket:
-    a child that setup has forked in C, say. While it has jobs it is asked for a sign of life. The
-    loop's thread."""
-    # Seconds between looks at one that is on its way out; at one that can be watched by looks alone
+    """Finds out whether a runner lives and answers. Its process is watched, because other processes
+    may hold its socket: a child that setup has forked in C, for example. While the runner has jobs,
+    it is asked for a sign of life. The loop's thread uses this class."""
+    # Seconds between checks of a runner that is about to end; of one that can only be polled
     SOON = 0.02
     OFTEN = 1.0
 
     def __init__(self, host: 'NodeHost', pid: int, ended: Callable[[], None]) -> None:
         self._host = host
         self._handle = -1
-        self.look_at: Optional[float] = None     # when to look at the process
+        self.look_at: Optional[float] = None     # when to check the process
         self.killed_at: Optional[float] = None
         self.shall_ask = False
         self._ask_at: Optional[float] = None     # when to ask next
-        self._asked_at: Optional[float] = None   # of the question that has not been answered
+        self._asked_at: Optional[float] = None   # time of the question that was not answered
         try:
             self._handle = os.pidfd_open(pid)  # type: ignore[attr-defined]
             host.add_reader(self._handle, ended)
-        except (AttributeError, OSError):   # Python 3.8, another system, no descriptors
+        except (AttributeError, OSError):   # Python 3.8, another system, or no descriptors
             self.look_at = host.now + self.OFTEN
 
     def next_look(self, now: float) -> Optional[float]:
@@ -17883,12 +18338,12 @@ class RunnerWatch:
         return None
 
     def answered(self) -> None:
-        """It has said something."""
+        """Note that the runner has sent something."""
         self._asked_at = None
 
     def is_silent(self, now: float, busy: bool) -> bool:
-        """Whether it has not answered for too long. Sets `shall_ask`. If this process itself was
-        stopped meanwhile, the runner has as much time as before."""
+        """Return whether the runner has not answered for too long. Sets `shall_ask`. If this
+        process itself was stopped in the meantime, the runner has as much time as before."""
         self.shall_ask = False
         if not busy or self.killed_at is not None:
             self._ask_at = self._asked_at = None
@@ -17907,20 +18362,20 @@ class RunnerWatch:
         return now - self._asked_at >= RUNNER_SILENT
 
     def is_undead(self, now: float) -> bool:
-        """Whether it was killed and will not end soon."""
+        """Return whether the runner was killed and will not end soon."""
         if self.killed_at is None:
             return False
         return now >= self.killed_at + GRACE
 
     def times(self) -> Tuple[Optional[float], ...]:
-        """When there is something to do."""
+        """Return the times at which something is to be done."""
         undead_at = None
         if self.killed_at is not None:
             undead_at = self.killed_at + GRACE
         return self._ask_at, self.look_at, undead_at
 
     def after_fork(self) -> None:
-        """In a forked child: it is watched by the parent."""
+        """Forget the watch in a forked child: it belongs to the parent."""
         if self._handle >= 0:
             os.close(self._handle)
 
@@ -18210,7 +18665,7 @@ class WorkerReader:
             self._host.tell(WorkerReturnedJobs(pipe.worker, list(struct.unpack(layout, body))))
 
 
-_JOB = int(RecordType.JOB)        # a member's value is found faster so
+_JOB = int(RecordType.JOB)        # a local variable is faster than the member
 _RESULT = int(RecordType.RESULT)
 
 
@@ -18708,13 +19163,13 @@ class Uplink:
         self.dialling = Reconnector(min(1.0, most), most)
         self.link = 0
         self.since = 0.0
-        self.told: Any = None     # what the last failure was that was logged
+        self.told: Any = None     # the last failure that was logged
         self.second = SecondConnection(self)
 
 
 class Uplinks:
-    """Connections that this node makes itself, to schedulers (--scheduler-host), and makes again
-    when they have ended. The loop's thread."""
+    """Connections that this node makes itself, to schedulers (--scheduler-host), and that it makes
+    again after they have ended. The loop's thread uses this class."""
 
     def __init__(self, daemon: 'Daemon', options: Options, instance: bytes,
                  break_link: Callable[[Link, str], None]) -> None:
@@ -18728,7 +19183,7 @@ class Uplinks:
         self._tls: Any = None
 
     def start(self) -> None:
-        """Connections may be made from now on. Raises StartError."""
+        """Permit connections from now on. Raises StartError."""
         if not self._uplinks:
             return
         if self._options.certfile:
@@ -18759,7 +19214,7 @@ class Uplinks:
                 uplink.dialling.start(daemon.post, uplink, reach)
 
     def connected(self, uplink: Uplink, link: Link) -> None:
-        """An attempt has led to a link."""
+        """Note that an attempt has led to a link."""
         uplink.dialling.ended()
         uplink.link = link.number
         uplink.since = self._daemon.now
@@ -18767,7 +19222,7 @@ class Uplinks:
         logger.info('connected to %s', format_address(uplink.host, uplink.port))
 
     def failed(self, event: ConnectFailed) -> None:
-        """An attempt has failed."""
+        """Note that an attempt has failed."""
         daemon = self._daemon
         uplink = event.peer
         text = event.text
@@ -18778,7 +19233,7 @@ class Uplinks:
         uplink.dialling.ended()
         uplink.dialling.again(daemon.now)
         about: Any = event.failing
-        # One that closes at once refuses us for a while, for the reason that was told.
+        # A peer that closes at once refuses this node for a while, for the reason that was logged.
         if about is Failing.CLOSED and uplink.told is not None:
             return
         if about is Failing.OTHERWISE:
@@ -18790,7 +19245,7 @@ class Uplinks:
                        format_address(uplink.host, uplink.port), text)
 
     def link_ended(self, link: Link) -> None:
-        """A link has ended; if it is one of these, it is made again."""
+        """Note that a link has ended; if it is one of these, it is made again."""
         daemon = self._daemon
         for uplink in self._uplinks:
             if uplink.link == link.number:
@@ -18798,8 +19253,8 @@ class Uplinks:
                 uplink.dialling.again(daemon.now, daemon.now - uplink.since)
 
     def link_silent(self, link: Link) -> None:
-        """A scheduler that we have dialled is silent: another connection is tried. Others dial
-        us."""
+        """Try a second connection to a scheduler that this node has dialled and that is silent. For
+        other links, the peer does this."""
         daemon = self._daemon
         for uplink in self._uplinks:
             if uplink.link != link.number:
@@ -18809,8 +19264,9 @@ class Uplinks:
                 uplink.second.start(daemon.now, daemon.post, self._reach(uplink, patience))
 
     def second_reached(self, event: Connected) -> Optional[Connected]:
-        """It takes the place of a link that is silent still; None if that has spoken, or another
-        has its place."""
+        """Break a link that is still silent, and return the event with which the second connection
+        replaces it. Returns None if the link is not silent any more, or if another one has replaced
+        it."""
         daemon = self._daemon
         uplink = event.peer.peer
         event.peer.ended()
@@ -18825,7 +19281,7 @@ class Uplinks:
         return event._replace(peer=uplink)
 
     def times(self) -> Iterator[Optional[float]]:
-        """When there is something to do."""
+        """Return the times at which something is to be done."""
         for uplink in self._uplinks:
             yield uplink.dialling.due
 
@@ -18837,7 +19293,8 @@ class Uplinks:
 
 
 class NodeDiscovery:
-    """Answers those who look for nodes, and says when there is one more. The loop's thread."""
+    """Answers processes that look for nodes, and announces this node. The loop's thread uses this
+    class."""
 
     def __init__(self, daemon: 'Daemon', options: Options, instance: bytes) -> None:
         self._daemon = daemon
@@ -18846,10 +19303,10 @@ class NodeDiscovery:
         self._sockets: Optional[DiscoverySockets] = None
         self.hello_at: Optional[float] = None
         self._port = 0
-        self._stranger_at = -60.0         # when one that asked with another secret was logged
+        self._stranger_at = -60.0         # when a client with another secret was last logged
 
     def start(self, port: int) -> None:
-        """The node serves at this port: say so once, and answer from now on."""
+        """Announce once that the node serves at this port, and answer from now on."""
         options = self._options
         addresses = options.ext_hosts or tuple(host for host in options.hosts if host)
         reach = options.reach
@@ -18859,8 +19316,8 @@ class NodeDiscovery:
         self._port = port
         key = derive_key(options.secret)
         self._discovery = Discovery(key, Role.NODE, self._instance, port, addresses)
-        # Its own port for those who name it; the usual one so that it is found at whatever port it
-        # serves.
+        # It listens at its own port for clients that list it, and at the usual one so that it is
+        # found whatever its own port is.
         ports = {options.port or NODE_PORT, NODE_PORT}
         self._sockets = DiscoverySockets(self._daemon, reach, ports, ports, self._hear,
                                          options.multicast)
@@ -18870,7 +19327,7 @@ class NodeDiscovery:
         self.hello()
 
     def hello(self) -> None:
-        """Say that there is a node."""
+        """Announce this node."""
         assert self._sockets is not None   # ours
         self._sockets.broadcast(lambda: self._discovery.build(DatagramType.HELLO))
         if self._options.ping_interval:
@@ -18888,7 +19345,7 @@ class NodeDiscovery:
             if not daemon.now - self._stranger_at > 10.0:
                 return
             self._stranger_at = daemon.now
-            # Another user of this machine is no reason to worry.
+            # Clients of other users of this machine are normal.
             if is_own_address(source):
                 level = logging.INFO
             else:
@@ -19419,15 +19876,15 @@ class Daemon(Loop):
 
 
 class DirectoryRemains:
-    """What a node whose process has ended has left on this machine, read by a client that was
-    connected to it.
+    """The files that a node whose process has ended has left on this machine. A client that was
+    connected to the node reads them.
 
-    That nothing listens at an address proves nothing: it may be a forwarder's. The node's lock file
-    does, if it names the process that was connected and is not locked.
+    That nothing listens at an address proves nothing, since it may have been a forwarder. The
+    node's lock file is proof, if it names the process that was connected and is not locked.
     """
 
     def __init__(self, lock: Any, instance: bytes) -> None:
-        """`lock`: machine and path of the lock file, as the node has told."""
+        """`lock`: machine and path of the lock file, as the node has sent them."""
         self._machine = self._path = ''
         if type(lock) is tuple:
             kinds = []
@@ -19438,7 +19895,7 @@ class DirectoryRemains:
         self._instance = instance
 
     def has_ended(self) -> bool:
-        """Whether the process has ended, for certain."""
+        """Return whether it is certain that the process has ended."""
         if not self._machine:
             return False
         if self._machine != machine():
@@ -19453,50 +19910,50 @@ class DirectoryRemains:
                 named = text in contents
                 _try_lock(file, shared=True)
                 return named
-        except OSError:   # it is not ours to read, or is locked
+        except OSError:   # it cannot be read, or is locked
             return False
 
     def past(self, comp: str, memory: str) -> AttemptHistory:
-        """What can be known of attempts of a computation; `memory` is what the node's memory was
-        known by."""
+        """Return what can be known of attempts of a computation; `memory` is the identifier of the
+        node's memory."""
         root = os.path.dirname(self._path)
         try:
-            memory_path = os.path.join(root, 'memory')
-            with open(memory_path) as file:
+            path = os.path.join(root, 'memory')
+            with open(path) as file:
                 whole = memory != '' and file.read().startswith(memory + ' ')
             past = Memory.read(root, comp)
             private = os.path.join(root, 'p-' + comp)
-            if not os.path.isdir(private):   # it has ended in good order, or the computation has
+            if not os.path.isdir(private):   # it, or the computation, has ended in good order
                 return past.and_also(AttemptHistory(whole=whole))
             begun = Slots.read(private)
         except OSError:
             return AttemptHistory(whole=False)
-        attempt_history = AttemptHistory(whole=whole and begun is not None,
-                                         lost=begun or frozenset())
-        return past.and_also(attempt_history)
+        lost = AttemptHistory(whole=whole and begun is not None, lost=begun or frozenset())
+        return past.and_also(lost)
 
     def kept(self, comp: str) -> List[int]:
-        """Attempts whose results it has kept."""
+        """Return the serials of the attempts whose results the node has kept."""
         try:
             directory = os.path.dirname(self._path)
             path = os.path.join(directory, 'r-' + comp)
             rows = ResultSpool(path).rows()
             return [row[0] for row in rows]
-        except OSError:   # none, as a rule
+        except OSError:   # usually there is none
             return []
 
 
 # -- command line ----------------------------------------------------------------------------------
 
 def available_cpus() -> int:
-    """CPUs this process may use."""
+    """Return the number of CPUs that this process may use."""
     if hasattr(os, 'sched_getaffinity'):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
 
 
 def serve_option(text: str) -> Optional[int]:
-    """Read a number of clients; with 0 and less, as in dispy 4, None: there is no such number."""
+    """Parse a number of clients. Returns None for 0 and negative numbers, which mean no limit, as
+    in dispy 4."""
     try:
         number = int(text)
     except ValueError:
@@ -19507,7 +19964,7 @@ def serve_option(text: str) -> Optional[int]:
 
 
 def count_cpus(wanted: Optional[int]) -> int:
-    """CPUs to offer. Raises ValueError for 0 or when nothing would be left."""
+    """Return the number of CPUs to offer. Raises ValueError if it is 0 or none would be left."""
     have = available_cpus()
     if wanted is None:
         return have
@@ -19522,10 +19979,10 @@ def count_cpus(wanted: Optional[int]) -> int:
 
 
 def size_option(text: str) -> int:
-    """Read a number of bytes, with k, m, g or t behind it for powers of 1024."""
+    """Parse a number of bytes, which may have the suffix k, m, g or t for powers of 1024."""
     if text[-1:].lower() in tuple('kmgt'):
-        short_text = text[:-1]
-        number, factor = (short_text, 1 << 10 * ('kmgt'.index(text[-1].lower()) + 1))
+        digits = text[:-1]
+        number, factor = (digits, 1 << 10 * ('kmgt'.index(text[-1].lower()) + 1))
     else:
         number, factor = (text, 1)
     if not number.isdigit() or int(number) < 1:
@@ -19534,7 +19991,7 @@ def size_option(text: str) -> int:
 
 
 def _time_of_day(text: str) -> str:
-    """Read a time of day, HH:MM."""
+    """Parse a time of day, HH:MM."""
     hour, _, minute = text.partition(':')
     if not (hour.isdigit() and minute.isdigit() and int(hour) < 24 and int(minute) < 60):
         raise argparse.ArgumentTypeError('%r is not a time of day such as 08:30' % text)
@@ -19542,7 +19999,7 @@ def _time_of_day(text: str) -> str:
 
 
 def positive_number(text: str) -> float:
-    """Read a number above 0."""
+    """Parse a number above 0."""
     with contextlib.suppress(ValueError):
         if 0 < float(text) < math.inf:
             return float(text)
@@ -19550,7 +20007,7 @@ def positive_number(text: str) -> float:
 
 
 def seconds_option(text: str) -> float:
-    """Read a time in seconds."""
+    """Parse a time in seconds."""
     with contextlib.suppress(ValueError):
         if SHORTEST <= float(text) <= LONGEST:
             return float(text)
@@ -19559,7 +20016,7 @@ def seconds_option(text: str) -> float:
 
 
 def minutes_option(text: str) -> float:
-    """Read a time in minutes."""
+    """Parse a time in minutes."""
     with contextlib.suppress(ValueError):
         if SHORTEST <= 60 * float(text) <= LONGEST:
             return float(text)
@@ -19569,7 +20026,7 @@ def minutes_option(text: str) -> float:
 
 
 def days_option(text: str) -> float:
-    """Read a number of days; 0 means none."""
+    """Parse a number of days; 0 means none."""
     with contextlib.suppress(ValueError):
         if 0 <= 86400 * float(text) <= LONGEST:
             return float(text)
@@ -19578,8 +20035,8 @@ def days_option(text: str) -> float:
 
 
 def find_hours(start: Optional[str], stop: Optional[str], end: Optional[str]) -> Optional[Hours]:
-    """Return the hours of service that options give. Raises ValueError for those that make no
-    sense."""
+    """Return the hours of service that options describe. Raises ValueError if they are
+    inconsistent."""
     if start is None and stop is None and end is None:
         return None
     if start is None or (stop is None and end is None):
@@ -19604,7 +20061,7 @@ def find_hours(start: Optional[str], stop: Optional[str], end: Optional[str]) ->
 
 
 def find_user(name: str) -> User:
-    """The user that jobs shall run as. Raises StartError."""
+    """Return the user that jobs run as. Raises StartError."""
     if not name:
         raise StartError(
             "--user '' names nobody, and jobs would run as root: give a user, or leave --user out")
@@ -19628,13 +20085,13 @@ EXIT_STATUSES = '''Exit statuses: 0, it was told to end; 1, it cannot start, and
     2, the options are wrong; 3, it was ended by a fault of its own and should be started again.'''
 
 
-STACKS = 'dispy-stacks'       # the name of the memory in which SIGUSR2 writes stacks
+STACKS = 'dispy-stacks'       # the name of the memory into which SIGUSR2 writes stacks
 
 
 def write_stacks_on_signal() -> None:
-    """Let SIGUSR2 write the stacks of all threads, also of a loop that stands still, where `dispy
-    report` finds them: in memory that others of this user can open below /proc. The main thread.
-    Only Linux has that."""
+    """Let SIGUSR2 write the stacks of all threads, even of a loop that is blocked, to the place
+    where `dispy report` finds them: in memory that other processes of this user can open below
+    /proc. The main thread must call this. Linux alone supports it."""
     if not hasattr(os, 'memfd_create'):
         return
     import faulthandler
@@ -19648,14 +20105,14 @@ def write_stacks_on_signal() -> None:
 
 
 class Lifetime:
-    """Decides when a node ends by itself: before a time limit, as Slurm has it, or after some time
+    """Decides when a node ends by itself: before a time limit, as under Slurm, or after some time
     without jobs. Times are in seconds."""
     APART = 1.0     # s between two looks
 
     def __init__(self, born: float, limit: float, ahead: float, idle: float, grace: float) -> None:
-        """The node was born then and has `limit` seconds. It takes no new jobs for the last `ahead`
-        of them, and none when it has had none for `idle` seconds; jobs have `grace` seconds to end.
-        Raises ValueError for times that make no sense."""
+        """The node was started at `born` and has `limit` seconds. It takes no new jobs for the last
+        `ahead` of them, and ends when it has had no jobs for `idle` seconds; jobs have `grace`
+        seconds to end. Raises ValueError for inconsistent times."""
         last = max(ahead, grace + LIMIT_MARGIN)
         if limit <= last:
             raise ValueError('--time-limit %g: it has to be more than %g s: --drain-before, or '
@@ -19668,7 +20125,8 @@ class Lifetime:
 
     @classmethod
     def of_options(cls, args: argparse.Namespace, now: float) -> Optional['Lifetime']:
-        """What the command line says, or None if it says nothing of this. Raises ValueError."""
+        """Return the lifetime that the command line describes, or None if there is none. Raises
+        ValueError."""
         if args.time_limit is None and args.end_idle is None:
             return None
         limit = args.time_limit or math.inf
@@ -19679,7 +20137,7 @@ class Lifetime:
         return cls(now, limit, ahead, idle, args.grace)
 
     def look(self, has_jobs: bool, now: float) -> Any:
-        """The event that is to be told to the node now, or None."""
+        """Return the event that is to be told to the node now, or None."""
         if has_jobs:
             self._busy_at = now
         if now >= self._stops_at:
@@ -19698,7 +20156,7 @@ class Lifetime:
         return Finish()
 
     def watch(self, daemon: Daemon) -> None:
-        """Look again and again, in the thread of the loop."""
+        """Call `look` again and again, in the thread of the loop."""
         def look() -> None:
             event = self.look(daemon.node.service.has_jobs, daemon.now)
             if event is not None:
@@ -19712,27 +20170,28 @@ class Lifetime:
 
 
 class ServiceManager:
-    """systemd, if it has started this process as a service of Type=notify. It is told when the
-    service is ready and, where its unit has WatchdogSec=, again and again that the loop of the
-    daemon has its turns. Without systemd nothing is told."""
+    """The connection to systemd, if systemd has started this process as a service of Type=notify.
+    It reports when the service is ready and, if its unit has WatchdogSec=, again and again that the
+    loop of the daemon has its turns. Without systemd nothing is reported."""
 
     def __init__(self, environment: Any = os.environ) -> None:
-        """Takes its variables out of the environment: what jobs start does not speak for us."""
+        """Removes the variables of systemd from the environment, so that processes which jobs start
+        do not report on behalf of this one."""
         self._socket = environment.pop('NOTIFY_SOCKET', '')
         interval = environment.pop('WATCHDOG_USEC', '')
         process = environment.pop('WATCHDOG_PID', str(os.getpid()))
         self._turn = threading.Event()
         self._is_over = threading.Event()
-        self.interval: Optional[float] = None   # s in which it wants to hear of us
+        self.interval: Optional[float] = None   # s within which systemd expects a message
         if interval.isdigit() and process == str(os.getpid()):
             self.interval = int(interval) / 1e6
 
     def tell(self, text: str) -> None:
-        """Send assignments, one a line, as `man sd_notify` has them."""
+        """Send assignments, each on a line, as described in `man sd_notify`."""
         if not self._socket:
             return
         address = self._socket
-        if address.startswith('@'):   # a name that is no file
+        if address.startswith('@'):   # an abstract name, not a file
             address = '\0' + address[1:]
         try:
             with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
@@ -19741,8 +20200,8 @@ class ServiceManager:
             logger.warning('systemd cannot be told %r by %s: %s', text, self._socket, exc)
 
     def ready(self, status: str, call_soon: Callable[[Callable[[], None]], None]) -> None:
-        """Tell that the service is ready, and watch it. `call_soon` has the loop call something;
-        any thread may call it."""
+        """Report that the service is ready, and begin the watchdog. `call_soon` has the loop call a
+        function and may be called from any thread."""
         self.tell('READY=1\nSTATUS=%s' % status)
         if self._socket and self.interval is not None:
             thread = threading.Thread(target=self._watch, args=(call_soon,), daemon=True,
@@ -19750,8 +20209,8 @@ class ServiceManager:
             thread.start()
 
     def _watch(self, call_soon: Callable[[Callable[[], None]], None]) -> None:
-        """A thread of its own. It stands still while the loop does, and systemd ends the service
-        then."""
+        """Report that the loop has its turns. This runs in a thread of its own, which waits while
+        the loop is blocked, so that systemd ends the service."""
         apart = self.interval / 3  # type: ignore[operator]
         while not self._is_over.wait(apart):
             self._turn.clear()
@@ -19760,7 +20219,7 @@ class ServiceManager:
             self.tell('WATCHDOG=1')
 
     def close(self) -> None:
-        """End the service."""
+        """Report that the service ends."""
         self.tell('STOPPING=1')
         self._is_over.set()
         self._turn.set()
@@ -19770,7 +20229,7 @@ def run_until_ended(loop: Loop) -> int:
     """Run the loop of a daemon and close it. Returns the exit status."""
     try:
         loop.run()
-    except Exception as exc:  # LoopFailed, or what was raised where nothing could be guarded
+    except Exception as exc:  # LoopFailed, or an exception outside of the guarded calls
         loop.log.critical('this daemon has ended because of a fault and has to be started again: '
                           '%s',
                           exc,
@@ -19783,7 +20242,8 @@ def run_until_ended(loop: Loop) -> int:
 
 
 class Each(argparse.Action):
-    """As `append`, but the first on the command line replaces what the configuration says."""
+    """An argparse action like `append`, except that the first use on the command line replaces the
+    values of the configuration."""
 
     def __call__(self,
                  parser: Any,
@@ -19798,14 +20258,15 @@ class Each(argparse.Action):
         # `-i "$(hostname -I)"` gives all addresses in one argument
         words = []
         for text in given:
-            text_parts = text.split()
-            for word in text_parts or [text]:
+            split = text.split()
+            for word in split or [text]:
                 words.append(word)
         setattr(namespace, self.dest, words if before is self.default else before + words)
 
 
 class Obsolete(argparse.Action):
-    """An option of dispy 4 that is accepted and has no meaning any more; see tell_obsolete."""
+    """An argparse action for an option of dispy 4 that is accepted and has no effect any more; see
+    tell_obsolete."""
 
     def __call__(self,
                  parser: Any,
@@ -19815,7 +20276,7 @@ class Obsolete(argparse.Action):
         namespace.obsolete = [*namespace.obsolete, self.option_strings[0]]
 
 
-# Options of dispy 4 without a meaning, whether they take a value, and what takes their place.
+# Options of dispy 4 that have no effect, whether they take a value, and what replaces them
 OBSOLETE_NODE = {
     '--init': (True, 'give setup= to the cluster'),
     '--unsafe-setup': (False, 'setup() runs in a process of its computation'),
@@ -19824,7 +20285,7 @@ OBSOLETE_NODE = {
 
 
 def accept_obsolete(parser: argparse.ArgumentParser, options: Dict[str, Tuple[bool, str]]) -> None:
-    """Let a parser accept options without a meaning."""
+    """Let a parser accept options that have no effect."""
     for option, (takes_value, _) in options.items():
         if takes_value:
             nargs = None
@@ -19839,30 +20300,30 @@ def accept_obsolete(parser: argparse.ArgumentParser, options: Dict[str, Tuple[bo
 
 
 def tell_obsolete(args: argparse.Namespace, options: Dict[str, Tuple[bool, str]]) -> None:
-    """Say once which of the options that were given have no meaning."""
+    """Log once which of the given options have no effect."""
     for option in dict.fromkeys(args.obsolete):
         logger.info('%s has no meaning any more: %s', option, options[option][1])
 
 
 class OldConfig:
-    """A configuration that dispy 4 has saved: one section, [DEFAULT], in which every option has a
-    value, also those that were not given."""
+    """A configuration that dispy 4 has saved: it has one section, [DEFAULT], in which every option
+    has a value, including those that were not given."""
     NAMES = {'hosts': '--host', 'ext_hosts': '--ext-host', 'nodes': '--node', 'loglevel': '--debug',
              'dispy_port': '--port', 'node_init': '--init', 'http_server': '--httpd'}
-    # (key, value) -> option that it stands for, or none
+    # (key, value) -> equivalent option, or none
     WORDS = {
         ('safe_setup', 'False'): ['--unsafe-setup'],
         ('safe_setup', 'True'): [],
         ('scheduler_alg', 'fair_cluster'): ['--fair'],
         ('scheduler_alg', 'fcfs_cluster'): ['--fifo'],
-        # Its default; nodes were at the next port, as they are now
+        # The default of dispy 4; nodes used the next port, as they do now
         ('dispy_port', '9700'): []
     }
     NOT_GIVEN = frozenset(('', 'None', 'False', '[]', '0', '0.0'))
 
     @classmethod
     def words(cls, text: str, parser: argparse.ArgumentParser) -> List[str]:
-        """The command line that says the same. Raises ValueError."""
+        """Return the equivalent command line. Raises ValueError."""
         import configparser
         found = configparser.RawConfigParser()
         try:
@@ -19900,8 +20361,8 @@ class OldConfig:
 
 
 class OptionParser(argparse.ArgumentParser):
-    """The parser of a daemon's command line. The same options may stand in a file (--config), which
-    is turned into a command line, so that there is one judge of both."""
+    """The parser of a daemon's command line. The same options may be in a file (--config), which is
+    converted into a command line, so that both are checked in the same way."""
     # Type of an option -> types of its values in a JSON file; where none is given here, text.
     JSON_TYPES: Dict[Any, Tuple[type, ...]] = {
         int: (int,), serve_option: (int,), size_option: (int, str), positive_number: (int, float),
@@ -19912,18 +20373,18 @@ class OptionParser(argparse.ArgumentParser):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self._file = ''    # that is being read
+        self._file = ''    # the file that is being read
 
     def error(self, message: str) -> NoReturn:
-        """A wrong option ends the program; one in a file raises StartError, which names the
-        file."""
+        """End the program because of a wrong option; for one in a file, raise StartError, which
+        names the file."""
         if self._file:
             text = '--config %s: %s' % (self._file, message)
             raise StartError(text)
         super().error(message)
 
     def options_of_files(self) -> Dict[str, argparse.Action]:
-        """Options that may stand in a configuration file, by long name."""
+        """Return the options that are permitted in a configuration file, by long name."""
         return {
             action.dest.replace('_', '-'): action
             for action in self._actions
@@ -19931,8 +20392,8 @@ class OptionParser(argparse.ArgumentParser):
         }
 
     def take_defaults(self, path: str) -> None:
-        """Make what a JSON file, or one that dispy 4 has saved, says the defaults. Raises
-        StartError naming file and key."""
+        """Use the values in a JSON file, or in a file that dispy 4 has saved, as defaults. Raises
+        StartError, naming file and key."""
         try:
             with open(path, encoding='utf-8') as file:
                 text = file.read()
@@ -19951,7 +20412,7 @@ class OptionParser(argparse.ArgumentParser):
                              if value != self.get_default(name)})
 
     def _words_of_json(self, path: str, found: Any) -> List[str]:
-        """The command line that says the same as a JSON file."""
+        """Return the command line that is equivalent to a JSON file."""
         if not isinstance(found, dict):
             raise StartError('--config %s: it holds no {"option": value, ...}' % path)
         known = self.options_of_files()
@@ -19968,7 +20429,8 @@ class OptionParser(argparse.ArgumentParser):
         return words
 
     def _wrong_type(self, action: argparse.Action, value: Any) -> str:
-        """Why a value of a JSON file cannot be that of an option; empty if it can."""
+        """Return why a value of a JSON file has the wrong type for an option; empty if the type is
+        right."""
         if isinstance(action, Each):
             kinds: Tuple[type, ...] = (list,)
             right = all(isinstance(item, str)
@@ -19986,7 +20448,7 @@ class OptionParser(argparse.ArgumentParser):
 
     @staticmethod
     def _words_of_value(action: argparse.Action, value: Any) -> List[str]:
-        """The words of the command line that give an option this value."""
+        """Return the words of the command line that give an option this value."""
         option = next(option for option in action.option_strings if option.startswith('--'))
         if isinstance(value, bool):
             return [option] * value
@@ -20011,8 +20473,8 @@ def save_config(parser: OptionParser, args: argparse.Namespace, path: str) -> No
 
 
 def parse_arguments(parser: OptionParser, argv: Sequence[str]) -> argparse.Namespace:
-    """The command line of a daemon on top of the file that it may name. Raises StartError for the
-    file."""
+    """Parse the command line of a daemon together with the file that it may name. Raises StartError
+    for the file."""
     argv = [
         arg.partition('=')[0].replace('_', '-') +
         ''.join(arg.partition('=')[1:]) if arg.startswith('--') else arg for arg in argv
@@ -20027,8 +20489,8 @@ def parse_arguments(parser: OptionParser, argv: Sequence[str]) -> argparse.Names
 
 
 def daemon_parser(prog: str, description: str, epilog: str) -> OptionParser:
-    """A parser with the first of the options that a node and a scheduler have in common; the others
-    are added by `add_daemon_options`, behind their own."""
+    """Return a parser with the first of the options that a node and a scheduler have in common;
+    `add_daemon_options` adds the others after their own options."""
     parser = OptionParser(prog=prog, description=description, epilog=epilog)
     parser.add_argument('-d', '--debug', action='store_true', help='log what is done in detail')
     parser.add_argument('-i', '--host', '--ip-addr', action=Each, metavar='ADDR',
@@ -20038,7 +20500,7 @@ def daemon_parser(prog: str, description: str, epilog: str) -> OptionParser:
 
 def add_daemon_options(parser: OptionParser, obsolete: Dict[str, Tuple[bool, str]]) -> None:
     """Add the last of the options that a node and a scheduler have in common. `obsolete` are those
-    of dispy 4 that are accepted and have no meaning any more."""
+    of dispy 4 that are accepted and have no effect any more."""
     add = parser.add_argument
     add('--max-file-size', type=size_option, metavar='N[kmgt]',
         help='larger files, of programs and of jobs, are refused (default: no limit)')
@@ -20188,8 +20650,9 @@ def make_parser() -> OptionParser:
 
 
 class LogFormatter(logging.Formatter):
-    """A line of the log holds what others have sent: names, texts. Control characters in it can
-    neither make a line of their own nor speak to the terminal."""
+    """Formats lines of the log, which contain names and texts that others have sent: control
+    characters in these are escaped, so that they can neither begin a line of their own nor control
+    the terminal."""
 
     def format(self, record: logging.LogRecord) -> str:
         lines = super().format(record).splitlines()
@@ -20197,7 +20660,7 @@ class LogFormatter(logging.Formatter):
 
 
 class PrivateFileHandler(logging.handlers.WatchedFileHandler):
-    """A log file that nobody else can read when it is made here."""
+    """A handler whose log file is readable for nobody else if it is created here."""
 
     def _open(self) -> Any:
         is_new = not os.path.exists(self.baseFilename)
@@ -20221,7 +20684,7 @@ def set_up_log(name: str, debug: bool, log_file: Optional[str]) -> None:
 
 
 def host_and_port(text: str, port: int) -> Tuple[str, int]:
-    """Read HOST, HOST:PORT or [IPv6]:PORT. Raises ValueError naming what is wrong."""
+    """Parse HOST, HOST:PORT or [IPv6]:PORT. Raises ValueError, naming what is wrong."""
     host, colon, given = text.rpartition(':')
     if not colon or (':' in host and not host.endswith(']')):   # no port, or bare IPv6
         host = text
@@ -20238,9 +20701,10 @@ def host_and_port(text: str, port: int) -> Tuple[str, int]:
 
 
 def own_host(word: str) -> str:
-    """Return the address meant by a word for an address of this host: itself, or by the name of its
-    interface. Raises StartError."""
-    interfaces = ask_psutil(lambda psutil: psutil.net_if_addrs()) or {}   # no names without psutil
+    """Return the address that a word for an address of this host means: itself, or the address of
+    the interface that it names. Raises StartError."""
+    # There are no names without psutil
+    interfaces = ask_psutil(lambda psutil: psutil.net_if_addrs()) or {}
     families = (socket.AF_INET, socket.AF_INET6)
     interface = interfaces.get(word, ())
     items = [item for item in interface if item.family in families]
@@ -20255,9 +20719,9 @@ def own_host(word: str) -> str:
 
 
 def own_hosts(words: Sequence[str]) -> Tuple[str, ...]:
-    """Return addresses to listen at, each once. A wildcard address means all there are, of both
-    families, as when none is given, and is told to nobody: who dials it reaches itself. Raises
-    StartError."""
+    """Return the addresses to listen at, each once. A wildcard address means all addresses of both
+    families, as does an empty list; it is not advertised, because a peer that dials it reaches
+    itself. Raises StartError."""
     addresses = dict.fromkeys(own_host(word) if word else '' for word in words)
     if any(not address or ipaddress.ip_address(address).is_unspecified for address in addresses):
         return ('',)
@@ -20265,22 +20729,22 @@ def own_hosts(words: Sequence[str]) -> Tuple[str, ...]:
 
 
 def forget_secret() -> None:
-    """The secret that came by the environment has been read: jobs shall find it neither in theirs
-    nor in that of this process."""
+    """Remove the secret from the environment after it was read, so that jobs find it neither in
+    their environment nor in that of this process."""
     if os.environ.pop('DISPY_SECRET', None) is not None:
-        # /proc/PID/environ is as it was at the start, and is root's from now on
+        # /proc/PID/environ shows the environment of the start, and belongs to root from now on
         _prctl(_libc(), _PR_SET_DUMPABLE, 0)
 
 
-# Of the variables of root, under whom a daemon with --user was started, jobs get these and those
-# with such beginnings.
+# With --user, jobs get only these of the variables of root, who has started the daemon, and those
+# with these prefixes.
 KEPT_VARIABLES = ('PATH', 'LANG', 'LANGUAGE', 'TZ', 'LD_LIBRARY_PATH', 'VIRTUAL_ENV',
                   'DISPY_DISCOVERY')
 KEPT_BEGINNINGS = ('LC_', 'PYTHON', 'CUDA_', 'OMP_', 'MKL_', 'OPENBLAS_', 'NUMEXPR_')
 
 
 def clear_environment() -> None:
-    """Remove from the environment what is not for jobs of another user."""
+    """Remove variables from the environment that are not for jobs of another user."""
     for name in list(os.environ):
         if name in KEPT_VARIABLES:
             continue
@@ -20289,8 +20753,8 @@ def clear_environment() -> None:
 
 
 def _embedded(daemon: Daemon) -> None:
-    """End the node when its stdin ends: a client has started it, and may end in whatever way. It is
-    read as in `read_commands`."""
+    """End the node when its stdin ends: the client that started it has ended, in whatever way.
+    Stdin is read as in `read_commands`."""
     while os.read(0, 4096):
         continue
     daemon.post(Stop())
@@ -20298,8 +20762,8 @@ def _embedded(daemon: Daemon) -> None:
 
 
 def parse_command(line: str) -> Any:
-    """The event that a line at the prompt stands for. Raises ValueError for a number of CPUs that
-    cannot be."""
+    """Return the event that a line at the prompt requests. Raises ValueError for an invalid number
+    of CPUs."""
     words = line.split()
     if words[:1] == ['cpus']:
         if len(words) != 2 or not words[1].lstrip('-').isdigit():
@@ -20316,16 +20780,16 @@ PROMPT = 'commands: quit, stop, start, cpus N, release, finish; anything else sh
 
 
 def read_commands(told: str, take: Callable[[str], None]) -> None:
-    """Give `take` the lines from the terminal, until it has gone; in a thread of its own. `told`
-    says what may be written there, and so does the ValueError of a line that may not. Read with
-    os.read: a thread that waits in sys.stdin holds a lock that the interpreter wants when it
-    ends."""
+    """Pass the lines from the terminal to `take`, until the terminal is closed; this runs in a
+    thread of its own. `told` lists the commands that are permitted, and so does the ValueError for
+    a line that is not. Lines are read with os.read: a thread that waits in sys.stdin holds a lock
+    that the interpreter needs when it ends."""
     rest = b''
     print(told, flush=True)
     while True:
         try:
             data = os.read(0, 4096)
-        except OSError:   # the terminal has gone, or is another's now
+        except OSError:   # the terminal is closed, or belongs to another process
             return
         if not data:
             return
@@ -20338,7 +20802,8 @@ def read_commands(told: str, take: Callable[[str], None]) -> None:
 
 
 def _standard_files() -> None:
-    """Where 0, 1 or 2 is closed, the null device: a socket must not get such a number."""
+    """Open the null device for each of the descriptors 0, 1 and 2 that is closed, so that no socket
+    gets such a number."""
     handle = os.open(os.devnull, os.O_RDWR)
     while handle <= 2:
         os.set_inheritable(handle, True)
@@ -20349,17 +20814,17 @@ def _standard_files() -> None:
             setattr(sys, name, open(number, 'w', closefd=False))
 
 
-# SIGBREAK: Windows, when its window is closed, too
+# SIGBREAK is for Windows; it also comes when the window is closed
 ENDING_SIGNALS = ('SIGTERM', 'SIGINT', 'SIGHUP', 'SIGBREAK')
 
 
 def _on_signals(daemon: Daemon, stay: bool) -> None:
-    """SIGTERM, SIGINT and the end of the terminal end the node, unless it shall outlive that;
-    SIGUSR1 does when no job is there any more. With handlers, and none ignored: programs that jobs
-    start would inherit that."""
+    """Install handlers: SIGTERM, SIGINT and the end of the terminal end the node, unless it is to
+    outlive the terminal; SIGUSR1 ends it when it has no jobs any more. Handlers are installed and
+    no signal is ignored, because programs that jobs start would inherit that."""
     for name in ENDING_SIGNALS:
         number = getattr(signal, name, None)
-        # As of nohup
+        # As with nohup
         if number is None:
             continue
         if name != 'SIGHUP' or signal.getsignal(number) is not signal.SIG_IGN:
@@ -20378,8 +20843,8 @@ def _on_signals(daemon: Daemon, stay: bool) -> None:
 
 
 def _find_secret_of(args: argparse.Namespace) -> bytes:
-    """The secret, which jobs shall not find. A client that has started this node writes it to
-    stdin."""
+    """Return the secret, which jobs must not find. A client that has started this node writes the
+    secret to stdin."""
     if args.embedded:
         logger.setLevel(logging.DEBUG if args.debug else logging.ERROR)
         secret = sys.stdin.buffer.readline().strip()
@@ -20393,9 +20858,10 @@ def _find_secret_of(args: argparse.Namespace) -> bytes:
 
 
 def _make_ready_for(user: Optional[User]) -> None:
-    """Jobs will run as this user, or as whoever has started the node."""
+    """Prepare the environment and groups of this process for jobs that run as this user. With None,
+    jobs run as the user who started the node, and a warning is logged if that is root."""
     if user is not None:
-        clear_environment()   # root's is not for jobs; what runs from here on inherits what is left
+        clear_environment()   # jobs, which inherit the environment, must not get root's
         os.initgroups(user.name, user.gid)
     elif hasattr(os, 'geteuid'):
         if os.geteuid() == 0:
@@ -20405,7 +20871,8 @@ def _make_ready_for(user: Optional[User]) -> None:
 
 def _options_of(args: argparse.Namespace, cpus: int, hours: Optional[Hours],
                 schedulers: Tuple[Tuple[str, int], ...]) -> Options:
-    """What the command line says, of which some has been looked at. The log is set up."""
+    """Return the options of the command line, part of which has been parsed already, and set up the
+    log."""
     set_up_log('dispynode', args.debug, args.log_file)
     tell_obsolete(args, OBSOLETE_NODE)
     limit_values(args.max_value)
@@ -20432,18 +20899,18 @@ def _options_of(args: argparse.Namespace, cpus: int, hours: Optional[Hours],
 
 
 def listen_at_terminal(told: str, take: Callable[[str], None]) -> None:
-    """Start the thread that reads what the operator of a daemon writes at its terminal; see
-    `read_commands`. The main thread."""
+    """Start the thread that reads what the operator of a daemon types at its terminal; see
+    `read_commands`. The main thread must call this."""
     if hasattr(signal, 'SIGTTIN'):
-        # In the background a read fails instead of stopping the daemon
+        # In the background, reading fails instead of stopping the daemon
         signal.signal(signal.SIGTTIN, signal.SIG_IGN)
     threading.Thread(target=read_commands, args=(told, take), daemon=True).start()
 
 
 def _listen_to_stdin(daemon: Daemon, args: argparse.Namespace, port: int,
                      has_terminal: bool) -> None:
-    """A thread for whoever is at the other end of stdin: the client that has started this node, or
-    its operator."""
+    """Start a thread that reads stdin, which the client that has started this node writes, or its
+    operator."""
     if args.embedded:
         print(port, flush=True)
         threading.Thread(target=_embedded, args=(daemon,), daemon=True).start()

@@ -70,7 +70,7 @@ from typing import (
 
 try:
     from dispy import Driver
-except ImportError as exc:   # this file was copied alone, or beside one of another release
+except ImportError as exc:   # this file was copied alone, or with one of another release
     text = str(exc)
     if exc.name == 'dispy':
         text = ('dispyscheduler.py needs the files dispy.py and dispynode.py of the same release '
@@ -118,67 +118,67 @@ from dispynode import seconds_option, set_up_log, shorten, size_of, size_option,
 from dispynode import tell_obsolete, tls_files, unfit_row, unpack_error, with_size, write_private
 from dispynode import write_stacks_on_signal
 
-__all__ = ['main']   # the others are dispy's own
+__all__ = ['main']   # the other names are for dispy's own modules
 
 # --------------------------------------------------------------------------------------------------
 # Constants and errors
 # --------------------------------------------------------------------------------------------------
 
-# CPUs that programs are told of: all that they submit comes here at once
+# The number of CPUs that programs are offered: so they send all their jobs here at once
 UNLIMITED_CPUS = 1 << 20
-# Bytes of waiting jobs' arguments that are kept in memory besides the disk
+# Bytes of waiting jobs' arguments that are kept in memory as well as on the disk
 IN_MEMORY = 8 << 20
-BYTES_OVERHEAD = 48           # bytes of memory that a bytes object takes besides its contents
-FILE_BYTES = 64 * 1024             # bytes from which arguments and results are files of their own
-RETURN_TIME = 60.0            # s that jobs on nodes wait for these to come back after a new start
-REMOVED_MOST = 1000           # acknowledged results that may wait to be removed from the disk
-# Seconds after which what waits is cancelled for a program whose connection has ended
+BYTES_OVERHEAD = 48   # bytes of memory that a bytes object needs in addition to its contents
+FILE_BYTES = 64 * 1024   # size in bytes from which arguments and results are in files of their own
+RETURN_TIME = 60.0            # s that jobs wait for their nodes to come back after a restart
+REMOVED_MOST = 1000           # acknowledged results that may wait for their removal from the disk
+# Seconds after which the waiting jobs of a program whose connection has ended are cancelled
 GONE_TIME = 60.0
-GONE_LOOKS = 1.0              # s between looks whether the process of such a program has ended
+GONE_LOOKS = 1.0              # s between checks whether the process of such a program has ended
 RETRY_TIME = 1.0              # s between attempts to write to a disk that was full
 PAGE = 500                    # rows of an answer to a monitor at most
-# Bytes that are free, below which SQLite's log is emptied before each transaction
+# Free bytes of the disk below which SQLite's log is emptied before each transaction
 LOW_DISK = 64 << 20
 PAGE_SIZE = 4096              # bytes of a page of SQLite's
-REMOVED_AT_ONCE = 20          # results that are removed in one transaction while the disk is full
-# Bytes of the disk that are kept for the removal of what is over when it is full
+REMOVED_AT_ONCE = 20          # results that one transaction removes while the disk is full
+# Bytes of the disk that are reserved for the removal of obsolete data when it is full
 RESERVE = 2 << 20
 QUEUED_MOST = 16 << 30        # bytes of arguments of jobs that a program may have here
-USERS_MOST = 1000             # users with a secret each: a handshake tries all of them
+USERS_MOST = 1000             # users with secrets: a handshake tries all of these
 USER_NAME = re.compile('[A-Za-z0-9_-][A-Za-z0-9._-]{0,63}')
-# Hours after which half of the past use of a user counts: an hour to a week
+# Range of the half-life of the past use of a user, in hours: an hour to a week
 HALF_LIVES = (1.0, 168.0)
 LOCK_MOST = 4096              # characters of the path of a node's lock file
-QUESTIONS_MOST = 64           # of a computation whose files are on their way
+QUESTIONS_MOST = 64           # questions about a computation whose files have not arrived yet
 COMPS_MOST = 256              # computations of one connection
 SPECS_MOST = 10000            # nodes that a program may name
-# Characters of the reason why a node is not used, where many nodes are told of
+# Characters of the reason why a node is not used, if many nodes are listed
 REASON_MOST = 2000
 
 logger = logging.getLogger('dispyscheduler')
 
 
 # --------------------------------------------------------------------------------------------------
-# What is kept on disk
+# What is kept on the disk
 # --------------------------------------------------------------------------------------------------
 
-STATE_MARK = 'dispy-scheduler'   # the file that says that a directory is a scheduler's
+STATE_MARK = 'dispy-scheduler'   # the file that marks a directory as a scheduler's
 
 
 class StoredValue(mmap.mmap):
-    """A payload in a file, of which the system reads only the parts that are looked at. The file is
-    deleted together with this object unless it has been moved to a place of its own, which clears
+    """A payload in a file, of which the system reads only the parts that are accessed. The file is
+    deleted together with this object, unless it has been moved to its final place, which clears
     `path`."""
     path = ''
 
     def __del__(self) -> None:
         if self.path:
-            with contextlib.suppress(OSError):   # it has gone
+            with contextlib.suppress(OSError):   # it does not exist any more
                 os.unlink(self.path)
 
 
 def stored(path: str, is_own: bool = False) -> Any:
-    """Return the contents of a file; a large one is mapped and not read yet. Raises OSError."""
+    """Return the contents of a file; a large file is mapped and not read yet. Raises OSError."""
     with open(path, 'rb') as file:
         # On Windows files cannot be moved or removed that are mapped
         size = os.fstat(file.fileno()).st_size
@@ -196,7 +196,7 @@ def stored(path: str, is_own: bool = False) -> Any:
 
 
 def _place_of(pieces: Sequence[Any]) -> Optional[StoredValue]:
-    """Return the file in which a payload lies already, if there is one."""
+    """Return the file that contains a payload already, if there is one."""
     if len(pieces) != 1:
         return None
     if type(pieces[0]) is not memoryview:
@@ -209,8 +209,8 @@ def _place_of(pieces: Sequence[Any]) -> Optional[StoredValue]:
 
 class OnDisk:
     """A destination for a value that comes in parts: a file that is written as the parts come, and
-    that is on the disk when the value is complete."""
-    SYNC = 64 << 20    # bytes after which is waited for the disk, so that nobody waits long
+    that is flushed to the disk when the value is complete."""
+    SYNC = 64 << 20    # bytes after which data is flushed, so that no flush takes long
 
     def __init__(self, path: str) -> None:
         """Create the file. Raises OSError."""
@@ -238,9 +238,9 @@ class OnDisk:
         return memoryview(stored(self._path, True))
 
     def drop(self) -> None:
-        """Give the value up, as InMemory does."""
+        """Discard the value, as InMemory does."""
         self._file.close()
-        with contextlib.suppress(OSError):   # it has gone
+        with contextlib.suppress(OSError):   # it does not exist any more
             os.unlink(self._path)
 
 
@@ -264,8 +264,8 @@ LargeFile = Tuple[int, str]   # the number of a job, and 'p' for its arguments o
 
 
 class DiskReserve:
-    """Bytes of the disk that are kept in a file and given up when the disk is full, so that what is
-    over can be removed: SQLite needs room for that too."""
+    """Space on the disk that a file occupies and that is released when the disk is full, so that
+    obsolete data can be removed: SQLite needs space for that too."""
 
     def __init__(self, root: str) -> None:
         self._root = root
@@ -298,7 +298,8 @@ class DiskReserve:
     def give_up(self) -> None:
         """Delete the file if others have filled the disk."""
         if self.free() < self.size:
-            with contextlib.suppress(OSError):   # it has gone, or somebody has it open
+            # It does not exist any more, or a process has it open
+            with contextlib.suppress(OSError):
                 os.unlink(self._path)
             self._is_there = os.path.exists(self._path)
 
@@ -310,10 +311,10 @@ class LargeFiles:
     numbers - of the jobs that have files there
     has_gone - whether there are files that are not needed after the next transaction
     """
-    NEW = 'new-'   # begins the names of values whose parts are still to come
+    NEW = 'new-'   # the prefix of values that are incomplete
 
     def __init__(self, directory: str) -> None:
-        """Raises OSError."""
+        """Create the directory. Raises OSError."""
         self.directory = directory
         self.numbers: Set[int] = set()
         # To be written before the next transaction
@@ -327,12 +328,12 @@ class LargeFiles:
 
     @property
     def has_gone(self) -> bool:
-        """Whether there are files that are not needed after the next transaction."""
+        """Return whether there are files that are not needed after the next transaction."""
         return bool(self._gone)
 
     @property
     def has_pending(self) -> bool:
-        """Whether there are files that are not written yet."""
+        """Return whether there are files that are not written yet."""
         return bool(self._pending)
 
     def path(self, number: int, end: str) -> str:
@@ -341,13 +342,13 @@ class LargeFiles:
         return os.path.join(self.directory, name)
 
     def find(self, knows: Callable[[int], bool]) -> None:
-        """Find the files of the jobs that `knows` says are there, and delete what an earlier run
-        has left. Raises OSError."""
+        """Find the files of the jobs for which `knows` is true, and delete what an earlier run has
+        left. Raises OSError."""
         for name in os.listdir(self.directory):
             number, _, end = name.partition('.')
             came = number.startswith(self.NEW) and end == 'part'   # when the last run ended
             if not came:
-                # None of ours
+                # It is not one of these files
                 if not number.isdigit():
                     continue
                 if end not in ('p', 'r', 'p.part', 'r.part'):
@@ -359,8 +360,8 @@ class LargeFiles:
 
     def new_place(self) -> OnDisk:
         """Create a file for a value that comes in parts. Raises OSError."""
-        next_new_value = next(self._new_values)
-        name = '%s%d.part' % (self.NEW, next_new_value)
+        number = next(self._new_values)
+        name = '%s%d.part' % (self.NEW, number)
         return OnDisk(os.path.join(self.directory, name))
 
     def add(self, number: int, end: str, pieces: Sequence[Any]) -> None:
@@ -394,13 +395,13 @@ class LargeFiles:
         return total
 
     def drop(self, number: int) -> None:
-        """The arguments of a job are not needed any more."""
+        """Note that the arguments of a job are not needed any more."""
         self._pending.pop((number, 'p'), None)
         if number in self.numbers:
             self._gone.append(number)
 
     def remove(self, numbers: FrozenSet[int]) -> None:
-        """The files of these jobs are not needed any more."""
+        """Note that the files of these jobs are not needed any more."""
         for key in list(self._pending):
             if key[0] in numbers:
                 del self._pending[key]
@@ -428,8 +429,8 @@ class LargeFiles:
             os.fsync(file.fileno())
 
     def unlink_gone(self) -> None:
-        """Delete the files that are not needed any more. One that cannot be deleted, such as on
-        Windows while a virus scanner has it open, is deleted with the next ones."""
+        """Delete the files that are not needed any more. A file that cannot be deleted, for example
+        because a virus scanner has it open on Windows, is deleted with the next ones."""
         paths = self._stuck
         for number, end in itertools.product(self._gone, 'pr'):
             path = self.path(number, end)
@@ -448,15 +449,15 @@ class LargeFiles:
 
 
 class HistoryDatabase(Database):
-    """The part of the state that holds jobs which have ended, for accounts."""
+    """The part of the state that contains jobs which have ended, for accounting."""
     ACCOUNT: int
     HISTORY: int
     HISTORY_OVER: int
-    _newest: Iterator[int]         # gives places
-    _accounts: Dict[str, int]      # computation -> its place
+    _newest: Iterator[int]         # yields their numbers
+    _accounts: Dict[str, int]      # computation -> its number
 
     def account(self, computation: 'ClientComputation') -> int:
-        """Return the place of a computation in the history, where it is noted if it is new."""
+        """Return the number of a computation in the history, to which it is added if it is new."""
         place = self._accounts.get(computation.comp)
         if place is None:
             place = next(self._newest)
@@ -466,25 +467,25 @@ class HistoryDatabase(Database):
         return place
 
     def remember(self, *row: Any) -> None:
-        """Note a job for the history: place of its computation, number of the job, node, begin and
-        end in s since the epoch, CPUs, and what has become of it."""
+        """Note a job for the history: number of its computation, number of the job, node, begin and
+        end in seconds since the epoch, CPUs, and how it ended."""
         self.note(self.HISTORY, *row)
 
     def forget_before(self, when: float) -> None:
-        """Remove some of the jobs from the history that have ended before."""
+        """Remove some of the jobs that ended before this time from the history."""
         self.note(self.HISTORY_OVER, when)
 
     def forget_all_before(self, when: float) -> None:
-        """Remove all jobs from the history that have ended before, and what no job is left of. At
-        the start: it may take a while."""
+        """Remove all jobs that ended before this time from the history, and the computations that
+        have no jobs left. This happens at the start, as it may take a while."""
         run = self._db.execute
         run('DELETE FROM history WHERE ended < ?', (when,))
         run('DELETE FROM accounts WHERE place NOT IN (SELECT account FROM history)')
         self._accounts = dict(run('SELECT comp, place FROM accounts'))
 
     def history(self, after: int, count: int, since: float) -> Tuple[int, List[tuple]]:
-        """Return the jobs of the history behind a number, of at most `count` numbers, that have
-        ended since then, and the number after which there are more; -1: there are no more."""
+        """Return the jobs of the history after a number, of at most `count` numbers, that have
+        ended since this time, and the number after which there are more; -1: there are no more."""
         run = self._db.execute
         if after == 0:
             found = run('SELECT min(number) FROM history WHERE ended >= ?', (since,)).fetchone()[0]
@@ -502,20 +503,20 @@ class HistoryDatabase(Database):
 
 
 class SecondsDatabase(HistoryDatabase):
-    """The part of the state that holds second attempts of jobs that run."""
+    """The part of the state that contains second attempts of running jobs."""
     SECOND: int
     SECOND_OVER: int
-    _places: Dict[str, int]        # text of the key of a node -> its place
+    _places: Dict[str, int]        # text of the key of a node -> its number
 
     def seconds_sent(self, seconds: Sequence[ScheduledJob], key: Any) -> None:
-        """Note second attempts that go to a node, when this is on the disk."""
+        """Note second attempts that are sent to a node as soon as this is on the disk."""
         place = self._places[_key_text(key)]
         for second in seconds:
             number = job_number(second.serial)
             self.note(self.SECOND, number, attempt_number(second.serial), place)
 
     def second_over(self, second: ScheduledJob) -> None:
-        """Note that a second attempt counts no more, or is that of its job."""
+        """Note that a second attempt is discarded, or is that of its job now."""
         number = job_number(second.serial)
         self.note(self.SECOND_OVER, number, attempt_number(second.serial))
 
@@ -541,14 +542,15 @@ class SecondsDatabase(HistoryDatabase):
 
 
 class State(SecondsDatabase):
-    """Computations, jobs and results of all programs, and nodes: <state-dir>/state.db, files of
-    computations in <state-dir>/c-NAME, large arguments and results in <state-dir>/large."""
+    """Computations, jobs and results of all programs, and nodes. The state is in
+    <state-dir>/state.db, files of computations in <state-dir>/c-NAME, and large arguments and
+    results in <state-dir>/large."""
     MARK = 0x64735335
     VERSION = 1
     SYNC = 'FULL'
     WAITING, SENT, ENDED, DROPPED = range(4)
-    # Rows of jobs name others by their places, and hardly grow when they are sent: pages need not
-    # be split then
+    # Rows of jobs refer to other rows by number, and hardly grow when jobs are sent, so that pages
+    # need not be split
     TABLES = """
         CREATE TABLE own (name TEXT PRIMARY KEY, value BLOB);
         CREATE TABLE comps (place INTEGER PRIMARY KEY, comp TEXT UNIQUE, client BLOB, spec BLOB);
@@ -559,9 +561,9 @@ class State(SecondsDatabase):
             place INTEGER PRIMARY KEY, key TEXT UNIQUE, host TEXT, port INTEGER, name TEXT,
             instance BLOB)
         """
-    # Those that the first release did not have: what was given up, the memories of nodes, their
-    # lock files, second attempts of jobs that run, nodes that an operator has drained, jobs that
-    # have ended, by computations, and what users have used
+    # Tables that the first release did not have: given-up jobs, the memories of nodes, their lock
+    # files, second attempts of running jobs, nodes that an operator has drained, jobs that have
+    # ended, by computations, and what users have used
     LATER_TABLES = (
         'past (comp TEXT PRIMARY KEY, at REAL, serials BLOB, text TEXT)',
         'memories (place INTEGER PRIMARY KEY, memory TEXT)',
@@ -621,7 +623,7 @@ class State(SecondsDatabase):
         run("INSERT OR IGNORE INTO own VALUES ('starts', 0)")
         run("UPDATE own SET value = value + 1 WHERE name = 'starts'")
         # Nodes may still hold results of jobs that are not here any more: their numbers are not
-        # given twice.
+        # assigned again.
         numbers = run(
             "SELECT value << 30, (SELECT coalesce(max(number), 0) FROM jobs) FROM own "
             "WHERE name = 'starts'").fetchone()
@@ -638,11 +640,11 @@ class State(SecondsDatabase):
         given = [0, *comps, *self._places.values(), *self._accounts.values()]
         self._newest = itertools.count(1 + max(given))
         self.files.find(self._knows)
-        self._short = 0   # bytes of the disk that are missing
+        self._short = 0   # missing bytes on the disk
 
     def key_of(self, comp: str) -> bytes:
-        """Return the key by which this scheduler takes results of a computation from nodes. It is
-        the same after the scheduler was started again."""
+        """Return the key with which this scheduler takes results of a computation from nodes. The
+        key remains the same when the scheduler is started again."""
         return hmac.digest(self._seed, comp.encode(), 'sha256')
 
     def _knows(self, number: int) -> bool:
@@ -661,7 +663,7 @@ class State(SecondsDatabase):
         self.note(self.COMP, place, computation.comp, computation.instance, pickle.dumps(spec, 5))
 
     def over(self, comp: str) -> None:
-        """Note that a computation is over, whose jobs are removed by `removed`."""
+        """Note that a computation has ended, whose jobs `removed` removes."""
         if self._comps.pop(comp, None) is not None:
             self.note(self.OVER, comp)
 
@@ -674,7 +676,7 @@ class State(SecondsDatabase):
         self.note(self.NODE, place, key, peer.host, peer.port, peer.name, peer.instance)
         self.note(self.MEMORY, place, peer.memory)
         lock = peer.facts.get('lock')
-        # A node without a lock file
+        # This node has no lock file
         if type(lock) is not tuple:
             return
         if list(map(type, lock)) != [str, str]:
@@ -683,8 +685,8 @@ class State(SecondsDatabase):
         self.note(self.LOCK, place, machine, file)
 
     def drained(self, node: str, reason: str, since: float) -> None:
-        """Note that a node is drained, by the name that `Drains` has for it; `since` is 0 if it is
-        used again."""
+        """Note that a node is drained, by its name in `Drains`; `since` is 0 if it is used
+        again."""
         self.note(self.DRAIN, node, reason, since)
 
     def drains(self) -> Dict[str, Tuple[str, float]]:
@@ -694,18 +696,18 @@ class State(SecondsDatabase):
         return {node: (reason, since) for node, reason, since in rows}
 
     def note_used(self, used: Dict[str, float], at: float) -> None:
-        """Note the CPUs that users have used in the mean of the past, at a time in seconds since
-        the epoch. Others have used none."""
+        """Note the mean CPUs that users have used in the past, at a time in seconds since the
+        epoch. Other users have used none."""
         for user, cpus in used.items():
             self.note(self.USED, user, cpus, at)
         self.note(self.USED_OVER, at)
 
     def used(self) -> List[Tuple[str, float, float]]:
-        """Return what was noted by `note_used`: users, CPUs and times."""
+        """Return what `note_used` has noted: users, CPUs and times."""
         return self._db.execute('SELECT user, cpus, at FROM used').fetchall()
 
     def gave_up(self, comp: str, serials: Sequence[int], text: str) -> None:
-        """Note the jobs of a program that has not come back for their results, by its own
+        """Note the jobs of a program that has not come back for their results, by the program's own
         numbers."""
         layout = '>%dQ' % len(serials)
         data = struct.pack(layout, *serials)
@@ -725,7 +727,7 @@ class State(SecondsDatabase):
 
     def find_place(self, size: int, promised: int) -> OnDisk:
         """Create a file for a value of `size` bytes that comes in parts, while other values will
-        bring `promised` bytes more. Raises OSError."""
+        need `promised` bytes more. Raises OSError."""
         free = self._reserve.free() - promised - self._reserve.size
         if size > free:
             message = '%d bytes are free on its disk' % max(0, free)
@@ -749,7 +751,7 @@ class State(SecondsDatabase):
 
     def payload(self, number: int) -> Any:
         """Return the arguments of a job that has not ended. Raises OSError."""
-        # Submitted in this very turn, in the order of their numbers
+        # Jobs that were submitted in this turn, in the order of their numbers
         new = self._notes[self.INSERT]
         at = bisect.bisect_left(new, (number,))
         if at < len(new):
@@ -763,7 +765,7 @@ class State(SecondsDatabase):
         return self.files.payload(number)
 
     def sent(self, works: Sequence[ScheduledJob], key: Any) -> None:
-        """Note jobs that go to a node, when this is on the disk."""
+        """Note jobs that are sent to a node as soon as this is on the disk."""
         place = self._places[_key_text(key)]
         notes = self._notes[self.MOVE]
         for work in works:
@@ -771,12 +773,12 @@ class State(SecondsDatabase):
             notes.append(note)
 
     def waits(self, work: 'ClientJob') -> None:
-        """Note a job that is back from a node."""
+        """Note a job that has come back from a node."""
         self.note(self.MOVE, self.WAITING, attempt_number(work.serial), 0, work.number)
 
     def size_of_payload(self, number: int) -> int:
-        """Return the size of the arguments of a job that has not ended, 0 for one that was
-        submitted in this very turn and is small. Raises OSError."""
+        """Return the size in bytes of the arguments of a job that has not ended, 0 for one that was
+        submitted in this turn and is small. Raises OSError."""
         size = self.files.size(number)
         if size is not None:
             return size
@@ -788,7 +790,7 @@ class State(SecondsDatabase):
 
     def ended(self, number: int, row: tuple) -> None:
         """Note a row of Results, with the serial that the program knows. The payload of a very
-        large one is a file alone."""
+        large result is in a file only."""
         if size_of(row[4]) > LAZY:
             pieces = pieces_of(row[4])
             self.files.add(number, 'r', pieces)
@@ -802,16 +804,16 @@ class State(SecondsDatabase):
             self.note(self.END, None, number)
 
     def dropped(self, number: int) -> None:
-        """Note a job that is cancelled because its program is gone, which may still ask for
-        it."""
+        """Note a job that is cancelled because its program is gone. The program may still ask for
+        the job."""
         self.files.drop(number)
         self.note(self.DROP, number)
 
     def removed(self, numbers: Sequence[int]) -> None:
-        """Note results that a program has, or does not want."""
+        """Note results that a program has received, or does not want."""
         self._notes[self.REMOVE] += [(number,) for number in numbers]
         gone = frozenset(numbers)
-        # What was not written because there is no room need not be written any more
+        # Rows that were not written for lack of room need not be written any more
         if self.broken:
             self._forget_notes(gone)
         self.files.remove(gone)
@@ -845,8 +847,9 @@ class State(SecondsDatabase):
         return done
 
     def _has_to_write(self) -> bool:
-        """Return whether there is anything that cannot wait. A note that results were acknowledged
-        can: if it is lost, the results come once more and are acknowledged as known."""
+        """Return whether anything is to be written that cannot wait. A note that results were
+        acknowledged can wait: if it is lost, the results are sent once more and are acknowledged
+        again."""
         removed = self._notes[self.REMOVE]
         if self.files.has_gone:
             return True
@@ -859,24 +862,24 @@ class State(SecondsDatabase):
         return False
 
     def _empty_log(self) -> None:
-        """Make SQLite write the content of its log into the database file."""
+        """Make SQLite write the contents of its log into the database file."""
         self._db.execute('PRAGMA wal_checkpoint(TRUNCATE)').fetchall()
 
     def _has_room(self) -> bool:
-        """Return whether what waits to be written leaves some of the disk free. SQLite needs room
-        to remove things, too, and a transaction that fails has filled the disk. What is written is
-        written twice: into the log, and from there into the file."""
+        """Return whether what is to be written leaves some of the disk free. SQLite needs space to
+        remove things, too, and a transaction that fails has filled the disk. Everything is written
+        twice: into the log, and from there into the file."""
         wanted = _bytes_in(self._notes[self.INSERT], 3)
         wanted += _bytes_in(self._notes[self.END], 0)
         files = self.files.bytes_pending()
         if not wanted and not files:
             return True
-        # What is in the log only would make the file grow later
+        # Pages that are only in the log would make the file grow later
         free = self._reserve.free()
         if free < LOW_DISK + 4 * (wanted + files):
             with contextlib.suppress(self._error):
                 self._empty_log()
-        # Of what was removed
+        # Pages that were removed can be used again
         row = self._db.execute('PRAGMA freelist_count').fetchone()
         inside = PAGE_SIZE * row[0]
         margin = self._reserve.size
@@ -887,13 +890,13 @@ class State(SecondsDatabase):
         return self._short <= 0
 
     def _make_room(self) -> None:
-        """Remove what is over, and nothing else, because the disk is full."""
+        """Remove obsolete data and write nothing else, because the disk is full."""
         self.files.unlink_gone()
         self._reserve.give_up()
         over = self._notes[self.OVER]
         gone = self._notes[self.REMOVE]
         try:
-            # Few at a time, and the room that they take in the log is used again for the next
+            # Only a few at a time, so that the next ones use the same room in the log again
             while over or gone:
                 self._notes[self.OVER] = over[:REMOVED_AT_ONCE]
                 self._notes[self.REMOVE] = gone[:REMOVED_AT_ONCE]
@@ -902,7 +905,7 @@ class State(SecondsDatabase):
                 gone = gone[REMOVED_AT_ONCE:]
                 self._empty_log()
         except self._error as exc:
-            logger.debug('%s', exc)   # it is tried again
+            logger.debug('%s', exc)   # this is tried again
         finally:
             self._notes[self.OVER] = over
             self._notes[self.REMOVE] = gone
@@ -967,7 +970,7 @@ class State(SecondsDatabase):
         return [(_key_of(key), *rest) for key, *rest in rows]
 
     def memories(self) -> Dict[Any, str]:
-        """Return a dictionary from the keys of nodes to what their memories were known by."""
+        """Return a dictionary from the keys of nodes to the identifiers of their memories."""
         rows = self._db.execute('SELECT key, memory FROM nodes JOIN memories USING (place)')
         return {_key_of(key): memory for key, memory in rows}
 
@@ -994,12 +997,12 @@ def _bytes_in(notes: Sequence[tuple], column: int) -> int:
     return sum(sizes)
 
 
-_SUCCESS = pickle.dumps(0, 5)   # as `dumps` packs the exit status of a program that has not failed
+_SUCCESS = pickle.dumps(0, 5)   # the packed exit status of a program that has succeeded
 
 
 def _exit_status(row: tuple) -> int:
-    """Return the exit status of a program by its row of Results; 0 if a node has sent something
-    else."""
+    """Return the exit status of a program from its row of Results; 0 if a node has sent another
+    type."""
     if row[4] == _SUCCESS:
         return 0
     with contextlib.suppress(PeerError):
@@ -1009,7 +1012,7 @@ def _exit_status(row: tuple) -> int:
     return 0
 
 
-# Of jobs that have failed
+# The outcomes of jobs that have failed
 _STATE_OF = {Outcome.ABANDONED: JobState.ABANDONED, Outcome.RETURNED: JobState.FINISHED}
 
 
@@ -1036,14 +1039,14 @@ def _key_of(text: str) -> Any:
 # Computations of programs
 # --------------------------------------------------------------------------------------------------
 
-# How a job has ended that has no result; others were cancelled.
+# The outcome of a job without a result, by its state; others were cancelled
 _OUTCOMES = {JobState.ABANDONED: Outcome.ABANDONED, JobState.TERMINATED: Outcome.DIED}
 
 
 class ClientJob(ScheduledJob):
     """A job of a program."""
-    # Its number, which all its attempts share; the serial that the program knows it by; the bytes
-    # of its arguments that the quota counts
+    # Its number, which all its attempts share; the serial by which the program knows it; the size
+    # in bytes of its arguments that the quota counts
     __slots__ = ('number', 'client_serial', 'size')
 
     def __init__(self, comp: str, payload: Any, options: Optional[dict], serial: int,
@@ -1067,12 +1070,13 @@ def ended_row(serial: int, outcome: Outcome, text: str) -> tuple:
     return serial, int(outcome), 0.0, 0.0, text.encode('utf-8', 'replace'), b'', b''
 
 
-MODULES_OF = '.modules'   # ends the name of the directory that has the files of a program's modules
-# The same of the values that its jobs need, each a file called by its digest
+MODULES_OF = '.modules'   # the suffix of the directory for the files of a program's modules
+# The suffix of the directory for values that its jobs need; each is a file with its digest as its
+# name
 VALUES_OF = '.values'
 
 
-# The same of the files that second attempts of its jobs send, by their serials
+# The suffix of the directory for files that second attempts of its jobs send, by their serials
 SECONDS_OF = '.seconds'
 
 
@@ -1080,51 +1084,51 @@ TOO_LARGE = '%s has %d bytes, and --max-file-size is %d'
 
 
 class ClientAllocator(NamedTuple):
-    """The number of a NodeAllocate of a program. The program is asked by this number."""
+    """The number of a NodeAllocate of a program, by which the program is asked."""
     number: int
 
 
 class Absence:
     """Decides what becomes of a computation whose program is away. A program that has a
-    recover_file is waited for. The jobs of another that have not begun are cancelled after a while,
-    or at once when its process is known to have ended. Should that program come back none the less,
-    it is told and sends these jobs again."""
+    recover_file is waited for. For other programs, the jobs that have not begun are cancelled after
+    a while, or at once if the process of the program is known to have ended. If the program comes
+    back nevertheless, it is told so and sends these jobs again."""
 
     def __init__(self, recovers: bool, process: Any) -> None:
-        """Describe the program. `process` is as of `own_process`. Raises PeerError."""
+        """Describe the program. `process` is as in `own_process`. Raises PeerError."""
         if type(process) is not tuple or list(map(type, process)) != [str, int, str]:
             raise PeerError('a process is not described as it should be')
         self._recovers = recovers
         self._process = process
-        # When it is gone, when its process is looked for next
+        # When it counts as gone, and when its process is checked next
         self._until = self.look_at = math.inf
         self.gone = False
-        self.for_good = False    # nobody can come back: its process has ended
-        # Jobs on nodes that are cancelled if they have not begun
+        self.for_good = False    # its process has ended and cannot come back
+        # Jobs on nodes that are to be cancelled if they have not begun
         self.dropping: Set[Any] = set()
-        # Serials of jobs that were cancelled so, to their numbers
+        # Serials of jobs that were cancelled for this reason -> their numbers
         self.dropped: Dict[int, int] = {}
 
     def begin(self, now: float, patience: float) -> None:
-        """The connection of the program has ended, or the program has not connected yet. Its jobs
-        are cancelled after `patience` seconds."""
+        """Note that the connection of the program has ended, or that the program has not connected
+        yet. Its jobs are cancelled after `patience` seconds."""
         if self._recovers:
             return
         if self.gone:
             return
         self._until = now + patience
         self.look_at = self._until
-        if has_ended(self._process) is not None:   # that can be seen from here
+        if has_ended(self._process) is not None:   # its process is on this machine
             self.look_at = now
 
     def end(self) -> None:
-        """The program is connected."""
+        """Note that the program is connected."""
         self._until = self.look_at = math.inf
         self.gone = self.for_good = False
 
     def is_over(self, now: float) -> bool:
-        """Look for the program, which is to be done when `look_at` has come. Return whether it is
-        gone."""
+        """Look for the program, which is to be done when `look_at` has come. Return whether the
+        program is gone."""
         self.look_at = min(self._until, now + GONE_LOOKS)
         self.for_good = bool(has_ended(self._process))
         if now >= self._until or self.for_good:
@@ -1134,26 +1138,27 @@ class Absence:
 
 
 class EarlyJob:
-    """A job that was received and is not taken yet, because it needs values that are not here."""
+    """A job that was received and is not accepted yet, because it needs values that are not
+    here."""
     __slots__ = ('row', 'values')
 
     def __init__(self, row: tuple) -> None:
-        self.row = row    # of Jobs
+        self.row = row    # a row of Jobs
         self.values = row[2]['values']
 
 
 class ClientValues:
-    """The values, known by their digests, that the jobs of one computation need. A job is taken
-    when all that it needs is on the disk; the program is asked for what is missing. The loop's
-    thread."""
+    """The values, known by their digests, that the jobs of one computation need. A job is accepted
+    when everything that it needs is on the disk; the program is asked for what is missing. The
+    loop's thread uses this class."""
 
     def __init__(self, computation: 'ClientComputation', most: int) -> None:
         """Keep at most `most` bytes of values, see ValueDesk."""
         self._computation = computation
         self._desk = ValueRequests(most)
         self._directory = computation.directory + VALUES_OF
-        self.retry_at = math.inf    # when room is looked for again
-        self.told = False           # that there is none
+        self.retry_at = math.inf    # when to check for room again
+        self.told = False           # whether it was reported that there is none
 
     def path(self, digest: bytes) -> str:
         """Return the path of a value."""
@@ -1167,15 +1172,15 @@ class ClientValues:
                 size = os.path.getsize(path)
                 digest = bytes.fromhex(name)
                 self._desk.come(self._computation.comp, size, digest)
-            else:   # it came when that ended
+            else:   # it came when the transfer ended
                 os.unlink(path)
 
     def took(self, work: 'ClientJob') -> None:
-        """Keep the values of a job that was taken."""
+        """Keep the values of a job that was accepted."""
         self._desk.hold(self._computation.comp, work)
 
     def admit(self, row: tuple) -> bool:
-        """Return whether a job can be taken now. Otherwise it waits here for its values."""
+        """Return whether a job can be accepted now. Otherwise the job waits here for its values."""
         waiting = self._desk.waiting(self._computation.comp)
         if any(early.row[0] == row[0] for early in waiting):
             return False   # it came twice
@@ -1186,7 +1191,7 @@ class ClientValues:
         return ready
 
     def release(self, work: 'ClientJob') -> None:
-        """A job has ended: its values are not kept for it any more."""
+        """Note that a job has ended, so that its values are not kept for it any more."""
         self._desk.release(self._computation.comp, work)
 
     def leave(self, serials: Iterable[int]) -> List[int]:
@@ -1202,12 +1207,13 @@ class ClientValues:
         return [early.row[0] for early in gone]
 
     def interrupt(self) -> None:
-        """The program is not connected any more, and will send its jobs again."""
+        """Forget the jobs that wait, because the program is not connected any more and will send
+        them again."""
         self._desk.interrupt(self._computation.comp)
 
     def serve(self) -> Tuple[List[tuple], List[tuple], str]:
-        """Return the rows of jobs that can be taken now, the rows of files to be asked for by Need,
-        and why a value finds no room."""
+        """Return the rows of jobs that can be accepted now, the rows of files that Need is to
+        request, and why a value does not fit."""
         if not self._desk:
             return [], [], ''
         served, actions = self._desk.serve()
@@ -1215,7 +1221,7 @@ class ClientValues:
         error = ''
         for action in actions:
             if isinstance(action, DropValue):
-                with contextlib.suppress(OSError):   # it has gone
+                with contextlib.suppress(OSError):   # it does not exist any more
                     os.unlink(self.path(action.digest))
                 continue
             digits = action.digest.hex()
@@ -1225,48 +1231,50 @@ class ClientValues:
             except (OSError, ValueError) as exc:
                 error = str(exc)
             else:
-                if not missing:   # it is there from before
+                if not missing:   # an earlier process has received it
                     self._desk.came(action.comp)
         return [self._let_go(early) for _, early in served], missing, error
 
     def _let_go(self, early: EarlyJob) -> tuple:
-        """Return the row of a job that is taken now. From then on the job itself keeps its
+        """Return the row of a job that is accepted now. From now on the job itself keeps its
         values."""
         self._desk.release(self._computation.comp, early)
         return early.row
 
     def postpone(self, until: float) -> None:
-        """The value that was to come finds no room: it is tried again at `until`."""
+        """Try the value that was to come again at `until`, because there is no room for it now."""
         self._desk.postpone(self._computation.comp)
         self.retry_at = until
 
     def came(self, name: str) -> None:
-        """The value that was asked for is here."""
+        """Note that the requested value is here."""
         digits = self._desk.coming(self._computation.comp).hex()
         if digits == name:
             self._desk.came(self._computation.comp)
 
     def failed(self) -> List[int]:
-        """The value that was asked for cannot be had, or finds no room. Return the serials of the
-        jobs that waited for it."""
+        """Note that the requested value is not available, or does not fit. Return the serials of
+        the jobs that waited for it."""
         if not self._desk.coming(self._computation.comp):
             return []
         failed = self._desk.failed(self._computation.comp)
         return [early.row[0] for early in failed]
 
 
-# Rows of files, rows of modules, and what is called when all of them are here
+# Rows of files, rows of modules, and the function that is called when all of them are here
 WantedFiles = Tuple[list, list, Callable[..., None]]
 
 
 def _no_source() -> Tuple[bytes, str]:
-    """Say why the scheduler has no source: the `source` of a PackedComputation."""
+    """Raise NoSource: this is the `source` of a PackedComputation of a scheduler, which has no
+    source."""
     return b'', 'only its program can tell'
 
 
 class ForwardedFiles(HeldFiles):
-    """The files of a second attempt, which are kept on the disk here until it counts, and go to
-    the program then. Its result follows when the program has them. The loop's thread."""
+    """The files of a second attempt. They are kept on the disk here until the attempt counts, and
+    are sent to the program then. The result of the attempt follows when the program has them. The
+    loop's thread uses this class."""
     forwards = True
 
     def __init__(self, computation: 'ClientComputation', scheduler: 'Scheduler',
@@ -1276,8 +1284,8 @@ class ForwardedFiles(HeldFiles):
         self._computation = computation
         self._scheduler = scheduler
         self._serial = serial
-        self._result: Optional[tuple] = None    # the row of Results that waits
-        self._under_way: Set[str] = set()       # names of files on the way to the program
+        self._result: Optional[tuple] = None    # the row of Results that waits for the files
+        self._under_way: Set[str] = set()       # names of files that are being sent to the program
         self._rows: Dict[str, tuple] = {}       # name -> row of FilePiece
 
     def take(self, message: FilePiece) -> Optional[FileStored]:
@@ -1287,14 +1295,14 @@ class ForwardedFiles(HeldFiles):
         return super().take(message)
 
     def place(self) -> str:
-        """Send the program those that are whole. Returns an empty text: what it cannot store is
-        told later."""
+        """Send the files that are complete to the program. Returns an empty text: what the program
+        cannot store is reported later."""
         self.counts = True
         self.forward()
         return ''
 
     def forward(self) -> None:
-        """Send those that the program is not known to have."""
+        """Send the files that the program is not known to have."""
         computation = self._computation
         scheduler = self._scheduler
         known = scheduler.schedule.comps[computation.comp]
@@ -1307,7 +1315,7 @@ class ForwardedFiles(HeldFiles):
         transfer = (computation.comp, int(Purpose.FROM_JOB), work.client_serial)
         for name in self.names:
             path = os.path.join(self.directory, *name.split('/'))
-            if name not in self._rows:   # it came before this process was started
+            if name not in self._rows:   # it came before this process started
                 size, digest = file_digest(path)
                 mode = stat.S_IMODE(os.stat(path).st_mode)
                 self._rows[name] = (name, size, digest, mode)
@@ -1316,7 +1324,8 @@ class ForwardedFiles(HeldFiles):
             scheduler.program_jobs.backlog.add_file(computation.link, transfer, row, path)
 
     def came(self, name: str, error: str) -> bool:
-        """The program has stored a file, or cannot. Returns whether it was one of these."""
+        """Note that the program has stored a file, or cannot store it. Returns whether the file was
+        one of these."""
         if name not in self._under_way:
             return False
         self._under_way.discard(name)
@@ -1330,16 +1339,16 @@ class ForwardedFiles(HeldFiles):
         return True
 
     def _let_go(self) -> None:
-        """Hand on the result if nothing is left that it waits for."""
+        """Pass on the result if it waits for nothing any more."""
         comp = self._computation.comp
         known = self._scheduler.schedule.comps[comp]
         node = known.running.get(self._serial)
         if self._result is not None and not self.names and node is not None:
-            node_results = NodeResults(node.key, comp, [self._result])
-            self._scheduler.decide(node_results)
+            results = NodeResults(node.key, comp, [self._result])
+            self._scheduler.decide(results)
 
     def keep_until_there(self, row: tuple) -> bool:
-        """Whether the row of Results of the attempt has to wait."""
+        """Return whether the row of Results of the attempt has to wait."""
         if not self.counts or not self.names:
             return False
         self._result = row
@@ -1348,7 +1357,8 @@ class ForwardedFiles(HeldFiles):
         return True
 
     def give_up(self) -> None:
-        """The program has ended, and what collects its results stores no files."""
+        """Give up the files, because the program has ended, and the process that collects its
+        results stores no files."""
         if self._result is not None:
             self._computation.warn(
                 'the files %s have not come: they are of a job that was started a second time, and '
@@ -1358,42 +1368,43 @@ class ForwardedFiles(HeldFiles):
 
 
 class ClientSeconds(SecondsOfUser):
-    """Second attempts of the jobs of a program. It is told of one when that counts. The loop's
-    thread."""
+    """Second attempts of the jobs of a program. The program is told of an attempt when that counts.
+    The loop's thread uses this class."""
 
     def __init__(self, computation: 'ClientComputation', scheduler: 'Scheduler') -> None:
         self._computation = computation
         self._scheduler = scheduler
 
     def send(self, peer: NodeConnection, seconds: Sequence[Any]) -> None:
-        """Send these to a node."""
+        """Send second attempts to a node."""
         self._computation.send_rows(peer, seconds)
         self._scheduler.state.seconds_sent(seconds, peer.key)
 
     def counts(self, peer: NodeConnection, second: Any, ran: float) -> None:
-        """Tell the program that a job is elsewhere than it was."""
+        """Tell the program that a job is now on another node."""
         computation = self._computation
         work = second.first
         self._scheduler.state.second_over(second)
         self._scheduler.state.sent([work], peer.key)
         node = (peer.ip_addr, peer.port, peer.name)
         serials = [work.client_serial]
-        jobs_assigned = JobsAssigned(computation.comp, node, serials)
-        computation.send(jobs_assigned)
+        report = JobsAssigned(computation.comp, node, serials)
+        computation.send(report)
         if work.state is not JobState.SENT:
             computation.jobs_started(peer, [(work, ran)])
 
     def over(self, second: Any) -> None:
-        """Note that one counts no more."""
+        """Note that a second attempt is discarded."""
         self._scheduler.state.second_over(second)
 
     def files_of(self, second: Any) -> ForwardedFiles:
-        """Return where the files of one are kept."""
+        """Return where the files of a second attempt are kept."""
         return ForwardedFiles(self._computation, self._scheduler, second.serial)
 
 
 class ClientComputation(NodeUser):
-    """A computation of a program, in the place of a JobCluster. The loop's thread."""
+    """A computation of a program; the scheduler uses it as a client uses a JobCluster. The loop's
+    thread uses this class."""
     cargo: PackedComputation
 
     def __init__(self,
@@ -1406,17 +1417,17 @@ class ClientComputation(NodeUser):
                  key: bytes = b'',
                  max_values: int = QUEUED_MOST) -> None:
         self._scheduler = scheduler
-        # Otherwise nodes are named, and nothing is broadcast
+        # Otherwise nodes are listed, and nothing is broadcast
         self.searches = not scheduler.options.nodes
         self.multicast = scheduler.options.multicast
-        self.key = key    # the scheduler's own, to nodes
+        self.key = key    # the scheduler's own key for nodes
         shared = spec['shared']
         self.comp = comp
         self.name = spec['name']
         self.client = client.hex()
         self.instance = client
         self.link = 0
-        self.digest = result_key(spec)   # of what shows that results are its
+        self.digest = result_key(spec)   # proves that results are its own
         self.directory = directory
         self.reentrant = shared['reentrant']
         self.speculate = self.reentrant and spec.get('speculate', False)
@@ -1426,7 +1437,7 @@ class ClientComputation(NodeUser):
         recovers = bool(shared['recovers'])
         self.absence = Absence(recovers, shared['process'])
         self._waits_told: Set[str] = set()   # why jobs wait
-        # Whether another process may come for the results, see `dispy.Trail`
+        # Whether another process may collect the results, see `dispy.ComputationNotes`
         self.collected = bool(shared['recovers'] or shared.get('collected'))
         self.specs = specs_of(shared['nodes'])
         self.take_spec(spec)
@@ -1444,40 +1455,40 @@ class ClientComputation(NodeUser):
         os.makedirs(modules, mode=0o700, exist_ok=True)
         os.makedirs(values, mode=0o700, exist_ok=True)
         self.values = ClientValues(self, max_values)
-        # Rows of files and of modules to be had, and who waits for them.
+        # Rows of missing files and modules, and the functions that wait for them
         self.wanted: Deque[WantedFiles] = collections.deque()
-        self.compared: Optional[list] = None      # rows of files that were compared beside the loop
+        self.compared: Optional[list] = None      # rows of files that were compared in a thread
         self.ready = False
-        self.questions: List[Tuple[Link, Call]] = []   # that came before its files were there
-        self.works: Dict[int, ClientJob] = {}    # by the program's serials
-        # The same of jobs that have ended and are not acknowledged, to their numbers
+        self.questions: List[Tuple[Link, Call]] = []   # requests that came before its files
+        self.works: Dict[int, ClientJob] = {}    # jobs by the program's serials
+        # Serials of jobs that have ended and are not acknowledged -> their numbers
         self.ended: Dict[int, int] = {}
         self.outbox: List[tuple] = []
         self.unread: List[int] = []    # numbers of results that could not be read from the disk
         self.calls: Dict[int, Callable[[tuple, Any], None]] = {}
-        # By which link and when it was asked last what is here
+        # On which link and when the last Reclaim came
         self.told_at = (0, 0.0)
-        # Serial of a job that sends a file -> the link that it goes along, and its name.
+        # Serial of a job that sends a file -> the link on which it is sent on, and its name
         self.files: Dict[int, Tuple[int, str]] = {}
-        self.is_collected = False                 # by another process than its program
-        self.given_up_at = math.inf               # when, if its program does not come back
-        # When it lets its nodes go, if its program is not back and it has no jobs
+        self.is_collected = False   # whether another process than its program has taken it over
+        self.given_up_at = math.inf   # when it is given up, if its program does not come back
+        # When it releases its nodes, if its program is not back and it has no jobs
         self.rests_at = math.inf
-        self.rests = False                        # it has none: only results are kept, as files
-        # For monitors: what it is called, since when it is here, whose it is
+        self.rests = False                        # it has none: only its results are kept
+        # For monitors: its name, since when it is here, and its owner
         self.number = 0
         self.since = 0.0
         self.program = ''
         self.user = ProgramUser()
-        self.done = 0                             # jobs that have ended as they should
+        self.done = 0                             # jobs that have succeeded
         self.failed = 0
         self.cancelled = 0
-        self.cpu_seconds = 0.0                    # that CPUs were taken by jobs that have ended
+        self.cpu_seconds = 0.0                    # for which jobs that have ended occupied CPUs
         # Node -> jobs ended there, seconds that they ran
         self.ended_at: Dict[Any, List[float]] = {}
 
     def take_spec(self, spec: dict) -> None:
-        """Take a specification for nodes. It changes after a setup with other files."""
+        """Store a specification for nodes. It changes after a setup with other files."""
         spec = dict(spec)
         spec['code'] = bytes(spec['code'])
         spec['setup_args'] = bytes(spec['setup_args'])
@@ -1493,8 +1504,8 @@ class ClientComputation(NodeUser):
         return os.path.join(self.directory, *name.split('/'))
 
     def paths_of(self, rows: Iterable[tuple]) -> Dict[str, str]:
-        """Return a dictionary from names of files to their paths. The names stand first in the
-        rows."""
+        """Return a dictionary from names of files to their paths. The name is the first field of
+        each row."""
         return {row[0]: self.path_of(row[0]) for row in rows}
 
     def jobs_counted(self) -> Tuple[int, int, int, int]:
@@ -1539,8 +1550,8 @@ class ClientComputation(NodeUser):
     def node_unreachable(self, peer: NodeConnection, text: str) -> None:
         """Tell the program why a node cannot be used."""
         message = 'node %s cannot be used: %s' % (peer, text)
-        notice = Notice(self.comp, message)
-        self.send(notice)
+        warning = Notice(self.comp, message)
+        self.send(warning)
 
     def node_changed(self, status: int, peer: NodeConnection) -> None:
         """Tell the program that a node is used or is not used any more."""
@@ -1598,8 +1609,8 @@ class ClientComputation(NodeUser):
         self.send_rows(peer, works)
 
     def send_rows(self, peer: NodeConnection, works: Sequence[Any]) -> None:
-        """Send attempts to a node. The arguments of jobs that have waited for long are on the
-        disk."""
+        """Send attempts to a node. The arguments of jobs that have waited for a long time are on
+        the disk."""
         scheduler = self._scheduler
         rows: List[Tuple[tuple, int]] = []
         unread: List[tuple] = []
@@ -1645,7 +1656,7 @@ class ClientComputation(NodeUser):
         self._end(work, outcome, text)
 
     def fail_job(self, work: Any, text: str) -> None:
-        """End a job that is nowhere any more."""
+        """End a job that is neither in the queue nor on a node any more."""
         self._end(work, Outcome.DIED, text)
 
     def _end(self, work: Any, outcome: Outcome, text: str) -> None:
@@ -1672,7 +1683,7 @@ class ClientComputation(NodeUser):
                   'once for all jobs like these' % text)
 
     def job_goes_on(self, work: Any) -> None:
-        """Tell the program, which wanted to cancel a job if it has not begun, that it has."""
+        """Tell the program, which wanted to cancel a job if it had not begun, that it has begun."""
         self.absence.dropping.discard(work)
         if work.state in (JobState.RUNNING, JobState.PROVISIONAL):
             ran = self._scheduler.schedule.ran(work)
@@ -1692,7 +1703,7 @@ class ClientComputation(NodeUser):
         if message.offset == 0:
             self.files[key] = (self.link, message.row[0])
         if key not in self.files:
-            return   # it was answered already: what is left of it is passed over
+            return   # it was answered already: the rest is ignored
         began_by, _ = self.files[key]
         if self.link in scheduler.links and began_by == self.link:
             self.send(message._replace(key=work.client_serial, data=out_of_band(message.data)))
@@ -1724,22 +1735,22 @@ class KeepConnected(NodeUser):
         logger.info('node %s is connected, and offers %d CPUs', peer, peer.offered)
 
     def spec_of(self, peer: NodeConnection) -> Optional[NodeSpec]:
-        """Return what means a node. A node that has connected by itself and knows the secret is
-        meant, too."""
+        """Return the element of `specs` that matches a node. A node that has connected by itself
+        and knows the secret matches, too."""
         if peer.port:
             return super().spec_of(peer)
         return NodeSpec('*', 0)
 
 
 def take_state_directory(root: str) -> None:
-    """Create the directory of --state-dir, or verify that it is a scheduler's. Raises DispyError,
+    """Create the directory of --state-dir, or check that it is a scheduler's. Raises DispyError or
     OSError."""
     take_own_directory(root, STATE_MARK, ('state.db',), '--state-dir')
 
 
 def may_dial(host: str, address: str, allowed: Sequence[str]) -> bool:
-    """Return whether a node may be connected to by its name, or at an address that its name has.
-    Programs name nodes; without a limit they could have any host tried out."""
+    """Return whether a node may be connected to by its name, or at an address that its name
+    resolves to. Programs name nodes; without a limit they could make the scheduler try any host."""
     if address:
         found = ipaddress.ip_address(plain_address(address.partition('%')[0]))
     else:
@@ -1761,8 +1772,8 @@ def may_dial(host: str, address: str, allowed: Sequence[str]) -> bool:
 
 
 def raise_descriptors() -> None:
-    """Each connection takes a descriptor, and the soft limit is low by default: 1024 on Linux, 256
-    on macOS, which allows no more than 10240 whatever the hard limit says."""
+    """Raise the limit of descriptors. Each connection needs one, and the soft limit is low by
+    default: 1024 on Linux, 256 on macOS, which permits at most 10240 whatever the hard limit is."""
     try:
         import resource
     except ImportError:   # Windows has no such limit
@@ -1785,8 +1796,8 @@ def raise_descriptors() -> None:
 
 
 def links_of_one() -> int:
-    """Return how many connections of programs one address may have: a quarter of what this process
-    may have open."""
+    """Return how many connections of programs one address may have: a quarter of the descriptors
+    that this process may have."""
     try:
         import resource
         most = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
@@ -1808,8 +1819,8 @@ def specs_of(rows: Any) -> List[NodeSpec]:
 
 
 def _spec_of(host: Any, port: Any, cpus: Any, number: Any) -> NodeSpec:
-    """Return one of them. `number` is of the NodeAllocate that the program is asked, or 0 if there
-    is none."""
+    """Return one of these specifications. `number` is that of the NodeAllocate about which the
+    program is asked, or 0 if there is none."""
     nodes = parse_nodes((host, port, cpus), NODE_PORT, True)
     spec = nodes[0]
     allocator: Any = None
@@ -1819,7 +1830,8 @@ def _spec_of(host: Any, port: Any, cpus: Any, number: Any) -> NodeSpec:
 
 
 class ProgramUser(NamedTuple):
-    """Whose a program is: by the secret that it has, or only by what it says."""
+    """The user of a program, who is identified by the secret of the program, or only by what the
+    program says."""
     name: str = ''
     is_proven: bool = False
 
@@ -1829,8 +1841,9 @@ class ProgramUser(NamedTuple):
         return self.name + ' (not proven)'
 
     def known_as(self, with_secrets: bool) -> str:
-        """Return the name by which limits and shares know the user. A name that is not proven
-        stands without the host, and for itself where others prove theirs by secrets."""
+        """Return the name by which limits and shares know the user. A name that is not
+        authenticated counts without the host, and is never that of a user with a secret, if users
+        have secrets."""
         if self.is_proven:
             return self.name
         name = self.name.partition('@')[0]
@@ -1841,7 +1854,7 @@ class ProgramUser(NamedTuple):
 
 class _Session(NamedTuple):
     """The link of a program. `operator` says whether the program has the operator's secret, `user`
-    is the one whose secret it has."""
+    is the user whose secret it has."""
     link: Link
     names: List[str]
     operator: bool = True
@@ -1853,7 +1866,7 @@ class _Session(NamedTuple):
 # --------------------------------------------------------------------------------------------------
 
 class Options(NamedTuple):
-    """The options of a scheduler, one field for each option of the command line."""
+    """The options of a scheduler; there is one field for each option of the command line."""
     hosts: Tuple[str, ...]
     port: int
     nodes: Tuple[str, ...]
@@ -1872,39 +1885,39 @@ class Options(NamedTuple):
     max_file_size: int = sys.maxsize
     multicast: bool = False
     max_queued: int = QUEUED_MOST
-    # Programs have a secret of their own, and so has the operator
+    # Whether programs have a secret of their own, and whether the operator has one
     separate: bool = False
     operator_secret: bytes = b''
-    # Names of users and their secrets, in the place of the one of programs
+    # Names of users and their secrets, which replace the secret of programs
     users: Tuple[Tuple[str, bytes], ...] = ()
-    # Networks and host names with nodes that may be dialled; none: private networks
+    # Networks and host names of nodes that may be dialled; if empty, private networks
     allowed: Tuple[str, ...] = ()
     gone: float = GONE_TIME
-    history: float = 0.0               # days that jobs which have ended are kept for accounts
-    cleanup_nodes: bool = False        # nodes remove files, whatever programs say
+    history: float = 0.0               # days for which ended jobs are kept for accounting
+    cleanup_nodes: bool = False        # nodes remove files, whatever programs request
     rules: UserRules = UserRules()     # limits and shares of users
-    # Reads the rules anew: raises StartError, OSError, ValueError
+    # Reads the rules again; raises StartError, OSError, ValueError
     read_rules: Optional[Callable[[], UserRules]] = None
 
 
 class Stop(NamedTuple):
-    """An event that a signal posts: the scheduler is to end."""
+    """The scheduler is to end. A signal posts this event."""
 
 
 class Reload(NamedTuple):
-    """An event that a signal posts: the rules of users are to be read again."""
+    """The rules of users are to be read again. A signal posts this event."""
 
 
 RELEASED = 'released at the scheduler'
 
 
-# Who gives an order at the prompt of a scheduler or on its page, for the log
+# The name, for the log, of those who give orders at the prompt of a scheduler or on its page
 HERE = 'the operator'
 
 
 class Drains:
-    """The nodes that an operator has drained, and why. They are drained until they are used again,
-    also if they or the scheduler are started anew. The loop's thread."""
+    """The nodes that an operator has drained, and why. They remain drained until they are used
+    again, even if they or the scheduler are restarted. The loop's thread uses this class."""
 
     def __init__(self, state: State) -> None:
         self._state = state
@@ -1912,7 +1925,7 @@ class Drains:
 
     @staticmethod
     def _name(peer: NodeConnection) -> str:
-        """What a node is known by after a new start: its address, or the name of one that
+        """Return what identifies a node after a restart: its address, or the name of a node that
         connects by itself."""
         if peer.port:
             return '%s port %d' % (peer.host, peer.port)
@@ -1926,18 +1939,18 @@ class Drains:
         self._state.drained(self._name(peer), *drain)
 
     def end(self, peer: NodeConnection) -> None:
-        """A node is used again."""
+        """Use a node again."""
         peer.most = sys.maxsize
         if self._known.pop(self._name(peer), None) is not None:
             self._state.drained(self._name(peer), '', 0.0)
 
     def restore(self, peer: NodeConnection) -> None:
-        """A node is connected that may have been drained before."""
+        """Drain a node that has connected, if it was drained before."""
         if self._name(peer) in self._known:
             peer.most = 0
 
     def reason_of(self, peer: NodeConnection) -> Optional[str]:
-        """Return why a node is drained, in one text with the time, or None if it is not."""
+        """Return why a node is drained, in one text with the time, or None if it is not drained."""
         drain = self._known.get(self._name(peer))
         if drain is None:
             return None
@@ -1950,10 +1963,10 @@ class Drains:
 
 
 class JobHistory:
-    """The jobs that have ended within some days, for accounts: on the disk, whoever asks. The
-    loop's thread."""
+    """The jobs that have ended within some days, for accounting: they are on the disk, whether
+    monitors ask or not. The loop's thread uses this class."""
     DAY = 86400.0
-    # Jobs that are added before old ones are removed, of which at most twice as many go then
+    # Number of added jobs after which old ones are removed, at most twice as many at a time
     APART = 1000
 
     def __init__(self, scheduler: 'Scheduler', days: float) -> None:
@@ -1965,7 +1978,7 @@ class JobHistory:
 
     def add(self, computation: ClientComputation, work: ClientJob, row: tuple, node: Any,
             outcome: str) -> None:
-        """Note a job that has ended with this row of Results, at this node if it was at one."""
+        """Note a job that has ended with this row of Results, on this node if it was on one."""
         if not self._kept:
             return
         where = ''
@@ -1983,8 +1996,8 @@ class JobHistory:
             self._state.forget_before(now - self._kept)
 
     def page(self, only: str, after: int, since: float) -> Tuple[int, List[tuple]]:
-        """Return rows as `State.history` does, of a user who has proved his name or, for an empty
-        text, of all."""
+        """Return rows as `State.history` does: those of an authenticated user or, for an empty
+        name, all."""
         if not self._kept:
             raise ValueError('no history is kept: start the dispyscheduler with --history DAYS')
         begin = max(float(since), time.time() - self._kept)
@@ -1995,7 +2008,7 @@ class JobHistory:
 
 
 def _user_row(name: str, load: UserLoad) -> dict:
-    """Return what a user or a group may have and has, for monitors."""
+    """Return the limits and the present load of a user or a group, for monitors."""
     rule = load.rule
     row: Dict[str, Any] = {}
     row['user'] = name
@@ -2020,8 +2033,8 @@ def _limit_of(most: float) -> Optional[int]:
 
 
 class UserUse:
-    """What users have used over the past, which is on the disk, and the rules by which they share,
-    which are read anew when the operator wants it. The loop's thread."""
+    """What users have used in the past, which is on the disk, and the rules by which they share,
+    which are read again when the operator requests it. The loop's thread uses this class."""
     APART = 10.0     # s between two notes
 
     def __init__(self, scheduler: 'Scheduler') -> None:
@@ -2043,7 +2056,7 @@ class UserUse:
         users.restore(used, self._scheduler.now)
 
     def look(self) -> None:
-        """Note what was used, now and then while jobs run."""
+        """Note from time to time what was used, while jobs run."""
         now = self._scheduler.now
         users = self._scheduler.schedule.users
         if now < self._noted_at + self.APART or not users.rules.half_life:
@@ -2068,8 +2081,8 @@ class UserUse:
         return load.held_up()
 
     def rows(self, only: str) -> List[dict]:
-        """Return the users and groups that are known, or the one with this name, with what they
-        may have and have. Raises ValueError."""
+        """Return the users and groups that are known, or the one with this name, with their limits
+        and their present load. Raises ValueError."""
         users = self._scheduler.schedule.users
         if users.rules.are_empty:
             raise ValueError('users have no limits and no shares: start the dispyscheduler with '
@@ -2082,7 +2095,7 @@ class UserUse:
         return rows[:PAGE]
 
     def reload(self) -> None:
-        """Read the rules again. If they make no sense, those that hold go on to hold."""
+        """Read the rules again. If the new ones are invalid, the present ones remain in force."""
         scheduler = self._scheduler
         read = scheduler.options.read_rules
         if read is None:
@@ -2099,8 +2112,8 @@ class UserUse:
 
 
 class TurnTimes:
-    """How long the turns of the scheduler take. The loop's thread."""
-    SPAN = 30.0     # s; the longest turn is that of this span and of the one before
+    """How long the turns of the scheduler take. The loop's thread uses this class."""
+    SPAN = 30.0     # s; the longest turn is that of this span and of the previous one
 
     def __init__(self) -> None:
         self.turns = 0
@@ -2110,7 +2123,7 @@ class TurnTimes:
         self._since = 0.0
 
     def add(self, began: float, now: float) -> None:
-        """A turn has ended."""
+        """Note how long a turn took."""
         seconds = now - began
         self.turns += 1
         self.seconds += seconds
@@ -2122,15 +2135,15 @@ class TurnTimes:
 
     @property
     def longest(self) -> float:
-        """The longest turn of the last minute, about."""
+        """Return the duration of the longest turn of about the last minute."""
         return max(self._longest, self._longest_before)
 
 
 class JobsForMonitors:
-    """The jobs of all programs, one by one, as monitors show them. What has ended is noted while a
-    monitor asks: what it is called, what it was given and what it has printed is in memory then.
-    The loop's thread."""
-    PATIENCE = 60.0   # s without a question after which nobody watches
+    """The jobs of all programs, one by one, as monitors show them. Jobs that have ended are noted
+    while a monitor asks: their names, arguments and output are in memory then. The loop's thread
+    uses this class."""
+    PATIENCE = 60.0   # s without a request after which no monitor is considered to watch
 
     def __init__(self, overview: 'ProgramOverview', scheduler: 'Scheduler') -> None:
         self._overview = overview
@@ -2144,7 +2157,7 @@ class JobsForMonitors:
 
     def note(self, computation: ClientComputation, work: ClientJob, row: tuple, node: Any,
              status: int, text: str) -> None:
-        """Note a job that has ended with this row of Results, at this node if it was at one."""
+        """Note a job that has ended with this row of Results, on this node if it was on one."""
         if self._scheduler.now > self._watched_until:
             return
         peer = self._scheduler.nodes.by_key.get(node)
@@ -2171,7 +2184,7 @@ class JobsForMonitors:
         return list(map(tuple, rows))
 
     def at_nodes(self, first: int, count: int) -> List[tuple]:
-        """Return jobs that are at nodes: cluster, job, number of the attempt, key of the node,
+        """Return the jobs that are on nodes: cluster, job, number of the attempt, key of the node,
         whether it runs, seconds that it has run or None, CPUs."""
         keys = sorted(self._scheduler.schedule.nodes, key=str)
         rows: List[tuple] = []
@@ -2193,8 +2206,8 @@ class JobsForMonitors:
         return rows
 
     def waiting(self, number: int, first: int, count: int) -> List[int]:
-        """Return the numbers of jobs of a computation that are at no node, in the order of their
-        submission."""
+        """Return the numbers of the jobs of a computation that are on no node, in the order of
+        their submission."""
         works = self._overview.computation(number).works
         waiting = (serial for serial, work in works.items() if work.state in _AT_NO_NODE)
         last = first + min(count, PAGE)
@@ -2202,7 +2215,7 @@ class JobsForMonitors:
         return list(page)
 
     def jobs(self, key: Any) -> List[tuple]:
-        """Return the jobs at a node: cluster, job, whether it runs, seconds that it has run or
+        """Return the jobs on a node: cluster, job, whether it runs, seconds that it has run or
         None."""
         peer = self._overview.peer(key)
         rows: List[tuple] = []
@@ -2216,8 +2229,8 @@ class JobsForMonitors:
         return rows
 
     def arguments(self, jobs: list) -> list:
-        """Return the packed arguments of jobs that are named by pairs of cluster and job: their
-        size if they are large, None if the job has ended."""
+        """Return the packed arguments of jobs that are identified by pairs of cluster and job:
+        their size if they are large, None if the job has ended."""
         computations = {}
         for computation in self._overview.opened_computations():
             computations[computation.number] = computation
@@ -2246,8 +2259,8 @@ class JobsForMonitors:
             return None
 
     def looks(self, jobs: list, wants_stacks: bool) -> List[Optional[tuple]]:
-        """Return what jobs do that are named by pairs of cluster and job, in the form of JobSight;
-        None where that is not known, or not yet."""
+        """Return what jobs do that are identified by pairs of cluster and job, in the form of
+        JobSight; None for those of which it is not known yet."""
         found = []
         for number, serial in jobs[:PAGE]:
             computation = self._overview.computation(number)
@@ -2257,7 +2270,7 @@ class JobsForMonitors:
 
     def looks_of(self, computation: ClientComputation, serials: List[int],
                  wants_stacks: bool) -> List[Optional[tuple]]:
-        """Return the same of jobs of a computation."""
+        """Return the same for jobs of a computation."""
         numbers = []
         for serial in serials:
             work = computation.works.get(serial)
@@ -2269,7 +2282,7 @@ class JobsForMonitors:
         return [None if sight is None else tuple(sight) for sight in sights]
 
     def cancel(self, number: int, serials: List[int]) -> int:
-        """End jobs of a computation, wherever they are. Return how many they were."""
+        """End jobs of a computation, wherever they are. Return the number of jobs."""
         works = self._overview.computation(number).works
         found = [works[serial] for serial in serials if serial in works]
         for work in found:
@@ -2288,30 +2301,32 @@ def _end_of_output(data: Any) -> bytes:
 
 
 class ProgramOverview(Overview):
-    """What monitors ask and order, by a `Call` named 'overview' that speaks of no computation. Who
-    knows the secret of the programs may see and manage everything; if the operator has a secret of
-    his own, this needs that one. An answer has at most PAGE rows. Counts, limits and releases are
-    of this process: a scheduler that is started again has forgotten them, but not which nodes are
-    drained. The loop's thread."""
+    """Answers monitors and carries out their orders, which come by a `Call` named 'overview' that
+    names no computation. A peer that knows the secret of the programs may see and manage
+    everything; if the operator has a secret of their own, this needs that one. An answer has at
+    most PAGE rows. Counts, limits and releases are those of this process: a scheduler that is
+    restarted has forgotten them, but not which nodes are drained. The loop's thread uses this
+    class."""
     COUNTS = ('submitted', 'done', 'failed', 'cancelled')   # as of NodeUser.jobs_counted
 
     def __init__(self, scheduler: 'Scheduler') -> None:
         super().__init__(scheduler)
         self._scheduler = scheduler
         self._drains = scheduler.drains
-        self._only = ''      # the user who asks and may not see what is of others
+        self._only = ''      # the user who asks and may not see data of others
         self._asker = HERE   # who gives orders, for the log
         self._numbers = itertools.count(1)
-        # Node -> jobs ended there and seconds that they ran, of computations that are over
+        # Node -> jobs that have ended there and seconds that they ran, for computations that have
+        # ended
         self._ended_at: Dict[Any, List[float]] = {}
         self._failed_jobs = FailedJobs()
         self.jobs_shown = JobsForMonitors(self, scheduler)
-        # Nodes that nobody may use -> computations that were told so
+        # Nodes that no computation may use -> computations that were told so
         self._released: Dict[Any, Set[str]] = {}
 
     def answer(self, name: str = '', *args: Any) -> Tuple[float, Any]:
         """Return the seconds that an answer took, and the answer. Raises ValueError or TypeError
-        for a question that makes no sense."""
+        for an invalid question."""
         began = time.perf_counter()
         if name not in self._ANSWERS:
             raise ValueError('%.40r cannot be asked of a scheduler' % (name,))
@@ -2319,7 +2334,7 @@ class ProgramOverview(Overview):
         return time.perf_counter() - began, value
 
     def answer_operator(self, asker: str, name: str = '', *args: Any) -> Tuple[float, Any]:
-        """Answer whoever has the operator's secret: as `answer`, and the log names him."""
+        """Answer a peer that has the operator's secret: as `answer`, and the log names the peer."""
         self._asker = asker
         try:
             return self.answer(name, *args)
@@ -2327,7 +2342,7 @@ class ProgramOverview(Overview):
             self._asker = HERE
 
     def answer_user(self, user: str, name: str = '', *args: Any) -> Tuple[float, Any]:
-        """Answer a user who has proved his name: as `answer`, as if there were no programs of
+        """Answer a user whose name is authenticated: as `answer`, as if there were no programs of
         others. Orders that concern others are refused."""
         if name not in self._OF_USERS:
             raise RuntimeError(
@@ -2340,14 +2355,14 @@ class ProgramOverview(Overview):
             self._only = ''
 
     def seen_clusters(self) -> Optional[Set[int]]:
-        """Return the numbers of the clusters that who asks may see; None: of all there are and ever
-        were."""
+        """Return the numbers of the clusters that the asking user may see; None means all present
+        and former ones."""
         if not self._only:
             return None
         return {computation.number for computation in self.opened_computations()}
 
     def opened_computations(self) -> List[ClientComputation]:
-        """Return the computations that who asks may see."""
+        """Return the computations that the asking user may see."""
         opened = self._scheduler.computations.opened()
         if not self._only:
             return opened
@@ -2355,8 +2370,8 @@ class ProgramOverview(Overview):
         return [computation for computation in opened if computation.user == mine]
 
     def answer_anybody(self, name: str = '', *args: Any) -> Tuple[float, Any]:
-        """Answer somebody who does not have the operator's secret: with the names and counts of
-        all programs and with nothing about their jobs. Orders are refused."""
+        """Answer a peer that does not have the operator's secret: with the names and counts of all
+        programs and with nothing about their jobs. Orders are refused."""
         if name in ('failures', 'jobs', 'ended', 'at_nodes', 'waiting'):
             return 0.0, []
         if name not in ('clusters', 'nodes'):
@@ -2379,7 +2394,7 @@ class ProgramOverview(Overview):
         computation.since = self._scheduler.now
 
     def ended(self, computation: ClientComputation, work: ClientJob, row: tuple, node: Any) -> None:
-        """Count a job that has ended with this row of Results, at this node if it was at one."""
+        """Count a job that has ended with this row of Results, on this node if it was on one."""
         outcome = row[1]
         exit_status = 0
         text = ''
@@ -2423,7 +2438,7 @@ class ProgramOverview(Overview):
         return status, text
 
     def over(self, computation: ClientComputation) -> None:
-        """Keep what a computation that is over has done at nodes."""
+        """Keep the counts of a computation that has ended, for each node."""
         peers = self._scheduler.nodes.by_key
         for key, (jobs, seconds) in computation.ended_at.items():
             count = self._ended_at.setdefault(key, [0, 0.0])
@@ -2433,7 +2448,7 @@ class ProgramOverview(Overview):
             del self._ended_at[key]
 
     def keeps_from(self, peer: NodeConnection, comp: str) -> bool:
-        """Return whether a computation may not be set up at a node because the node was released
+        """Return whether a computation may not be set up on a node because the node was released
         for all, and note that the computation was told so."""
         use = peer.uses[comp]
         if comp == KeepConnected.comp:
@@ -2536,7 +2551,7 @@ class ProgramOverview(Overview):
         return shown_state(state, reason), short_reason, cpus
 
     def _state_for_all(self, peer: NodeConnection) -> Tuple[str, str]:
-        """Return the state of a node for whoever wants it, and the reason."""
+        """Return the state of a node for all computations, and the reason."""
         if peer.key in self._released:
             return 'closed', RELEASED
         reason = self._drains.reason_of(peer)
@@ -2546,17 +2561,17 @@ class ProgramOverview(Overview):
 
     @staticmethod
     def _drained_state(peer: NodeConnection) -> str:
-        """Return what a drained node is: one that is away is not yet, or not any more, at work."""
+        """Return the state of a drained node; one that is away counts as away."""
         if peer.link is None:
             return peer.state_word
         return shown_state(peer.state_word, DEALLOCATED)
 
     def _history(self, after: int, since: float) -> Tuple[int, List[tuple]]:
-        """Return jobs that have ended, and after which number there are more."""
+        """Return jobs that have ended, and the number after which there are more."""
         return self._scheduler.history.page(self._only, after, since)
 
     def _load(self) -> Dict[str, float]:
-        """Return how much the scheduler has to do, for metrics."""
+        """Return the load of the scheduler, for metrics."""
         scheduler = self._scheduler
         times = scheduler.turn_times
         works = 0
@@ -2588,8 +2603,8 @@ class ProgramOverview(Overview):
     # -- orders ------------------------------------------------------------------------------------
 
     def _cancel(self, number: int, key: Any, jobs: Any) -> int:
-        """End jobs at a node: those of a list, or all for None. Without a node, those of the list
-        wherever they are."""
+        """End jobs on a node: those of a list, or all for None. Without a node, end those of the
+        list wherever they are."""
         if key is None:
             count = self.jobs_shown.cancel(number, jobs)
             logger.info('%s has cancelled jobs of computation %d: %d', self._asker, number, count)
@@ -2606,7 +2621,7 @@ class ProgramOverview(Overview):
         return len(works)
 
     def _cancel_waiting(self, number: int) -> int:
-        """End jobs that have not begun, also those that wait at nodes."""
+        """End jobs that have not begun, including those that wait on nodes."""
         comp = self.computation(number).comp
         count = self._scheduler.cancels.cancel_waiting(comp)
         logger.info('%s has cancelled jobs of computation %d that had not begun: %d', self._asker,
@@ -2614,7 +2629,7 @@ class ProgramOverview(Overview):
         return count
 
     def _add(self, host: str, port: Optional[int]) -> int:
-        """Look for a node. All computations whose `nodes` mean it may use it."""
+        """Look for a node. All computations whose `nodes` match it may use it."""
         scheduler = self._scheduler
         node: Any = host
         if port is not None:
@@ -2646,8 +2661,8 @@ class ProgramOverview(Overview):
         return 1
 
     def _release(self, key: Any) -> int:
-        """Let a node go for all computations, also those that come later, when their jobs there
-        have ended."""
+        """Release a node for all computations, including those that come later, when their jobs
+        there have ended."""
         peer = self.peer(key)
         logger.info('%s has released node %s', self._asker, peer)
         told = self._released.setdefault(peer.key, set())
@@ -2722,7 +2737,7 @@ def _failure_text(row: tuple) -> str:
 
 
 class Part:
-    """A part of the scheduler, with what the parts use most. The loop's thread."""
+    """A part of the scheduler, with what the parts use most. The loop's thread uses it."""
 
     def __init__(self, scheduler: 'Scheduler') -> None:
         self._scheduler = scheduler
@@ -2735,39 +2750,40 @@ class Part:
 
 class Quota:
     """Limits how much each program may have queued here. Jobs of a program that has reached its
-    limit, and jobs that come while the disk is full, go back to the program, and it is offered no
-    CPUs until there is room. The loop's thread."""
+    limit, and jobs that come while the disk is full, are returned to the program, and it is offered
+    no CPUs until there is room. The loop's thread uses this class."""
 
     def __init__(self, scheduler: 'Scheduler', most: int) -> None:
         self._scheduler = scheduler
         self._most = most
         # Instance of a program -> bytes of arguments
         self._queued: Dict[bytes, int] = collections.Counter()
-        # Links that are offered no CPUs -> instance
+        # Links that get no offer of CPUs -> instance
         self._waiting: Dict[int, bytes] = {}
 
     def add(self, computation: ClientComputation, work: ClientJob, size: int) -> None:
-        """Count a job that was taken."""
+        """Count a job that was accepted."""
         work.size = BYTES_OVERHEAD + size
         self._queued[computation.instance] += work.size
 
     def remove(self, computation: ClientComputation, work: ClientJob) -> None:
-        """Count no more a job that has ended, or whose computation has."""
+        """Do not count a job any more that has ended, or whose computation has."""
         self._queued[computation.instance] -= work.size
         work.size = 0
         if not self._queued[computation.instance]:
             del self._queued[computation.instance]
 
     def moved(self, computation: ClientComputation, instance: bytes) -> None:
-        """Count a computation for another process of the program, which has taken it over."""
+        """Count a computation for another process of the program, which has taken the computation
+        over."""
         works = computation.works.values()
         size = sum(work.size for work in works)
         self._queued[computation.instance] -= size
         self._queued[instance] += size
 
     def has_room(self, computation: ClientComputation, size: int) -> bool:
-        """Return whether one more job with so many bytes of arguments may come. One is always
-        taken, however large."""
+        """Return whether one more job with so many bytes of arguments may come. One job is always
+        accepted, however large."""
         queued = self._queued.get(computation.instance, 0)
         if not queued:
             return True
@@ -2775,8 +2791,8 @@ class Quota:
 
     def give_back(self, link: Link, computation: ClientComputation, serials: List[int],
                   full: bool) -> None:
-        """Send back jobs that were not taken. This is said at once, because nothing else is said
-        while the disk is full."""
+        """Return jobs that were not accepted. The message is sent at once, because nothing else is
+        sent while the disk is full."""
         at_once = self._scheduler.commit.send
         if link.number not in self._waiting:
             self._waiting[link.number] = link.instance
@@ -2791,8 +2807,8 @@ class Quota:
             at_once(link, message)
 
     def take_again(self) -> None:
-        """Offer CPUs again to the programs that have less than half of what they may have. The disk
-        has room."""
+        """Offer CPUs again to the programs that have less than half of what they may have, because
+        the disk has room."""
         scheduler = self._scheduler
         for number, instance in list(self._waiting.items()):
             link = scheduler.links.get(number)
@@ -2807,20 +2823,20 @@ class Quota:
 
 class NodeSharing(NodePolicy):
     """Decides which nodes may be connected to and used, and whether a node serves all computations
-    or one that wants its nodes alone. The loop's thread."""
+    or one that wants its nodes exclusively. The loop's thread uses this class."""
     start_node = ('Run `python dispynode.py` on a host that has the secret which the scheduler '
                   'uses for nodes, and list that host at the scheduler (-n)')
 
     def __init__(self, scheduler: 'Scheduler') -> None:
         self._scheduler = scheduler
-        # Computations that want their nodes alone, in the order of coming
+        # Computations that want their nodes exclusively, in the order of their arrival
         self._wanting: List[str] = []
         self._is_due = False             # whom nodes serve may have changed
         self.named: Set[str] = set()     # nodes that the operator has named
-        self.port = 0                    # at which programs reach the scheduler
+        self.port = 0                    # the port at which programs reach the scheduler
 
     def introduction(self) -> str:
-        """Return who this is, for those who run the node and for others who want it."""
+        """Return who this is, for those who run the node and for others who want to use it."""
         return 'dispyscheduler of %s at port %d' % (super().introduction(), self.port)
 
     def process(self) -> tuple:
@@ -2829,12 +2845,12 @@ class NodeSharing(NodePolicy):
         return host, pid, self.port
 
     def about_holder(self, holder: Holder, place: str) -> str:
-        """Return nothing, because a scheduler shares what it has."""
+        """Return an empty text, because a scheduler shares its nodes."""
         return ''
 
     def addresses_of(self, peer: NodeConnection) -> Optional[Callable[[str], bool]]:
-        """Return a function that says which addresses of a node may be connected to, or None for
-        all. It is called by a dial thread."""
+        """Return a function that says to which addresses of a node connections may be made, or None
+        for all. A dial thread calls it."""
         allowed = self._scheduler.options.allowed
         if peer.host in self.named:
             return None
@@ -2843,8 +2859,8 @@ class NodeSharing(NodePolicy):
         return lambda address: may_dial('', address, allowed)
 
     def may_set_up(self, peer: NodeConnection, comp: str) -> bool:
-        """Return whether a computation may be set up at a node. It may not when all jobs of a
-        program that is gone have ended, nor at a node that was released for all."""
+        """Return whether a computation may be set up on a node. It may not if all jobs of a program
+        that is gone have ended, nor on a node that was released for all."""
         scheduler = self._scheduler
         computation = scheduler.clusters.get(comp)
         if isinstance(computation, ClientComputation) and computation.rests:
@@ -2852,12 +2868,13 @@ class NodeSharing(NodePolicy):
         return not scheduler.overview.keeps_from(peer, comp)
 
     def node_met(self, peer: NodeConnection) -> None:
-        """Note a node, so that it is known again after the end of this process."""
+        """Note a node, so that it is known after the end of this process."""
         self._scheduler.drains.restore(peer)
         self._scheduler.state.met(peer)
 
     def becomes_ready(self, peer: NodeConnection, comp: str) -> None:
-        """Decide whom a node serves before it is decided what a computation may use there."""
+        """Decide whom a node serves before the number of CPUs is determined that a computation may
+        use there."""
         self._assign(peer)
 
     def node_drained(self, peer: NodeConnection) -> None:
@@ -2865,16 +2882,16 @@ class NodeSharing(NodePolicy):
         self._assign(peer)
 
     def node_freed(self, peer: NodeConnection) -> None:
-        """Decide again at the end of the turn: others may want the node."""
+        """Decide again at the end of the turn: other computations may want the node."""
         self._is_due = True
 
     def begins(self, computation: ClientComputation) -> None:
-        """A computation begins."""
+        """Note that a computation begins."""
         if computation.exclusive:
             self._wanting.append(computation.comp)
 
     def is_over(self, computation: ClientComputation) -> None:
-        """A computation is over."""
+        """Note that a computation has ended."""
         if computation.comp in self._wanting:
             self._wanting.remove(computation.comp)
         self._is_due = True
@@ -2885,7 +2902,7 @@ class NodeSharing(NodePolicy):
         self._is_due = True
 
     def assign_all(self) -> None:
-        """Decide whom all nodes serve if that may have changed. It is called at the end of a
+        """Decide whom all nodes serve if that may have changed. This is called at the end of a
         turn."""
         if self._is_due:
             self._is_due = False
@@ -2893,7 +2910,8 @@ class NodeSharing(NodePolicy):
                 self._assign(peer)
 
     def _holds(self, comp: str) -> bool:
-        """Return whether a computation that wants its nodes alone still has a program or jobs."""
+        """Return whether a computation that wants its nodes exclusively still has a program or
+        jobs."""
         scheduler = self._scheduler
         computation = scheduler.clusters.get(comp)
         if not isinstance(computation, ClientComputation):
@@ -2903,8 +2921,8 @@ class NodeSharing(NodePolicy):
         return bool(computation.works)
 
     def _assign(self, peer: NodeConnection) -> None:
-        """Decide whom a node serves: the first computation that wants it alone, when the jobs of
-        the others have ended there, or all."""
+        """Decide whom a node serves: the first computation that wants it exclusively, when the jobs
+        of the others have ended there, or all."""
         owner = self._owner_of(peer)
         blocked: Set[str] = set()
         if owner:
@@ -2916,7 +2934,7 @@ class NodeSharing(NodePolicy):
         self.limit(peer, changed)
 
     def _owner_of(self, peer: NodeConnection) -> str:
-        """Return the first computation that wants a node alone, or an empty text."""
+        """Return the first computation that wants a node exclusively, or an empty text."""
         for comp in self._wanting:
             use = peer.uses.get(comp)
             if use is None:
@@ -2928,7 +2946,7 @@ class NodeSharing(NodePolicy):
         return ''
 
     def _has_others(self, peer: NodeConnection, owner: str) -> bool:
-        """Return whether jobs of other computations are at a node."""
+        """Return whether jobs of other computations are on a node."""
         node = self._scheduler.schedule.nodes.get(peer.key)
         if node is None:
             return False
@@ -2957,19 +2975,20 @@ class NodeSharing(NodePolicy):
 
 
 class Commit:
-    """Keeps back what is sent until the transaction of its turn is on the disk. While the disk
-    takes no transactions, nodes are not read. The loop's thread."""
+    """Holds back what is sent until the transaction of its turn is on the disk. While the disk
+    accepts no transactions, nodes are not read. The loop's thread uses this class."""
 
     def __init__(self, scheduler: 'Scheduler', send: Callable[[Link, Any], None]) -> None:
         self._scheduler = scheduler
-        self.send = send       # a message at once, whatever becomes of the transaction
+        self.send = send       # sends a message at once, whatever becomes of the transaction
         # Messages that wait for the transaction of this turn
         self.later: List[Tuple[Link, Any]] = []
-        self.stuck_until: Optional[float] = None     # the disk does not take transactions
+        # When to try again, while the disk accepts no transactions
+        self.stuck_until: Optional[float] = None
 
     def write_down(self) -> bool:
-        """Write what has happened, then send what was said about it. Return whether the disk has
-        taken it."""
+        """Write what has happened, then send the messages about it. Return whether the transaction
+        succeeded."""
         done = self._scheduler.state.commit()
         if done:
             later = self.later
@@ -2979,9 +2998,10 @@ class Commit:
         return done
 
     def stick(self) -> None:
-        """The disk does not take the transaction: it is tried again after a while."""
+        """Note that the transaction failed: it is tried again after a while."""
         scheduler = self._scheduler
-        # Results of nodes wait there; programs are read: what they end makes room
+        # Results wait on their nodes; programs are read, because computations that they end make
+        # room
         if self.stuck_until is None:
             for link in self._links_of_nodes():
                 link.paused = True
@@ -2989,7 +3009,7 @@ class Commit:
         self.stuck_until = scheduler.now + RETRY_TIME
 
     def unstick(self) -> None:
-        """The disk has taken a transaction: nodes are read again."""
+        """Note that a transaction has succeeded: nodes are read again."""
         scheduler = self._scheduler
         if self.stuck_until is not None:
             self.stuck_until = None
@@ -3013,22 +3033,23 @@ Handler = Tuple[Any, Callable[[Any, Link, Any], None]]
 
 
 class ProgramLinks(Part):
-    """The links of the programs that are connected, and their messages. The loop's thread."""
+    """The links of the programs that are connected, and their messages. The loop's thread uses this
+    class."""
 
     def __init__(self, scheduler: 'Scheduler') -> None:
         super().__init__(scheduler)
         self.sessions: Dict[int, _Session] = {}      # by the numbers of their links
-        # Message -> the part that takes it, and its method
+        # Message -> the part that handles it, and its method
         self._handlers: Dict[type, Handler] = {}
         self.add_handlers(self)
 
     def add_handlers(self, part: Any) -> None:
-        """Add the messages that a part of the scheduler takes; they stand in its table MESSAGES."""
+        """Add the messages that a part of the scheduler handles; they are in its table MESSAGES."""
         for kind, method in part.MESSAGES.items():
             self._handlers[kind] = (part, method)
 
     def program_came(self, event: Authenticated) -> None:
-        """A program has connected."""
+        """Note that a program has connected."""
         scheduler = self._scheduler
         options = scheduler.options
         link = Link(event.sock, event.session, event.address, scheduler.now, options.pulse,
@@ -3043,8 +3064,8 @@ class ProgramLinks(Part):
         self._bound_links(link)
 
     def _bound_links(self, link: Link) -> None:
-        """End a link if its address has more than its share: the programs of one host may not take
-        all descriptors."""
+        """End a link if its address has more links than its share: the programs of one host must
+        not use up all descriptors."""
         sessions = self.sessions.values()
         addresses = [session.link.address for session in sessions]
         there = addresses.count(link.address)
@@ -3059,11 +3080,11 @@ class ProgramLinks(Part):
             self.sessions.pop(link.number, None)
 
     def bound_answers(self) -> None:
-        """Do not read from programs that do not read their answers, until they have."""
+        """Stop reading from programs that do not read their answers, until they have."""
         scheduler = self._scheduler
         for session in self.sessions.values():
             link = session.link
-            queued = link.queued - link.unmade   # what is to go in parts lies on the disk
+            queued = link.queued - link.unmade   # messages in parts are on the disk
             is_slow = queued > BACKPRESSURE_BYTES
             if not link.is_attached:
                 continue
@@ -3090,16 +3111,17 @@ class ProgramLinks(Part):
                 method(part, channel, message)
             except (LinkBroken, PeerError, OSError):
                 raise
-            except Exception as exc:  # what no honest program says ends its link and nothing else
+            except Exception as exc:  # an invalid message ends its link and nothing else
                 logger.exception('%s of %s', name, self.name_of(channel))
                 raise PeerError('%s cannot be understood: %s' % (name, exc)) from exc
 
     def name_of(self, link: Link) -> str:
-        """Return whose a link is, for people: user, host and PID of the program."""
+        """Return a text that identifies the owner of a link for people: user, host and PID of the
+        program."""
         return self.sessions[link.number].names[0]
 
     def user_of(self, link: Link) -> ProgramUser:
-        """Return whose a link is: by its secret, or by what the program says."""
+        """Return the user of a link: by its secret, or by what the program says."""
         session = self.sessions[link.number]
         if session.user:
             return ProgramUser(session.user, True)
@@ -3107,8 +3129,8 @@ class ProgramLinks(Part):
         return ProgramUser(claimed, False)
 
     def _refused_results(self, link: Link, message: Wrong) -> None:
-        """A program cannot use what was sent. After a few times a text takes the place of a result
-        that was in it."""
+        """Note that a program could not use a frame. After a few times, a text replaces a result
+        that was in the frame."""
         for comp, serial in self._scheduler.refusals.refused(link, message.frame):
             computation = self.computation_of(link, comp)
             if computation is None:
@@ -3122,7 +3144,7 @@ class ProgramLinks(Part):
         raise LinkBroken('it cannot use what was sent: %s' % message.text[:NAME_MOST])
 
     def program_gone(self, channel: Link, text: str) -> None:
-        """The link of a program has ended."""
+        """Note that the link of a program has ended."""
         name = self.name_of(channel)
         del self.sessions[channel.number]
         computations = self._scheduler.computations
@@ -3143,7 +3165,7 @@ class ProgramLinks(Part):
                 computations.end(computation)
 
     def computation_of(self, link: Link, comp: str) -> Optional[ClientComputation]:
-        """Return the computation that a message speaks of, which must be of this link, or None for
+        """Return the computation that a message names, which must belong to this link, or None for
         one that has ended here. Raises PeerError."""
         computation = self._scheduler.computations.get(comp)
         if computation is not None and computation.link != link.number:
@@ -3163,8 +3185,8 @@ class ProgramLinks(Part):
         facts: Dict[str, Any] = {'dispy': __version__, 'role': 'scheduler'}
         facts['python'] = tuple(sys.version_info[:3])
         facts['memory'] = scheduler.instance.hex()
-        facts['resources'] = {}   # jobs may ask for some, which are counted here
-        facts['pythons'] = {}     # computations may ask for one, which is found out here
+        facts['resources'] = {}   # jobs may request resources, which are counted here
+        facts['pythons'] = {}     # computations may request an interpreter, which is checked here
         facts['speculates'] = True
         self._send(link, NodeHello('dispyscheduler', UNLIMITED_CPUS, facts))
 
@@ -3181,9 +3203,9 @@ class ProgramLinks(Part):
 
 
 class ProgramComputations(Part):
-    """Computations of programs: they begin, lose their programs, get them back, and end. The
-    loop's thread."""
-    # What a program tells of a computation for the scheduler
+    """Computations of programs: they begin, lose their programs, get them back, and end. The loop's
+    thread uses this class."""
+    # The keys of a specification that are for the scheduler
     SHARED = frozenset(('nodes', 'reentrant', 'exclusive', 'cloudpickle', 'recovers', 'process',
                         'collected'))
 
@@ -3193,22 +3215,24 @@ class ProgramComputations(Part):
         self._selection = scheduler.selection
         self._sharing = scheduler.sharing
         self._quota = scheduler.quota
-        self.unopened: Dict[str, ClientComputation] = {}        # those whose files are on their way
+        # Computations whose files have not arrived yet
+        self.unopened: Dict[str, ClientComputation] = {}
 
     def get(self, comp: str) -> Optional[ClientComputation]:
-        """Return the computation with this name if it has begun and is not over."""
+        """Return the computation with this name if it has begun and has not ended; else None."""
         user = self._clusters.get(comp)
         if isinstance(user, ClientComputation):
             return user
         return None
 
     def opened(self) -> List[ClientComputation]:
-        """Return those that have begun and are not over, in the order in which they have begun."""
+        """Return those that have begun and have not ended, in the order in which they have
+        begun."""
         users = self._clusters.values()
         return [user for user in users if isinstance(user, ClientComputation)]
 
     def all(self) -> List[ClientComputation]:
-        """Return these and those whose files are still to come."""
+        """Return these and those whose files have not arrived yet."""
         return self.opened() + list(self.unopened.values())
 
     def _is_connected(self, computation: ClientComputation) -> bool:
@@ -3232,7 +3256,7 @@ class ProgramComputations(Part):
         return path
 
     def on_compute(self, link: Link, message: Compute) -> None:
-        """A program begins a computation, or is back and goes on with it."""
+        """Begin a computation of a program, or continue it because the program is back."""
         computation = self.get(message.comp)
         if computation is None:
             computation = self._begin(link, message)
@@ -3247,14 +3271,14 @@ class ProgramComputations(Part):
             self._scheduler.program_files.want(computation, spec['files'], spec['modules'], then)
 
     def _is_of(self, computation: ClientComputation, link: Link, spec: dict) -> bool:
-        """Return whether a computation is of the program that says so."""
+        """Return whether a computation belongs to the program on this link."""
         if computation.instance != link.instance or not self._is_of_user(computation, link):
             return False
         return hmac.compare_digest(computation.digest, result_key(spec))
 
     def _is_of_user(self, computation: ClientComputation, link: Link) -> bool:
-        """Return whether a computation is of the user at a link. Where secrets do not tell, it is
-        anybody's who has its key."""
+        """Return whether a computation belongs to the user of a link. If secrets do not identify
+        users, it belongs to every program that has its key."""
         if not computation.user.is_proven:
             return True
         return computation.user == self._scheduler.programs.user_of(link)
@@ -3285,7 +3309,7 @@ class ProgramComputations(Part):
         return computation
 
     def _check_shared(self, shared: Any) -> None:
-        """Raise PeerError for what no program says to a scheduler."""
+        """Raise PeerError for a specification that no program sends to a scheduler."""
         if type(shared) is not dict or set(shared) != self.SHARED:
             raise PeerError('a computation that is not for a scheduler')
         count = len(shared['nodes'] or ())
@@ -3293,7 +3317,8 @@ class ProgramComputations(Part):
             raise PeerError('%d nodes are named, and the limit is %d' % (count, SPECS_MOST))
 
     def _go_on(self, computation: ClientComputation, link: Link) -> bool:
-        """A program is back, or asks once more. Return False if files of it are still to come."""
+        """Continue a computation, because its program is back or asks once more. Return False if
+        files of it have not arrived yet."""
         scheduler = self._scheduler
         is_connected = self._is_connected(computation)
         if is_connected and computation.link != link.number:
@@ -3305,7 +3330,7 @@ class ProgramComputations(Part):
             return False
         told_at = (link.number, scheduler.now)
         if computation.told_at == told_at:
-            return True   # it asks again and again in one breath; the answer may be long
+            return True   # it asks repeatedly at one time; the answer may be long
         computation.told_at = told_at
         self._send_again(computation, link)
         message = Ready(computation.comp, computation.known())
@@ -3316,7 +3341,7 @@ class ProgramComputations(Part):
             logger.info('%s: %s is back; %d jobs have not ended, %d results wait for it',
                         computation.name, computation.program, jobs, results)
             scheduler.program_jobs.resend(computation)
-        # Perhaps because its program could not be asked
+        # The reason may be that its program could not be asked
         for peer in scheduler.nodes.of(computation.comp):
             if peer.uses[computation.comp].state is AssignmentState.REFUSED:
                 scheduler.setup.set_up(peer, computation.comp)
@@ -3326,7 +3351,7 @@ class ProgramComputations(Part):
         if computation.instance != link.instance:
             self._quota.moved(computation, link.instance)
             computation.instance = link.instance
-        # Otherwise what has come since the answer to Reclaim would be lost
+        # Otherwise results since the answer to Reclaim would be lost
         if computation.link != link.number:
             computation.outbox = []
         computation.link = link.number
@@ -3341,12 +3366,13 @@ class ProgramComputations(Part):
             self._selection.use(computation.comp, computation.specs)
         absence = computation.absence
         absence.end()
-        for work in absence.dropping:   # not answered yet: they wait again
+        for work in absence.dropping:   # jobs that are not cancelled yet wait again
             self._schedule.requests.keep(work)
         absence.dropping.clear()
 
     def _complete(self, computation: ClientComputation, error: str, code: str = 'transfer') -> None:
-        """All files of a new computation are here, or `error` says why they cannot be."""
+        """Note that all files of a new computation are here, or that they cannot be, as `error`
+        says."""
         scheduler = self._scheduler
         if error:
             self.unopened.pop(computation.comp, None)
@@ -3379,13 +3405,13 @@ class ProgramComputations(Part):
                     whose, alone)
 
     def on_reclaim(self, link: Link, message: Reclaim) -> None:
-        """Another process asks for what is here of a computation."""
+        """Answer another process that asks what is here of a computation."""
         comp = message.comp
         computation = self.get(comp)
         if computation is None:
             past = self._state.past(comp)
-            known_attempts = KnownAttempts(comp, [], past.row())
-            self._send(link, known_attempts)
+            answer = KnownAttempts(comp, [], past.row())
+            self._send(link, answer)
         elif not (self._is_of_user(computation, link) and
                   may_reclaim(computation.digest, message.key)):
             logger.warning('%s has asked for results of a computation of another user, or does not '
@@ -3409,7 +3435,7 @@ class ProgramComputations(Part):
             computation.is_collected = True
             self._cancel_dropped(computation)
             self._scheduler.program_jobs.give_up_files(computation)
-        self._state.commit()   # from where they are sent now
+        self._state.commit()   # they are sent from the disk now
         message = KnownAttempts(computation.comp, computation.known())
         self._send(link, message)
         self._scheduler.program_jobs.resend(computation)
@@ -3425,8 +3451,8 @@ class ProgramComputations(Part):
         dropped.clear()
 
     def _send_again(self, computation: ClientComputation, link: Link) -> None:
-        """Tell a program that is back which of its jobs were cancelled because it was taken for
-        gone."""
+        """Tell a program that is back which of its jobs were cancelled because the program was
+        believed to be gone."""
         dropped = computation.absence.dropped
         if not dropped:
             return
@@ -3440,7 +3466,7 @@ class ProgramComputations(Part):
     # -- without a program -------------------------------------------------------------------------
 
     def program_gone(self, computation: ClientComputation) -> None:
-        """Let a computation go on for a while without its program."""
+        """Continue a computation for a while without its program."""
         scheduler = self._scheduler
         now = scheduler.now
         why = 'its program is not connected'
@@ -3459,7 +3485,7 @@ class ProgramComputations(Part):
                      computation.name, now, computation.given_up_at)
 
     def expect_program(self, computation: ClientComputation) -> None:
-        """Set how long a program that is not connected is waited for."""
+        """Set for how long a program that is not connected is waited for."""
         scheduler = self._scheduler
         now = scheduler.now
         options = scheduler.options
@@ -3468,7 +3494,7 @@ class ProgramComputations(Part):
         computation.absence.begin(now, options.gone)
 
     def _drop_waiting(self, computation: ClientComputation) -> None:
-        """Cancel the jobs of a program that is gone which have not begun. Those that run go on to
+        """Cancel those jobs of a program that is gone which have not begun. Running jobs go on to
         their end."""
         self._scheduler.jobs.take_submitted()
         known = self._schedule.comps.get(computation.comp)
@@ -3482,8 +3508,8 @@ class ProgramComputations(Part):
         self._decide(WithdrawAsked(works))
 
     def _rest(self, computation: ClientComputation) -> None:
-        """All jobs of a program that is gone have ended: its nodes are let go, with its processes
-        and files there."""
+        """Release the nodes of a program that is gone and whose jobs have all ended, with its
+        processes and files there."""
         if not computation.ended or (computation.absence.for_good and not computation.collected):
             logger.info('%s: its program is gone, and nothing is left for it', computation.name)
             self.end(computation)
@@ -3503,7 +3529,7 @@ class ProgramComputations(Part):
         self._sharing.look_again()
 
     def _give_up(self, computation: ClientComputation) -> None:
-        """Give up the results of a program that has not come back for them."""
+        """Discard the results of a program that has not come back for them."""
         seconds = self._scheduler.options.zombie
         logger.warning('%s: its program has not reconnected for %g s (--zombie-interval): %d '
                        'results are discarded', computation.name, seconds, len(computation.ended))
@@ -3550,7 +3576,7 @@ class ProgramComputations(Part):
             self._send(link, frame)
 
     def timers(self) -> List[float]:
-        """Return the times at which there is something to do for computations."""
+        """Return the times at which something is to be done for computations."""
         times = [self._scheduler.program_jobs.unread_until]
         for computation in self.opened():
             times += [computation.absence.look_at, computation.values.retry_at]
@@ -3564,7 +3590,7 @@ class ProgramComputations(Part):
     # -- ending ------------------------------------------------------------------------------------
 
     def on_done(self, link: Link, message: Done) -> None:
-        """A program has ended a computation."""
+        """End a computation that its program has ended."""
         scheduler = self._scheduler
         comp = message.comp
         computation = self.unopened.get(comp)
@@ -3577,7 +3603,7 @@ class ProgramComputations(Part):
         self._state.note(self._state.PAST_OVER, comp)
 
     def end(self, computation: ClientComputation) -> None:
-        """End a computation and remove its jobs, at nodes and on the disk."""
+        """End a computation and remove its jobs, on nodes and on the disk."""
         scheduler = self._scheduler
         comp = computation.comp
         if comp in self._clusters:
@@ -3613,7 +3639,7 @@ class ProgramComputations(Part):
 
 class ProgramFiles(Part):
     """Files and values that programs send, and the links along which files of running jobs go to
-    programs. The loop's thread."""
+    programs. The loop's thread uses this class."""
 
     def __init__(self, scheduler: 'Scheduler') -> None:
         super().__init__(scheduler)
@@ -3622,8 +3648,8 @@ class ProgramFiles(Part):
 
     def want(self, computation: ClientComputation, files: list, modules: list,
              then: Callable[..., None]) -> None:
-        """Ask the program for files that are not here. `then` is called when all are, or with what
-        went wrong and its code (of REASONS)."""
+        """Ask the program for files that are missing. `then` is called when all of them are here,
+        or with an error text and its code (of REASONS)."""
         computation.wanted.append((files, modules, then))
         if len(computation.wanted) == 1:
             self._want_next(computation)
@@ -3632,7 +3658,7 @@ class ProgramFiles(Part):
         while computation.wanted:
             files, modules, then = computation.wanted[0]
             unknown = Digests.unknown(computation.directory, files)
-            # Large files are there: others do not wait while they are digested
+            # Large files are present: others must not wait while these are digested
             if unknown and computation.compared is not files:
                 computation.compared = files
                 self._scheduler.openers.run(self._compare, computation, unknown)
@@ -3652,12 +3678,12 @@ class ProgramFiles(Part):
             then('')
 
     def _compare(self, computation: ClientComputation, paths: Sequence[str]) -> None:
-        """Compute the digests of large files. It is called by an opener."""
+        """Compute the digests of large files. An opener calls this."""
         Digests.learn(paths)
         self._scheduler.call_soon(self._want_next, computation)
 
     def on_file_piece(self, link: Link, message: FilePiece) -> None:
-        """A program sends a piece of a file."""
+        """Take a piece of a file that a program sends."""
         purpose = message.purpose
         computation = self._computations.unopened.get(message.comp)
         if computation is None:
@@ -3683,7 +3709,7 @@ class ProgramFiles(Part):
             self._want_next(computation)
 
     def _value_stored(self, link: Link, computation: ClientComputation, stored: FileStored) -> None:
-        """A value that jobs wait for is here, or cannot be."""
+        """Note that a value for which jobs wait is here, or cannot be stored."""
         error = stored.error
         if not error:
             computation.values.came(stored.name)
@@ -3696,14 +3722,14 @@ class ProgramFiles(Part):
         self.serve_values(link, computation)
 
     def _without_values(self, link: Link, computation: ClientComputation, error: str) -> None:
-        """End the jobs that need a value which cannot be had."""
+        """End the jobs that need a value which is not available."""
         for serial in computation.values.failed():
             text = 'a value in the arguments cannot be taken at the scheduler: %s' % error
             row = (serial, int(Outcome.RAISED), 0.0, 0.0, pack_error(text, None), b'', b'')
             self._send(link, Results(computation.comp, [row]))
 
     def serve_values(self, link: Link, computation: ClientComputation) -> None:
-        """Take the jobs whose values are here, and ask for what others need."""
+        """Accept the jobs whose values are here, and ask for those that others need."""
         rows, missing, error = computation.values.serve()
         for need in needs(computation.comp, missing):
             self._send(link, need)
@@ -3722,14 +3748,15 @@ class ProgramFiles(Part):
             self._send(link, Notice(computation.comp, text))
 
     def done_with_values(self, computation: ClientComputation, work: ClientJob) -> None:
-        """Give the room that the values of a job had to jobs that wait for it."""
+        """Give the room that the values of a job occupied to jobs that wait for room."""
         computation.values.release(work)
         link = self._links.get(computation.link)
         if link is not None:
             self.serve_values(link, computation)
 
     def on_file_stored(self, link: Link, message: FileStored) -> None:
-        """The program has a file of a job, or cannot store it; or it does not have a value."""
+        """Note that the program has stored a file of a job, or cannot store it; or that it does not
+        have a value."""
         computation = self._programs.computation_of(link, message.comp)
         if message.purpose == Purpose.VALUES and computation is not None:
             if message.error:
@@ -3747,7 +3774,7 @@ class ProgramFiles(Part):
             self._say_to_node_of(computation.comp, work.serial, message._replace(key=work.serial))
 
     def _say_to_node_of(self, comp: str, serial: int, message: FileStored) -> None:
-        """Send a message to the node where a job is, if it is at one that is connected."""
+        """Send a message to the node on which a job is, if it is on one that is connected."""
         scheduler = self._scheduler
         known = self._schedule.comps.get(comp)
         if known is None:
@@ -3759,7 +3786,8 @@ class ProgramFiles(Part):
             scheduler.say_to(peer, message)
 
     def end_files(self, computation: ClientComputation) -> None:
-        """The connection to a program has ended while its jobs sent files to it."""
+        """End the transfers of jobs that sent files to a program, because the connection to the
+        program has ended."""
         error = 'the connection to the client has ended'
         for serial, (_, name) in computation.files.items():
             purpose = int(Purpose.FROM_JOB)
@@ -3769,7 +3797,7 @@ class ProgramFiles(Part):
 
     def bring_modules(self, computation: ClientComputation, rows: list) -> None:
         """Add files of modules that the arguments of later jobs need: nodes that are set up from
-        now on get them at once."""
+        now on get them immediately."""
         spec = computation.cargo.spec
         known = {row[0] for row in spec['modules']}
         more = []
@@ -3783,7 +3811,7 @@ class ProgramFiles(Part):
 
     def change_files(self, computation: ClientComputation, rows: list,
                      then: Callable[..., None]) -> None:
-        """Set a computation up with other files. `then` is called with what went wrong, or with an
+        """Set a computation up with other files. `then` is called with an error text, or with an
         empty text."""
         def complete(error: str, code: str = '') -> None:
             if not error:
@@ -3799,8 +3827,8 @@ class ProgramFiles(Part):
 
 
 class ProgramJobs(Part):
-    """The jobs that programs submit, and their results, which are on the disk. The loop's
-    thread."""
+    """The jobs that programs submit, and their results, which are on the disk. The loop's thread
+    uses this class."""
 
     def __init__(self, scheduler: 'Scheduler') -> None:
         super().__init__(scheduler)
@@ -3809,13 +3837,13 @@ class ProgramJobs(Part):
         self._quota = scheduler.quota
         self._files = scheduler.program_files
         self._exchange = scheduler.jobs
-        # Results that wait for room in the links of programs
+        # Results that wait for room on the links of programs
         self.backlog = SpoolSender(scheduler.links)
         self._kept = 0                               # bytes of waiting jobs' arguments in memory
-        self.unread_until = math.inf                 # when results are read that could not be
+        self.unread_until = math.inf   # when to read the results that could not be read
 
     def on_jobs(self, link: Link, message: Jobs) -> None:
-        """A program submits jobs."""
+        """Take the jobs that a program submits."""
         computation = self._programs.computation_of(link, message.comp)
         if computation is None:
             return
@@ -3831,7 +3859,7 @@ class ProgramJobs(Part):
                   computation: ClientComputation,
                   rows: Sequence[tuple],
                   admitted: bool = False) -> None:
-        """Note jobs and hand them to the Schedule. `admitted` says that the values which they need
+        """Note jobs and give them to the Schedule. `admitted` says that the values which they need
         are here."""
         back: List[int] = []
         lacking = False
@@ -3858,7 +3886,7 @@ class ProgramJobs(Part):
 
     def _take(self, computation: ClientComputation, serial: int, payload: Any,
               options: Optional[dict]) -> None:
-        """Take one job."""
+        """Accept one job."""
         state = self._state
         state.number += 1
         if len(payload) <= LAZY or type(payload) is tuple:
@@ -3876,8 +3904,7 @@ class ProgramJobs(Part):
         self._exchange.submitted.append(work)  # type: ignore[arg-type]
 
     def on_unfit(self, link: Link, message: Unfit) -> None:
-        """The arguments of a job find no room here: the program is told, and the job is
-        forgotten."""
+        """Tell the program that there is no room for the arguments of a job, and forget the job."""
         computation = self._programs.computation_of(link, message.comp)
         serial = message.row[0]
         if computation is None:
@@ -3887,7 +3914,7 @@ class ProgramJobs(Part):
             self._send(link, results)
 
     def on_cancel(self, link: Link, message: Cancel) -> None:
-        """A program cancels jobs."""
+        """Cancel jobs for a program."""
         computation = self._programs.computation_of(link, message.comp)
         self._exchange.take_submitted()
         if computation is not None:
@@ -3906,13 +3933,13 @@ class ProgramJobs(Part):
 
     def _cancel_early(self, link: Link, computation: ClientComputation,
                       serials: Sequence[int]) -> None:
-        """End those of these jobs that are not taken yet."""
+        """End those of these jobs that are not accepted yet."""
         for serial in computation.values.leave(serials):
             row = ended_row(serial, Outcome.CANCELLED, 'cancelled before it started')
             self._send(link, Results(computation.comp, [row]))
 
     def on_recall(self, link: Link, message: ReturnJobs) -> None:
-        """A program cancels jobs if they have not begun."""
+        """Cancel jobs for a program if they have not begun."""
         computation = self._programs.computation_of(link, message.comp)
         self._exchange.take_submitted()
         if computation is not None:
@@ -3921,7 +3948,7 @@ class ProgramJobs(Part):
             self._decide(WithdrawAsked(works))
 
     def on_ack(self, link: Link, message: Ack) -> None:
-        """A program has results."""
+        """Forget results that a program has received."""
         computation = self._programs.computation_of(link, message.comp)
         if computation is not None:
             ended = computation.ended
@@ -3933,7 +3960,7 @@ class ProgramJobs(Part):
 
     def end(self, computation: ClientComputation, work: ClientJob, row: tuple,
             node: Any = None) -> None:
-        """End a job with this row of Results. `node` is where it was, if it was at a node."""
+        """End a job with this row of Results. `node` is the node on which it was, if any."""
         scheduler = self._scheduler
         number = work.number
         if computation.works.pop(work.client_serial, None) is None:
@@ -3965,14 +3992,14 @@ class ProgramJobs(Part):
             self._scheduler.sharing.look_again()
 
     def forget(self, computation: ClientComputation) -> None:
-        """Forget the jobs of a computation that is over."""
+        """Forget the jobs of a computation that has ended."""
         for work in computation.works.values():
             self._forget_payload(work)
             self._quota.remove(computation, work)
         computation.works.clear()
 
     def _forget_payload(self, work: ClientJob) -> None:
-        """The arguments of a job are not kept in memory any more."""
+        """Release the arguments of a job from memory."""
         if work.payload is not None:
             self._kept -= BYTES_OVERHEAD + len(work.payload)
 
@@ -3996,13 +4023,13 @@ class ProgramJobs(Part):
         return found
 
     def give_up_files(self, computation: ClientComputation) -> None:
-        """No results wait any more until files are at the program."""
+        """Release the results that wait until files are at the program."""
         for held in self._held_files(computation):
             held.give_up()
 
     def _tell_jobs_at(self, computation: ClientComputation, node: Any) -> None:
-        """Tell a program which of its jobs are at a node, and which of these run. `node` is the
-        Schedule's."""
+        """Tell a program which of its jobs are on a node, and which of these run. `node` is that of
+        the Schedule."""
         scheduler = self._scheduler
         now = scheduler.now
         sent = node.in_flight[computation.comp]
@@ -4051,11 +4078,11 @@ class ProgramJobs(Part):
     }
 
 
-Answer = Callable[..., None]   # of a question: called with a value, or with None and an error
+Answer = Callable[..., None]   # answers a request: called with a value, or with None and an error
 
 
 class ProgramCalls(Part):
-    """The questions of programs, and what programs are asked. The loop's thread."""
+    """The requests of programs, and the requests to programs. The loop's thread uses this class."""
 
     def __init__(self, scheduler: 'Scheduler') -> None:
         super().__init__(scheduler)
@@ -4068,7 +4095,7 @@ class ProgramCalls(Part):
         self._numbers = itertools.count(1)
 
     def on_call(self, link: Link, message: Call) -> None:
-        """A program asks something."""
+        """Handle a request of a program."""
         name = message.name
         computation = self._programs.computation_of(link, message.comp)
 
@@ -4092,7 +4119,7 @@ class ProgramCalls(Part):
             answer(None, (type(exc).__name__, str(exc)))
 
     def _overview(self, link: Link, args: tuple) -> Tuple[float, Any]:
-        """Answer a monitor, which speaks of no computation."""
+        """Answer a monitor, which names no computation."""
         overview = self._scheduler.overview
         session = self._programs.sessions[link.number]
         if session.operator:
@@ -4102,8 +4129,8 @@ class ProgramCalls(Part):
         return overview.answer_anybody(*args)
 
     def _is_early(self, link: Link, message: Call, answer: Callable[..., None]) -> bool:
-        """Return whether the files of the computation are still to come. Questions about its jobs
-        wait until they are here."""
+        """Return whether the files of the computation have not arrived yet. Requests about its jobs
+        wait until they have."""
         computation = self._computations.unopened.get(message.comp)
         if computation is None:
             return False
@@ -4120,7 +4147,7 @@ class ProgramCalls(Part):
         return True
 
     def answer_early(self, computation: ClientComputation) -> None:
-        """The files of a computation are here: answer what was asked meanwhile."""
+        """Answer the requests that came before the files of a computation were here."""
         questions = computation.questions
         computation.questions = []
         for link, message in questions:
@@ -4163,7 +4190,7 @@ class ProgramCalls(Part):
 
     def _looks(self, computation: ClientComputation, name: str, args: tuple,
                answer: Answer) -> None:
-        """Tell what jobs do, which the program names by its serials."""
+        """Tell what the jobs do whose serials the program has sent."""
         serials, wants_stacks = args
         jobs = self._scheduler.overview.jobs_shown
         answer(jobs.looks_of(computation, serials[:PAGE], wants_stacks))
@@ -4189,7 +4216,7 @@ class ProgramCalls(Part):
 
     def _place(self, computation: ClientComputation, name: str, args: tuple,
                answer: Answer) -> None:
-        """Send a node a file: one that the program has sent here before, and nothing else."""
+        """Send a file to a node: only one that the program has sent here before."""
         node, row = args[:2]
         path = os.path.join(computation.directory, *check_name(row[0]))
         open_regular(path).close()
@@ -4208,7 +4235,7 @@ class ProgramCalls(Part):
             raise ValueError('%.40r cannot be asked of a scheduler' % name)
         answer(self._queries.command(computation.comp, name, *args))
 
-    # What programs ask; other names are commands
+    # Requests of programs; other names are commands
     _CALLS = {
         'nodes': _nodes,
         'jobs': _jobs,
@@ -4220,7 +4247,7 @@ class ProgramCalls(Part):
 
     def _ask(self, computation: Any, name: str, args: tuple, then: Callable[[tuple, Any],
              None]) -> None:
-        """Ask a program; `then(error, value)` gets the answer."""
+        """Ask a program; `then(error, value)` is called with the answer."""
         link = self._links.get(computation.link)
         if link is None:
             then(('RuntimeError', 'its program is not connected'), None)
@@ -4230,7 +4257,7 @@ class ProgramCalls(Part):
         self._send(link, Call(computation.comp, number, name, args))
 
     def on_return(self, link: Link, message: Return) -> None:
-        """A program answers."""
+        """Take the answer of a program."""
         computation = self._programs.computation_of(link, message.comp)
         if computation is None:
             return
@@ -4272,8 +4299,8 @@ class ProgramCalls(Part):
 
     def ask_for_modules(self, computation: ClientComputation, peer: NodeConnection,
                         message: Call) -> None:
-        """Ask a program for the modules that a job at a node needs. What was fetched before is
-        here."""
+        """Ask a program for the modules that a job on a node needs, unless they were fetched
+        before."""
         answer = functools.partial(self._answer_node, peer, message)
         files = self._files
         bundle = self._bundle_of(message)
@@ -4320,9 +4347,9 @@ class ProgramCalls(Part):
 
 
 class Restoration(Part):
-    """Restores what an earlier run has left. Jobs that waited wait again. Those that were at nodes
-    are taken to be there until the nodes are connected again or are given up. The loop's thread, at
-    the start."""
+    """Restores what an earlier run has left. Jobs that waited wait again. Those that were on nodes
+    count as being there until the nodes are connected again or are given up. The loop's thread uses
+    this class at the start."""
 
     def __init__(self, scheduler: 'Scheduler') -> None:
         super().__init__(scheduler)
@@ -4334,8 +4361,8 @@ class Restoration(Part):
         self._locks = self._state.locks()
 
     def run(self) -> None:
-        """Restore all computations, and remove what belongs to none. Raises DispyError, OSError,
-        and anything if the state is damaged."""
+        """Restore all computations, and remove what belongs to none. Raises DispyError or OSError,
+        and any exception if the state is damaged."""
         there = set()
         for comp, client, spec in self._state.comps():
             there.add(comp)
@@ -4350,7 +4377,7 @@ class Restoration(Part):
                 shutil.rmtree(path, ignore_errors=True)
 
     def _restore(self, computation: ClientComputation) -> None:
-        """Go on with a computation."""
+        """Continue a computation."""
         scheduler = self._scheduler
         computation.values.restore()
         computation.ready = True
@@ -4384,8 +4411,8 @@ class Restoration(Part):
 
     def _restore_seconds(self, computation: ClientComputation,
                          sent: Dict[Any, List[ClientJob]]) -> None:
-        """Go on with jobs that were started a second time, and with the files that these attempts
-        have sent. `sent` has the jobs by the nodes of their first attempts."""
+        """Continue jobs that were started a second time, with the files that these attempts have
+        sent. `sent` has the jobs by the nodes of their first attempts."""
         scheduler = self._scheduler
         comp = computation.comp
         works = {}
@@ -4401,8 +4428,8 @@ class Restoration(Part):
                 until = scheduler.now + RETURN_TIME
                 had = NodeHad(key, comp, [], name, until)
                 scheduler.decide(had)
-            second_had = SecondHad(key, comp, work, serial)
-            scheduler.decide(second_had)
+            event = SecondHad(key, comp, work, serial)
+            scheduler.decide(event)
         known = scheduler.schedule.comps[comp]
         directory = computation.directory + SECONDS_OF
         words: List[str] = []
@@ -4423,7 +4450,7 @@ class Restoration(Part):
         if work.values:
             computation.values.took(work)
         size = 0
-        with contextlib.suppress(OSError):   # told when they are needed
+        with contextlib.suppress(OSError):   # reported when they are needed
             size = self._state.size_of_payload(work.number)
         self._scheduler.quota.add(computation, work, size)
         return work
@@ -4437,7 +4464,7 @@ class Restoration(Part):
         if peer is None:
             peer = NodeConnection(host, port, scheduler.access.redial)
         if peer.link is None:
-            # Otherwise nobody would see that its process has ended, or is another.
+            # Otherwise nobody would notice that its process has ended, or is another one.
             peer.instance = instance
             peer.memory = self._memories.get(key, '')
             peer.facts['lock'] = self._locks.get(key)
@@ -4496,7 +4523,7 @@ class Scheduler(Driver):
 
     def start(self) -> int:
         """Listen, and take over what an earlier run has left. Return the port. Raises StartError,
-        SecretError, OSError."""
+        SecretError or OSError."""
         options = self.options
         files = (options.cluster_certfile, options.cluster_keyfile)
         files_of_nodes = (options.node_certfile, options.node_keyfile)
@@ -4527,8 +4554,8 @@ class Scheduler(Driver):
         return port
 
     def _keys(self) -> Dict[int, Tuple[bytes, ...]]:
-        """Return a dictionary from roles to the keys that prove them. The last key of programs is
-        the operator's, the others are those of users in their order."""
+        """Return a dictionary from roles to the keys that authenticate them. The last key of
+        programs is the operator's, the others are those of users in their order."""
         options = self.options
         programs = [derive_key(secret) for _, secret in options.users]
         if not programs:
@@ -4556,8 +4583,8 @@ class Scheduler(Driver):
         return door
 
     def close(self) -> None:
-        """Close everything. What programs have submitted stays on the disk. Nothing is noted the
-        second time."""
+        """Close everything. What programs have submitted stays on the disk. The method does nothing
+        the second time."""
         if self._program_acceptors:
             self.user_use.note()
         for door in self._program_acceptors:
@@ -4565,7 +4592,7 @@ class Scheduler(Driver):
                 self.remove_reader(door.socket)
             door.server_close()
         self._program_acceptors = []
-        self.broken = 'the scheduler has ended'   # said to whoever asks it
+        self.broken = 'the scheduler has ended'   # the error for callers
         self._hang_up()
         self.state.close()
         super().close()
@@ -4573,7 +4600,7 @@ class Scheduler(Driver):
     # -- faults of ours ----------------------------------------------------------------------------
 
     def on_fault(self, subject: Any, text: str) -> bool:
-        """Handle a fault of our own as the driver does. One that concerns a computation of a
+        """Handle a fault of dispy as the driver does. A fault that concerns a computation of a
         program ends that computation."""
         if isinstance(subject, ClientComputation):
             link = self.links.get(subject.link)
@@ -4586,19 +4613,19 @@ class Scheduler(Driver):
     # -- turns: nothing leaves before the transaction ----------------------------------------------
 
     def is_over(self, comp: str) -> bool:
-        """Whether no program wants anything of a computation that a node still has."""
+        """Return whether no program wants anything of a computation that a node still has."""
         return super().is_over(comp) and comp not in self.computations.unopened
 
     def send(self, link: Link, message: Any) -> None:
-        """Send a message when the transaction of this turn is on the disk; what changes nothing
-        goes at once."""
+        """Send a message when the transaction of this turn is on the disk; a message that reports
+        no change is sent at once."""
         if type(message) in _AT_ONCE:
             super().send(link, message)
         else:
             self.commit.later.append((link, message))
 
     def turn(self, timeout: Optional[float] = None) -> None:
-        """One round, whose time is taken without the wait for something to do."""
+        """Do one round. Its duration is measured without the wait for something to do."""
         super().turn(timeout)
         self.turn_times.add(self.woke_at, self.clock())
 
@@ -4622,12 +4649,12 @@ class Scheduler(Driver):
             self.commit.stick()
 
     def disconnect(self, link: Link, text: str) -> None:
-        """End a link as a Loop does, after all that was said before."""
+        """End a link as a Loop does, after everything that was sent before."""
         self.commit.write_down()
         super().disconnect(link, text)
 
     def next_timer(self) -> Optional[float]:
-        """Return when there is something to do: for the driver, for the disk that was full, or for
+        """Return when something is to be done: for the driver, for the disk that was full, or for
         results on the disk."""
         if self.commit.stuck_until is not None:
             return self.commit.stuck_until
@@ -4643,7 +4670,8 @@ class Scheduler(Driver):
         if isinstance(event, Authenticated) and event.session.peer_role == Role.CLIENT:
             self.programs.program_came(event)
         elif isinstance(event, Stop):
-            # Without Bye: nodes go on and keep results, programs wait, until it is started again
+            # The links end without Bye: nodes go on and keep results, programs wait, until the
+            # scheduler is started again
             self.stop()
         elif isinstance(event, Reload):
             self.user_use.reload()
@@ -4651,14 +4679,14 @@ class Scheduler(Driver):
             super().on_event(event)
 
     def on_channel(self, channel: Link) -> None:
-        """Handle what has come along a link."""
+        """Handle what has come on a link."""
         if channel.number in self.programs.sessions:
             self.programs.take_messages(channel)
         else:
             super().on_channel(channel)
 
     def on_broken(self, channel: Link, text: str) -> None:
-        """A link has ended."""
+        """Handle the end of a link."""
         if channel.number in self.programs.sessions:
             self.programs.program_gone(channel, text)
         else:
@@ -4672,7 +4700,7 @@ _AT_ONCE = frozenset((Bye, FilePiece, FileStored, Need, CpusChanged, Output, Pul
 # Command line of an operator: questions to a scheduler that runs, and orders
 # --------------------------------------------------------------------------------------------------
 
-DRAINED_EVERY = 0.5     # s between two looks whether a node that is drained is idle
+DRAINED_EVERY = 0.5     # s between two checks whether a drained node is idle
 
 TASKS = {
     'status': 'Show the programs that use the scheduler: whose they are, since when, how many jobs '
@@ -4722,8 +4750,8 @@ def _task_parser(task: str) -> argparse.ArgumentParser:
 
 
 class Operator:
-    """Asks a scheduler that runs, and gives it orders, by the questions of the web monitor. `ask`
-    takes one and returns (seconds, answer). Raises what that raises."""
+    """Asks a running scheduler, and gives it orders, by the questions of the web monitor. `ask`
+    sends a question and returns (seconds, answer). The methods raise what `ask` raises."""
 
     def __init__(self, ask: Callable[..., Tuple[float, Any]]) -> None:
         self._ask = ask
@@ -4740,7 +4768,7 @@ class Operator:
                 return rows
 
     def programs(self) -> List[Dict[str, Any]]:
-        """A row for each computation of a program."""
+        """Return a row for each computation of a program."""
         found = {}
         for row in self._pages('clusters'):
             found[row['number']] = self._program(row)
@@ -4767,11 +4795,11 @@ class Operator:
         }
 
     def users(self) -> List[Dict[str, Any]]:
-        """A row for each user and group that has limits or a share."""
+        """Return a row for each user and group that has limits or a share."""
         return list(self._answer('users'))
 
     def nodes(self) -> List[Dict[str, Any]]:
-        """A row for each node."""
+        """Return a row for each node."""
         return list(map(self._node, self._pages('nodes', True)))
 
     @staticmethod
@@ -4787,7 +4815,7 @@ class Operator:
         }
 
     def keys_of(self, words: Sequence[str]) -> List[Any]:
-        """The keys of nodes that are named. Raises ValueError for one that there is not."""
+        """Return the keys of the nodes with these names. Raises ValueError for an unknown name."""
         rows = self._pages('nodes', False)
         keys = []
         for word in words:
@@ -4805,8 +4833,8 @@ class Operator:
         return row['name'], row['address'], '%s:%d' % (row['address'], row['port'])
 
     def jobs(self, words: Sequence[str]) -> List[Dict[str, Any]]:
-        """A row for each job that is on one of these nodes, or on any; and if none is named, one
-        for those jobs of a program that wait because of a limit."""
+        """Return a row for each job that is on one of these nodes, or on any; if no node is named,
+        also one for those jobs of a program that wait because of a limit."""
         programs = {}
         for row in self._pages('clusters'):
             programs[row['number']] = row
@@ -4857,11 +4885,11 @@ class Operator:
         return int(count)
 
     def drain(self, key: Any, reason: str) -> None:
-        """No more jobs begin on a node, for this reason."""
+        """Let no more jobs begin on a node, for this reason."""
         self._answer('cpus', key, 0, reason)
 
     def resume(self, key: Any) -> None:
-        """A node is used again."""
+        """Use a node again."""
         self._answer('use', key)
 
     def wait_until_idle(self, keys: Sequence[Any]) -> None:
@@ -4871,7 +4899,7 @@ class Operator:
 
 
 def _ago(seconds: Optional[float]) -> str:
-    """A time in words that fit into a table."""
+    """Return a time in words that fit into a table."""
     if seconds is None:
         return '-'
     minutes, rest = divmod(int(seconds), 60)
@@ -4937,7 +4965,7 @@ def _print_rows(task: str, rows: List[Dict[str, Any]], as_json: bool) -> None:
         _print_table(task, rows)
         return
     for row in rows:
-        row.pop('key', None)   # it means nothing to others
+        row.pop('key', None)   # it is meaningless to others
     print(json.dumps(rows, indent=1))
 
 
@@ -4954,12 +4982,12 @@ class HistorySums:
         self._sums: Dict[tuple, Dict[str, Any]] = {}
 
     def add(self, job: Dict[str, Any]) -> None:
-        """A job, as `Operator.history` has it."""
+        """Add a job, as `Operator.history` yields it."""
         ours = {}
         for name in self._by:
             ours[name] = self._value(name, job)
         key = tuple(ours.values())
-        if 'computation' in ours:   # others may have the same name
+        if 'computation' in ours:   # computations of others may have the same name
             key = (*key, job['comp'])
         row = self._sums.get(key)
         if row is None:
@@ -4978,7 +5006,7 @@ class HistorySums:
         return str(job[name])
 
     def rows(self) -> List[Dict[str, Any]]:
-        """The sums, in order."""
+        """Return the sums, in order."""
         rows = []
         for key in sorted(self._sums):
             row = self._sums[key]
@@ -5024,7 +5052,7 @@ def _print_jobs(rows: List[Dict[str, Any]], as_json: bool) -> None:
     _print_rows('jobs', rows, as_json)
 
 
-# Task that shows all there is -> the rows that it shows
+# Task that shows everything -> the rows that it shows
 _ROWS_OF = {
     'status': Operator.programs,
     'users': Operator.users,
@@ -5032,7 +5060,7 @@ _ROWS_OF = {
 
 
 def _carry_out(operator: Operator, task: str, args: argparse.Namespace) -> int:
-    """Do what is asked. Returns the exit status."""
+    """Carry out the command. Returns the exit status."""
     if task == 'history':
         _print_history(operator, args)
     elif task in _ROWS_OF:
@@ -5079,7 +5107,7 @@ PROMPT = ('commands: quit; status, jobs, nodes, cancel NUMBER, drain NODE, resum
 
 
 class OperatorPrompt:
-    """The commands that whoever has started a scheduler at a terminal writes there."""
+    """The commands that the user who has started a scheduler at a terminal types there."""
 
     def __init__(self, scheduler: Scheduler) -> None:
         self._scheduler = scheduler
@@ -5091,8 +5119,8 @@ class OperatorPrompt:
         return answer
 
     def take(self, line: str) -> None:
-        """Carry out a line. The thread that reads the terminal. Raises ValueError with a text for
-        a line that makes no sense."""
+        """Carry out a line. The thread that reads the terminal calls this. Raises ValueError with a
+        text for an invalid line."""
         task, *words = shlex.split(line) or ['status']
         if task == 'quit':
             self._scheduler.post(Stop())
@@ -5105,22 +5133,22 @@ class OperatorPrompt:
         try:
             args = _task_parser(task).parse_args(words)
             _carry_out(self._operator, task, args)
-        except SystemExit:   # of argparse, which has said why
+        except SystemExit:   # of argparse, which has printed the reason
             return
         except (RuntimeError, concurrent.futures.TimeoutError) as exc:
             raise ValueError(str(exc) or 'the scheduler does not answer') from exc
 
 
 def operate(task: str, argv: Sequence[str]) -> int:
-    """A question to a scheduler that runs, or an order. Returns the exit status: 0, or 1 if it
-    cannot be asked or does not take the order."""
+    """Send a question or an order to a running scheduler. Returns the exit status: 0, or 1 if the
+    scheduler cannot be asked or refuses the order."""
     args = _task_parser(task).parse_args(argv)
     try:
-        import dispy_httpd   # it has the link by which a scheduler is asked
+        import dispy_httpd   # it has the link to a scheduler
         host, port = host_and_port(args.scheduler_host, SCHEDULER_PORT)
         files = tls_files(args.certfile, args.keyfile, None)
         secret = find_secret(None, args.secret_file)
-        logging.getLogger('dispy').setLevel(logging.ERROR)   # what is wrong is said below
+        logging.getLogger('dispy').setLevel(logging.ERROR)   # errors are printed below
         access = ConnectionSettings(secret, *files, PULSE, REDIAL_MOST)
         link = dispy_httpd.SchedulerLink(host, port, access)
         try:
@@ -5140,24 +5168,24 @@ def operate(task: str, argv: Sequence[str]) -> int:
 # --------------------------------------------------------------------------------------------------
 
 def default_state_dir(port: int) -> str:
-    """Return where the state of the scheduler at this port is kept if nothing else is said."""
+    """Return the default directory for the state of the scheduler at this port."""
     if os.name == 'nt':
         base = os.environ.get('LOCALAPPDATA')
     else:
         base = os.environ.get('XDG_STATE_HOME')
     if not base:
-        expanded_path = os.path.expanduser('~')
-        base = os.path.join(expanded_path, '.local', 'state')
+        home = os.path.expanduser('~')
+        base = os.path.join(home, '.local', 'state')
     return os.path.join(base, 'dispy', 'scheduler-%d' % port)
 
 
-# Options of dispy 4 without a meaning, as OBSOLETE_NODE
+# Options of dispy 4 that have no effect, as OBSOLETE_NODE
 OBSOLETE_SCHEDULER = {
     '--msg-timeout': (True, 'connections are kept'),
     '--dest-path-prefix': (True, 'files of programs are in the directory of --state-dir'),
     '--cooperative': (False, 'each program limits its own CPUs of a node'),
 }
-# What a node does not have as well
+# Options that a node does not have
 OPTIONS: List[Tuple[Tuple[str, ...], Dict[str, Any]]] = [
     (('-p', '--port', '--scheduler-port'), {
         'type': int,
@@ -5386,7 +5414,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
             monitor.shutdown()
 
 
-# Field of Options -> option of the command line that it is taken from as it is
+# Field of Options -> option of the command line whose value it has
 OPTION_OF = {
     'port': 'port',
     'node_port': 'node_port',
@@ -5407,7 +5435,7 @@ OPTION_OF = {
 
 
 def _check_orders(parser: OptionParser, args: argparse.Namespace) -> None:
-    """End the program if options say different things of who is next."""
+    """End the program if options contradict each other about the order of jobs."""
     if not args.fifo:
         return
     for other in ('fair', 'share', 'priority', 'group', 'half_life'):
@@ -5418,7 +5446,7 @@ def _check_orders(parser: OptionParser, args: argparse.Namespace) -> None:
 
 
 def _check_options(args: argparse.Namespace) -> None:
-    """Raise StartError, ValueError or OSError for options that make no sense."""
+    """Raise StartError, ValueError or OSError for inconsistent options."""
     for side in ('cluster', 'node'):
         certfile = getattr(args, side + '_certfile')
         keyfile = getattr(args, side + '_keyfile')
@@ -5433,8 +5461,8 @@ def _check_options(args: argparse.Namespace) -> None:
 
 
 def _secrets_of(root: str, args: argparse.Namespace) -> Dict[str, Any]:
-    """Return the options of a scheduler that are secrets, or tell what they are for. Raises
-    SecretError, StartError, OSError."""
+    """Return the options of a scheduler that are secrets, or say what they are for. Raises
+    SecretError, StartError or OSError."""
     users: Tuple[Tuple[str, bytes], ...] = ()
     if args.cluster_secret_file and os.path.isdir(args.cluster_secret_file):
         users = secrets_of_users(args.cluster_secret_file)
@@ -5466,15 +5494,15 @@ def _secrets_of(root: str, args: argparse.Namespace) -> Dict[str, Any]:
 
 
 def _read_rules(argv: Sequence[str]) -> UserRules:
-    """Return the rules of users, by the command line and by the file that it names as it is now.
-    Raises StartError."""
+    """Return the rules of users, from the command line and from the current contents of the file
+    that it names. Raises StartError."""
     args = parse_arguments(make_parser(), argv)
     return rules_of(args)
 
 
 def _options_of(args: argparse.Namespace,
                 read_rules: Optional[Callable[[], UserRules]] = None) -> Options:
-    """Return the options of a scheduler by its command line. Raises SecretError, StartError,
+    """Return the options of a scheduler from its command line. Raises SecretError, StartError or
     OSError."""
     root = args.state_dir or default_state_dir(args.port)
     if not has_place(root):
@@ -5505,7 +5533,7 @@ class RuleWords:
     WHO = re.compile('[*]|@?[^@*=,\\s][^@*=,\\s]*')
 
     def __init__(self, option: str, words: Sequence[str], read: Callable[[str], Any]) -> None:
-        """Read all words of an option. Raises StartError."""
+        """Parse all words of an option. Raises StartError."""
         self.option = option
         self.values: Dict[str, Any] = {}
         for word in words:
@@ -5521,7 +5549,7 @@ class RuleWords:
                 raise StartError('%s %s: %s' % (option, word, exc)) from exc
 
     def of(self, *who: str) -> Any:
-        """Return what is said of the first of these of whom something is, or None."""
+        """Return what the option says of the first of these names that it contains, or None."""
         for name in who:
             if name in self.values:
                 return self.values[name]
@@ -5529,7 +5557,7 @@ class RuleWords:
 
 
 def _limit_words(text: str) -> Dict[str, int]:
-    """Read cpus:N,jobs:N. Raises ValueError."""
+    """Parse cpus:N,jobs:N. Raises ValueError."""
     found: Dict[str, int] = {}
     for part in text.split(','):
         name, _, number = part.partition(':')
@@ -5540,14 +5568,14 @@ def _limit_words(text: str) -> Dict[str, int]:
 
 
 def _share_word(text: str) -> float:
-    """Read a share. Raises ValueError."""
+    """Parse a share. Raises ValueError."""
     with contextlib.suppress(argparse.ArgumentTypeError):
         return positive_number(text)
     raise ValueError('it must be a number above 0')
 
 
 def _priority_word(text: str) -> int:
-    """Read a priority. Raises ValueError."""
+    """Parse a priority. Raises ValueError."""
     if not re.fullmatch('[+-]?[0-9]{1,9}', text):
         raise ValueError('it must be a whole number')
     return int(text)
@@ -5569,7 +5597,7 @@ def _groups_of(words: Sequence[str]) -> Dict[str, str]:
 
 
 class RuleBook:
-    """All that options say of users. Raises StartError."""
+    """Everything that options say of users. Raises StartError."""
 
     def __init__(self, args: argparse.Namespace) -> None:
         self._members = _groups_of(args.group)
@@ -5600,8 +5628,8 @@ class RuleBook:
         return UserRules(users, groups, self._members, others, by_user, half_life)
 
     def _named(self) -> Set[str]:
-        """Return the users of whom anything is said. Raises StartError for a group that has no
-        members."""
+        """Return the users of whom the options say anything. Raises StartError for a group that has
+        no members."""
         named = set(self._members)
         for words in (self._limits, self._shares, self._priorities):
             for who in words.values:
@@ -5614,8 +5642,8 @@ class RuleBook:
         return named
 
     def _rule_of(self, who: str, group: str = '') -> UserRule:
-        """Return the rule of a user, who has the priority of his group unless he has one of his
-        own; or that of a group, of which * does not speak."""
+        """Return the rule of a user, who has the priority of the group unless the options give
+        another one; or that of a group, to which * does not apply."""
         others = '*'
         if who.startswith('@'):
             others = who
@@ -5639,8 +5667,8 @@ def rules_of(args: argparse.Namespace) -> UserRules:
 
 
 def secrets_of_users(directory: str) -> Tuple[Tuple[str, bytes], ...]:
-    """Return the names and secrets of users: one file each. Raises SecretError, StartError,
-    OSError."""
+    """Return the names and secrets of users, each of which has a file. Raises SecretError,
+    StartError or OSError."""
     found: Dict[bytes, str] = {}
     for name in sorted(os.listdir(directory)):
         if name.startswith('.'):
@@ -5660,8 +5688,8 @@ def secrets_of_users(directory: str) -> Tuple[Tuple[str, bytes], ...]:
 
 
 def _end_on_signals(scheduler: Scheduler, outlives_terminal: bool) -> None:
-    """Let signals end the scheduler; SIGHUP, which comes when the terminal ends, unless it outlives
-    that: the rules of users are read again then."""
+    """Let signals end the scheduler. SIGHUP, which comes when the terminal ends, makes a scheduler
+    that outlives its terminal read the rules of users again."""
     def stop(number: int, frame: Any) -> None:
         scheduler.post(Stop())
 
@@ -5679,8 +5707,8 @@ def _end_on_signals(scheduler: Scheduler, outlives_terminal: bool) -> None:
 
 
 def _operator_secret(root: str, path: Optional[str]) -> bytes:
-    """Return the operator's secret, which is made at the first start. Raises SecretError,
-    StartError, OSError."""
+    """Return the operator's secret, which is created at the first start. Raises SecretError,
+    StartError or OSError."""
     if path is not None:
         return find_secret(None, path)
     take_state_directory(root)
@@ -5692,7 +5720,7 @@ def _operator_secret(root: str, path: Optional[str]) -> bytes:
 
 
 def _check_allowed(word: str) -> None:
-    """Raise StartError for what is neither a network nor a name of hosts."""
+    """Raise StartError for a text that is neither a network nor a pattern for names of hosts."""
     if '/' in word:
         is_right = _is_network(word)
     else:
@@ -5732,7 +5760,7 @@ def _monitor(scheduler: Scheduler, port: int, args: argparse.Namespace) -> Any:
         return scheduler.ask(functools.partial(scheduler.overview.answer, *question))
 
     def close() -> None:
-        """The scheduler ends by itself."""
+        """Do nothing, because the scheduler ends by itself."""
     name = 'all programs of the dispyscheduler at port %d' % port
     source = dispy_httpd.SchedulerSource(ask, name, close)
 
@@ -5742,7 +5770,7 @@ def _monitor(scheduler: Scheduler, port: int, args: argparse.Namespace) -> Any:
     def tell(text: str) -> None:
         path = os.path.join(root, 'monitor')
         write_private(path, text.encode() + b'\n')
-        if not is_log_private(args.log_file):   # others would have the token
+        if not is_log_private(args.log_file):   # others could read the token
             text = 'the link of the monitor is in %s, since others may read this log' % path
         logger.info('%s', text)
     try:
@@ -5760,7 +5788,7 @@ def _monitor(scheduler: Scheduler, port: int, args: argparse.Namespace) -> Any:
 def _clean(root: str) -> None:
     """Delete what an earlier run has left, if no scheduler uses it."""
     if os.path.isdir(root):
-        State(root).close()   # or it says who uses it
+        State(root).close()   # otherwise it says who uses the directory
         for name in os.listdir(root):
             path = os.path.join(root, name)
             if name.startswith('c-') or name == 'large':
@@ -5770,6 +5798,6 @@ def _clean(root: str) -> None:
 
 
 if __name__ == '__main__':
-    # Once more under its own name, so that classes have one identity.
+    # Run once more under its own name, so that classes have one identity.
     sys.path.insert(0, os.path.dirname(os.path.abspath(sys.argv[0])))
     sys.exit(importlib.import_module('dispyscheduler').main())

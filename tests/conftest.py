@@ -157,6 +157,8 @@ import pytest  # noqa: E402
 
 import dispy  # noqa: E402
 
+# Of pytest-xdist, which may not be there
+pytest.hookimpl(optionalhook=True)(pytest_xdist_auto_num_workers)
 KINDS = ['JobCluster', 'SharedJobCluster']
 
 

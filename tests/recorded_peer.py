@@ -1,14 +1,22 @@
 """The other side of a link as release 5.0 has it, written down once and not changed any more:
 handshake and frames by `struct` and `hmac` alone, and nothing of dispynode.py, so that a change
-there is noticed. What its messages are stands in releases/5.0.json; `python tests/recorded_peer.py
-RELEASE` writes such a file for the messages of this release."""
+there is noticed. What the messages of a release are stands in releases/RELEASE.json;
+releases/before-5.0.json has those of minor version 1 of the protocol, which no release has as its
+newest.
+
+    python tests/recorded_peer.py RELEASE
+
+writes releases/RELEASE.json (RELEASE is 5.1, say) from the messages and the minor version of this
+tree. A release manager does that once, before a release whose minor version is a new one, and
+commits the file. Once that release is out, its file is not changed any more: what would change it
+takes the next minor version. test_releases.py fails when the messages of the release that is being
+prepared have changed since its file was written: then it is to be written anew."""
 
 import hashlib
 import hmac
 import json
 import os
 import pickle
-import socket
 import struct
 import sys
 
@@ -32,7 +40,10 @@ class RecordedPeer:
     def __init__(self, sock, secret, release='5.0'):
         self._sock = sock
         self._psk = hmac.digest(b'dispy 5 secret', secret, 'sha256')
-        self.ops = {row['name']: row['op'] for row in recorded(release)['messages']}
+        found = recorded(release)
+        self.minor = found['minor']
+        self.ops = {row['name']: row['op'] for row in found['messages']}
+        self.fields = {row['name']: row['fields'] for row in found['messages']}
         self._names = {op: name for name, op in self.ops.items()}
         self._sent = self._received = 0
         self.close = sock.close
@@ -56,7 +67,7 @@ class RecordedPeer:
         return (PROOF.pack(MAGIC, client),
                 PROOF.pack(MAGIC, hmac.digest(key(b's finished'), transcript + client, 'sha256')))
 
-    def dial(self, versions=(1, 1), wanted=NODE):
+    def dial(self, versions, wanted=NODE):
         """As a client; the minor version that was chosen."""
         hello = HELLO.pack(MAGIC, *versions, CLIENT, wanted, 0, os.urandom(16), os.urandom(32), b'')
         self._sock.sendall(hello)
@@ -73,8 +84,9 @@ class RecordedPeer:
         """As a node or a scheduler; the minor versions that were offered."""
         hello = self._read(HELLO.size)
         magic, low, high = HELLO.unpack(hello)[:3]
-        assert magic == MAGIC and low <= 1 <= high, hello
-        challenge = CHALLENGE.pack(MAGIC, 1, role, 0, 1 << 30, os.urandom(16), os.urandom(32), b'')
+        assert magic == MAGIC and low <= self.minor <= high, hello
+        challenge = CHALLENGE.pack(MAGIC, self.minor, role, 0, 1 << 30, os.urandom(16),
+                                   os.urandom(32), b'')
         self._sock.sendall(challenge)
         proof, finished = self._agree(hello, challenge)
         assert self._read(PROOF.size) == proof
@@ -142,7 +154,8 @@ def rows():
 
 if __name__ == '__main__':
     sys.path[:0] = [HERE, os.path.dirname(HERE), os.path.join(HERE, 'unit')]
-    socket.setdefaulttimeout(20)
+    from dispynode import VERSIONS
     with open(os.path.join(HERE, 'releases', sys.argv[1] + '.json'), 'w') as output:
-        json.dump({'release': sys.argv[1], 'minor': 1, 'messages': rows()}, output, indent=1)
+        json.dump({'release': sys.argv[1], 'minor': VERSIONS[1], 'messages': rows()}, output,
+                  indent=1)
         output.write('\n')

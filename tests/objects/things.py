@@ -1506,6 +1506,72 @@ def probe_typed_dict_class(thing):
     return thing is Movie, sorted(thing.__annotations__), thing.__total__, thing(year=1)
 
 
+class WithAnnotations:
+    size: int
+    name: 'str' = ''
+
+
+class MoreAnnotations(WithAnnotations):
+    weight: float
+
+
+def make_class_with_annotations():
+    return MoreAnnotations
+
+
+def probe_class_with_annotations(thing):
+    return (thing is MoreAnnotations, thing.__annotations__ == {'weight': float},
+            sorted(typing.get_type_hints(thing)), vars(thing)['__module__'] == thing.__module__)
+
+
+#: since 3.14
+import annotationlib   # noqa: E402
+
+
+def of_names_to_come(part: ToCome, *rest: OnlyForTypeCheckers) -> ToCome:   # noqa: F821
+    return part, rest
+
+
+class ToCome:
+    after: ToCome   # noqa: F821
+    owner: OnlyForTypeCheckers   # noqa: F821
+
+
+@dataclasses.dataclass
+class Linked:
+    number: int = 1
+    after: Linked | None = None   # noqa: F821
+    owner: OnlyForTypeCheckers = None   # noqa: F821
+
+
+def make_function_of_names_to_come():
+    return of_names_to_come
+
+
+def probe_function_of_names_to_come(thing):
+    names = annotationlib.get_annotations(thing, format=annotationlib.Format.STRING)
+    return thing(1, 2), thing.__name__, names
+
+
+def make_class_of_names_to_come():
+    return ToCome
+
+
+def probe_class_of_names_to_come(thing):
+    names = annotationlib.get_annotations(thing, format=annotationlib.Format.STRING)
+    return thing is ToCome, names
+
+
+def make_dataclass_of_names_to_come():
+    return Linked(2, Linked())
+
+
+def probe_dataclass_of_names_to_come(thing):
+    names = [field.name for field in dataclasses.fields(thing)]
+    return type(thing) is Linked, thing.number, thing.after == Linked(), names
+#: end
+
+
 # -- enums -----------------------------------------------------------------------------------------
 
 class Color(enum.Enum):

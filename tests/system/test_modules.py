@@ -470,6 +470,15 @@ def test_what_is_installed(name):
     assert OwnModules().kind(name) is ModuleKind.INSTALLED
 
 
+@pytest.mark.parametrize('name', ['sitecustomize', 'usercustomize'])
+def test_what_a_python_imports_when_it_starts_is_its_own(tmp_path, monkeypatch, name):
+    path = tmp_path / (name + '.py')
+    path.write_text('')
+    spec = importlib.util.spec_from_file_location(name, str(path))
+    monkeypatch.setitem(sys.modules, name, importlib.util.module_from_spec(spec))
+    assert OwnModules().kind(name) is ModuleKind.INSTALLED
+
+
 def test_nothing_in_this_process_is_taken_for_the_users_own():
     instance = OwnModules()
     own = [name for name in list(sys.modules) if instance.kind(name) is ModuleKind.OWN]

@@ -53,6 +53,8 @@ LIMIT = 0.05    # of the cells elsewhere than on the embedded node may differ, e
 # with a text.
 FORKED_ONLY = {'cmp_to_key', 'open_file', 'socket', 'generator', 'async_generator', 'shared_value',
                'process_lock', 'process_queue', 'process_event', 'instance_with_open_file', 'hash'}
+if VERSION >= (3, 14):   # iterators of itertools cannot be pickled any more
+    FORKED_ONLY.add('count')
 # What pickle refuses for good reason: as argument, result and in an exception it is refused here
 # too, with a text.
 REFUSED = FORKED_ONLY | {'lock', 'rlock', 'condition', 'event', 'semaphore', 'queue',

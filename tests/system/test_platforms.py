@@ -519,6 +519,16 @@ def old_system(monkeypatch):
     monkeypatch.setattr(socket.socket, 'setsockopt', setsockopt, raising=False)
 
 
+@pytest.mark.skipif(not hasattr(socket, 'TCP_KEEPIDLE'), reason='stands in for macOS here')
+def test_keep_alive_by_the_name_that_macos_has(monkeypatch):
+    option = socket.TCP_KEEPIDLE
+    monkeypatch.delattr(socket, 'TCP_KEEPIDLE')
+    monkeypatch.setattr(socket, 'TCP_KEEPALIVE', option, raising=False)
+    with socket.socket() as sock:
+        dispynode.set_tcp_options(sock)
+        assert sock.getsockopt(socket.IPPROTO_TCP, option) == 15
+
+
 def test_a_link_does_without_options_that_are_not_known(old_system, tmp_path):
     with NodeProcess(tmp_path) as node, dispy.JobCluster(abs, nodes=[node.address]) as cluster:
         assert cluster.submit(-3)(20) == 3

@@ -21,6 +21,7 @@ from recorded_peer import CHALLENGE, HELLO, MAGIC, NODE, SCHEDULER, RecordedPeer
 
 SECRET = '5eed' * 16
 KEY = dispynode.derive_key(SECRET.encode())
+OLDER = 'before-5.0'     # the first minor version
 RELEASES = sorted(name[:-5] for name in os.listdir(os.path.join(ROOT, 'tests', 'releases')))
 
 
@@ -45,11 +46,24 @@ def test_messages_of_earlier_releases_are_understood_and_what_is_sent_to_them_is
                                                                   row['payload'])
 
 
-def test_all_messages_of_the_first_minor_version_are_recorded():
-    """A message that is not must take a new minor version. 2 has new fields, and no new message."""
-    if dispynode.VERSIONS[1] <= 2:
+def test_all_messages_of_the_minor_versions_of_releases_are_recorded():
+    """A message that is not must take a new minor version."""
+    if dispynode.VERSIONS[1] <= max(recorded(release)['minor'] for release in RELEASES):
         ops = {row['op'] for release in RELEASES for row in recorded(release)['messages']}
         assert set(dispynode.MESSAGES) == ops
+
+
+def test_what_is_recorded_of_the_release_to_come_is_what_this_tree_speaks():
+    """It may not be recorded yet. If its messages have changed since, it is to be recorded anew:
+    see recorded_peer.py."""
+    ours = '.'.join(dispynode.__version__.split('.')[:2])
+    numbers = [tuple(map(int, name.split('.'))) for name in [ours, *RELEASES] if name != OLDER]
+    if ours in RELEASES:
+        assert recorded(ours)['minor'] == dispynode.VERSIONS[1]
+        fields = {row['name']: tuple(row['fields']) for row in recorded(ours)['messages']}
+        assert fields == {kind.__name__: kind._fields for kind in dispynode.OPS}
+    else:
+        assert numbers[0] == max(numbers)
 
 
 # -- a client of that release on a node of this one, and the inverse -------------------------------
@@ -67,13 +81,19 @@ def sealed(value):
     return dispynode.in_one_piece(dispynode.dumps(value).payload)
 
 
-@pytest.mark.parametrize('versions', [(1, 1), (1, 7)])
-def test_a_client_of_that_release_uses_a_node_of_this_one(tmp_path, versions):
+def greet(peer, name):
+    """As a client of that release. What it has beside name and pulse is left empty."""
+    peer.send('ClientHello', name, 2.0, *((), ) * (len(peer.fields['ClientHello']) - 2))
+
+
+@pytest.mark.parametrize('release, versions',
+                         [(OLDER, (1, 1)), ('5.0', (1, 2)), ('5.0', (1, 7))])
+def test_a_client_of_that_release_uses_a_node_of_this_one(tmp_path, release, versions):
     with NodeProcess(tmp_path / 'node', env={'DISPY_SECRET': SECRET}) as node:
-        peer = RecordedPeer(socket.create_connection(node.address, 20), SECRET.encode())
+        peer = RecordedPeer(socket.create_connection(node.address, 20), SECRET.encode(), release)
         try:
-            assert peer.dial(versions) <= versions[1]
-            peer.send('ClientHello', 'me', 2.0)
+            assert peer.dial(versions) == recorded(release)['minor']
+            greet(peer, 'me')
             assert peer.receive_until('NodeHello')[1] == 2
             comp = 'c' * 32
             peer.send('Compute', comp, spec(sealed((hex, None, None, {}))))
@@ -86,14 +106,16 @@ def test_a_client_of_that_release_uses_a_node_of_this_one(tmp_path, versions):
                 if name == 'Results':
                     got.update((row[0], row[1:]) for row in fields[1])
             assert b'0xa' in bytes(got[1][3]) and b'TypeError' in bytes(got[2][3])
-            other = RecordedPeer(socket.create_connection(node.address, 20), SECRET.encode())
-            version = other.dial(versions)
-            other.send('ClientHello', 'you', 2.0)
+            other = RecordedPeer(socket.create_connection(node.address, 20), SECRET.encode(),
+                                 release)
+            other.dial(versions)
+            greet(other, 'you')
             other.send('Compute', 'd' * 32, spec(b''))
             refused = other.receive_until('Refused')
             other.close()
             assert refused[:2] == ('d' * 32, 'busy') and refused[2].startswith('it serves me')
-            assert refused[3:] == ((),) * (version - 1)    # a field that version 1 does not have
+            assert len(refused) == len(other.fields['Refused'])
+            assert refused[3:] in ((), ((), ))   # a field that version 1 does not have
             peer.send('Ack', comp, [1, 2])
             peer.send('Done', comp)
             peer.send('Bye', 'enough')
@@ -106,7 +128,8 @@ class OldNode:
     be 'done'. `specs` are those that it was given, `rows` the jobs, `hello` what it was greeted
     with, and `said` the version and the names of the messages that have come."""
 
-    def __init__(self, **facts):
+    def __init__(self, release=OLDER, **facts):
+        self._release = release
         self._facts = dict({'python': tuple(sys.version_info[:3]), 'cloudpickle': '3.0',
                             'holder': '', 'kept': {}, 'pid': 1, 'platform': 'x',
                             'dispy': '5.0.0'}, **facts)
@@ -120,7 +143,7 @@ class OldNode:
     def _serve(self):
         sock, _ = self._listener.accept()
         sock.settimeout(20)
-        peer = RecordedPeer(sock, SECRET.encode())
+        peer = RecordedPeer(sock, SECRET.encode(), self._release)
         try:
             is_scheduler = self._facts.get('role') == 'scheduler'
             self.said.append(peer.accept(SCHEDULER if is_scheduler else NODE))
@@ -162,11 +185,12 @@ def old_node():
         yield node
 
 
-def test_a_client_of_this_release_uses_a_node_of_that_one(old_node):
-    with dispy.JobCluster(hex, nodes=[old_node.address], secret=SECRET) as cluster:
+@pytest.mark.parametrize('release', RELEASES)
+def test_a_client_of_this_release_uses_a_node_of_that_one(release):
+    with OldNode(release) as old_node, \
+            dispy.JobCluster(hex, nodes=[old_node.address], secret=SECRET) as cluster:
         assert cluster.submit(10).get(30) == 'done'
-    old_node.join()
-    assert len(old_node.hello) == 2   # as that release has it
+    assert len(old_node.hello) == (2 if release == OLDER else 3)   # as that release has it
     assert old_node.said[0] == dispynode.VERSIONS
     assert {'Compute', 'Jobs', 'Done'} <= set(old_node.said)
 

@@ -1,8 +1,10 @@
 """Workers that are started anew (`spawn`) and load the computation themselves, beside those that
 are forked."""
 
+import glob
 import multiprocessing
 import os
+import re
 import subprocess
 import sys
 import time
@@ -12,7 +14,7 @@ import pytest
 
 import dispy
 import dispynode
-from conftest import eventually, lives
+from conftest import ROOT, eventually, lives
 from nodes import NodeProcess
 from talk_node import Talk, fed, only, said
 
@@ -305,3 +307,18 @@ def test_all_is_gone_when_the_node_is_killed(tmp_path):
             pids = cluster.submit().get(60)
             node.kill()
             eventually(lambda: not any(map(lives, pids)), what='end of runner and worker')
+
+
+def test_all_tests_that_mean_fork_are_listed():
+    """With their reasons, in the README of the tests."""
+    found = set()
+    for directory in ('unit', 'system', 'faults'):
+        for path in glob.glob(os.path.join(ROOT, 'tests', directory, 'test_*.py')):
+            with open(path) as file:
+                for name in re.findall(r'^@pytest\.mark\.fork\((?s:.*?)^def (\w+)', file.read(),
+                                       re.MULTILINE):
+                    found.add('%s::%s' % (os.path.basename(path), name))
+    with open(os.path.join(ROOT, 'tests', 'README.md')) as file:
+        text = file.read().partition('\n## Workers that are started anew')[2]
+    section = text.partition('\n## ')[0]
+    assert found and found == set(re.findall(r'^\| `(\S+)` \|', section, re.MULTILINE))

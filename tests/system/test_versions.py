@@ -1,6 +1,7 @@
 """Functions on nodes with another minor version of Python: as source, or refused with what stands
 in the way."""
 
+import dataclasses
 import functools
 import importlib
 import logging
@@ -11,6 +12,8 @@ import subprocess
 import sys
 import textwrap
 import time
+import types
+import typing
 from collections import OrderedDict
 
 import cloudpickle
@@ -19,7 +22,9 @@ import pytest
 import dispy
 from conftest import eventually
 from dispy import DispyJob, SourcePicker, pack_source
-from dispynode import ForeignCode, make_code, loads, value_pickler
+from dispynode import (
+    ForeignCode, ModuleState, StateRow, Versions, build_tag, load_source, loads, make_code,
+    value_pickler)
 from nodes import NodeProcess
 from programs import HERE, other_pythons
 
@@ -48,6 +53,14 @@ class Point(Base):
 
 
 ORIGIN = Point(0)
+
+
+@dataclasses.dataclass
+class Sized:
+    """Its Python makes methods and private objects for it, which differ from version to version."""
+    size: int
+    parts: list = dataclasses.field(default_factory=list)
+    kept: typing.ClassVar[dict] = {}
 
 
 class Unused(Base):
@@ -93,6 +106,11 @@ def fail(n):
 
 def make_point(point):
     return Point(point.value + 1), point.shown()
+
+
+def grow(sized, more=None):
+    assert type(sized) is Sized and sized == Sized(sized.size, sized.parts)
+    return dataclasses.replace(sized, size=sized.size + 1, parts=[sized]), more
 
 
 def show(thing):
@@ -194,6 +212,28 @@ def test_a_class_of_the_file_as_argument_and_as_result(other):
     assert job.status == DispyJob.Finished, job.exception
     point, text = job.result
     assert type(point) is Point and point.value == 5 and text == 'Point(4)'
+
+
+def test_a_dataclass_as_argument_and_as_result(other):
+    sized = Sized(4, ['part'])
+    job = run(other[0], grow, sized, [sized])
+    assert job.status == DispyJob.Finished, job.exception
+    grown, again = job.result
+    assert (grown, again) == (Sized(5, [sized]), [sized]) and type(again[0]) is Sized
+
+
+def test_what_only_a_class_refers_to_is_needed_where_it_is_used(other):
+    """What stands in a class and cannot be opened there is no obstacle, unless it is an argument
+    itself."""
+    job = run(other[0], grow, Sized(4), Sized.kept)
+    assert job.status == DispyJob.Finished and job.result[1] == {}, job.exception
+    Sized.kept['nameless'] = nameless
+    try:
+        assert run(other[0], grow, Sized(4)).status == DispyJob.Finished
+        job = run(other[0], grow, Sized(4), Sized.kept)
+        assert job.status == DispyJob.Terminated and 'Python ' + other[1] in job.exception
+    finally:
+        Sized.kept.clear()
 
 
 def test_a_class_that_the_computation_does_not_name_as_argument(other):
@@ -515,3 +555,80 @@ def test_code_of_another_version_is_not_made():
     assert loads(b''.join(pieces))() == 42
     stands_for_it = make_code((3, 7), (), '', 'f', 1)
     assert isinstance(stands_for_it, ForeignCode) and not callable(stands_for_it)
+
+
+# -- what one version has and another has not ------------------------------------------------------
+
+@pytest.fixture
+def modules(monkeypatch):
+    """Makes a module that is there for the test alone."""
+    def make(name, **variables):
+        module = types.ModuleType(name)
+        vars(module).update(variables)
+        monkeypatch.setitem(sys.modules, name, module)
+        return module
+    return make
+
+
+@pytest.mark.parametrize('as_instance', [True, False])
+def test_what_another_python_does_not_have_stays_as_the_module_computed_it(modules, as_instance):
+    """Such as an object of argparse that holds one of a private class of argparse. All else that
+    the program has set in its modules is put in place."""
+    gone = type('Gone', (), {'__module__': 'a_library'})
+    library = modules('a_library', Gone=gone)
+    thing = gone()
+    thing.value = 5
+    kept = ['computed here']
+    user = modules('of_the_user', kept=kept, n=0)
+    kept_row = StateRow('of_the_user', '', 'kept', b'another', 0, True)
+    row = StateRow('of_the_user', '', 'n', b'another', -1, False)
+    contents = [[thing if as_instance else gone, 3]]
+    pickled = pickle.dumps((contents, {('of_the_user', '', 'n'): 7}), 5)
+
+    def apply(build, *rows):
+        ModuleState(sys.platform, list(rows), [('builtins', 'list')], pickled, build).apply()
+    apply('the build of another Python', kept_row, row)
+    assert user.kept is kept and kept[1] == 3 and user.n == 7
+    kept[:], user.n = ['computed here'], 0
+    del library.Gone
+    apply('the build of another Python', kept_row, row)
+    assert user.kept == ['computed here'] and user.n == 7
+    with pytest.raises(AttributeError, match='Gone'):   # the same Python should have it
+        apply(build_tag(), kept_row, row)
+    with pytest.raises(ImportError, match='variable kept of module of_the_user needs a_library'):
+        apply('the build of another Python', kept_row._replace(computed=False), row)
+
+
+def test_source_whose_annotations_were_to_be_evaluated_later(modules):
+    """Since Python 3.14 they may have names that are defined later, or that only a type checker
+    imports."""
+    text = 'class Tree:\n    left: Tree\n\ndef grow(n: Tree) -> Never:\n    return n\n'
+    rows = [('made_of_source', 'file.py', text, {}, [])]
+    modules('made_of_source')
+    wanted = (('made_of_source', 'grow'), None, None, {})
+    grow, *_ = load_source((3, 14), rows, [], wanted)
+    assert grow(1) == 1
+    if sys.version_info < (3, 14):
+        assert grow.__annotations__ == {'n': 'Tree', 'return': 'Never'}
+        with pytest.raises(RuntimeError, match="cannot be loaded .*'Tree' is not defined"):
+            load_source((3, 13), rows, [], wanted)
+
+
+def test_a_value_that_holds_functions_and_classes_is_told_when_it_changes():
+    versions, value = Versions(), {'kinds': [int, abs]}
+    version = versions.of('value', value)
+    assert versions.of('value', value) == versions.of('value', {'kinds': [int, abs]}) == version
+    value['kinds'].append(len)
+    assert versions.of('value', value) != version
+
+
+def test_a_method_of_functools_travels():
+    """Python 3.14 cannot open what pickle itself makes of it."""
+    class Scaled:
+        scale = functools.partialmethod(lambda self, n, by: (n, by), by=2)
+    pieces = []
+    value_pickler()(type('File', (), {'write': lambda self, piece: pieces.append(bytes(piece))})(),
+                    5).dump(vars(Scaled)['scale'])
+    again = loads(b''.join(pieces))
+    assert type(again) is functools.partialmethod
+    assert again.keywords == {'by': 2} and again.func(0, 3, by=4) == (3, 4)
