@@ -15741,7 +15741,9 @@ def _start_embedded(peer: NodeConnection) -> Tuple['subprocess.Popen[bytes]', in
     import dispynode
     python = own_python()
     secret = os.urandom(32).hex().encode()
-    code = 'import sys; sys.path.insert(0, %r); import dispynode; sys.exit(dispynode.main())'
+    # What is imported stays. The garbage collector would look through it again and again meanwhile.
+    code = ('import gc, sys; gc.disable(); sys.path.insert(0, %r); import dispynode; gc.freeze(); '
+            'gc.enable(); sys.exit(dispynode.main())')
     prefix = peer.directory = tempfile.mkdtemp(prefix='dispy-')
     module = os.path.abspath(dispynode.__file__)
     directory = os.path.dirname(module)
@@ -23334,8 +23336,14 @@ deployment(source, *%a)
 def program_of_host() -> str:
     """Return the source of the program that runs on a host: it uses dispynode, and no other module
     of dispy."""
-    parts: Tuple[Any, ...] = (Deployment, _since, deployment)
-    return '\n\n'.join([HOST_IMPORTS, *map(inspect.getsource, parts)])
+    lines, _ = inspect.findsource(deployment)
+    # Before Python 3.13, inspect parses the whole of this file for the source of a class.
+    first = lines.index('class Deployment:\n')
+    parts = [HOST_IMPORTS, ''.join(inspect.getblock(lines[first:]))]
+    for function in (_since, deployment):
+        source = inspect.getsource(function)
+        parts.append(source)
+    return '\n\n'.join(parts)
 
 
 SSH_OPTIONS = [
