@@ -2418,7 +2418,7 @@ class ScarceJobs:
 
     def __init__(self) -> None:
         self.queues: Dict[Tuple[str, ...], _Queue] = {}
-        # The heads of queues for which no idle node has what they need
+        # The heads of queues that find no idle node with what they need
         self._blocked: Dict[Tuple[str, ...], ScheduledJob] = {}
 
     def queue_of(self, request: Request) -> _Queue:
@@ -2519,7 +2519,7 @@ class SecondAttempts:
         self.median = MedianDuration()
         self.by_serial: Dict[int, SecondAttempt] = {}
         self.of_job: Dict[ScheduledJob, SecondAttempt] = {}
-        # Serials of attempts beside or before which another has failed: there is no third
+        # Serials of attempts of jobs of which another attempt has failed: there is no third one
         self.tried: Set[int] = set()
         # Number of a job -> the last of the serials that second attempts of it have had
         self._serials: Dict[int, int] = {}
@@ -2802,41 +2802,42 @@ class ComputationLoad:
         self.comp, self.client, self.reentrant, self.remote, self.most, speculates, user = opened
         self.seconds = SecondAttempts() if speculates and not self.remote else None
         self.user_name = user
-        # Its user, if he has limits or a share
+        # Its user, if that has limits or a share
         self.user: Optional[UserLoad] = None
-        # Whether jobs wait because of a limit of the user, and of which of them that was told
+        # Whether jobs wait because of a limit of the user, and for which of them that was reported
         self.held = False
         self.told: Set[str] = set()
-        # Node -> CPUs that it may use there, if `most` were more
+        # Node -> CPUs that it could use there, if `most` were higher
         self.offers: Dict[Any, int] = {}
         self.order = order
         self.queue = _Queue()
         self.pinned: Dict[Any, _Queue] = {}   # by node: jobs for that one alone
         self.scarce = ScarceJobs()
-        self.too_wide: List[ScheduledJob] = []          # wanting more than any node has
-        # CPUs and needs of jobs, to why no node has them, as far as `largest_node` is known
+        self.too_wide: List[ScheduledJob] = []          # jobs that need more than any node has
+        # CPUs and needs of jobs -> why no node has them, as far as `largest_node` is known
         self.lacks: Dict[Tuple[int, Request], str] = {}
-        # Those of jobs that came when no node was there
+        # Those of jobs that came when there was no node
         self.unchecked: Set[Tuple[int, Request]] = set()
         self.estimate = DurationEstimate()    # of a job
         # Number of a job -> times that it was called back by the schedule
         self.called: Dict[int, int] = {}
-        # Jobs that have failed and may be repeated -> when; infinite until the program has said
+        # Jobs that have failed and may be repeated -> when; infinite until the program has decided
         self.resting: Dict[ScheduledJob, float] = {}
-        self.withdrawn: Set[ScheduledJob] = set()   # on nodes, and cancelled if they have not begun
+        # Jobs on nodes that are cancelled if they have not begun
+        self.withdrawn: Set[ScheduledJob] = set()
         self.ranked = False                   # some jobs have a priority
-        # When a job of it was sent last, in numbers of the schedule
+        # When a job of it was last sent, as a counter of the schedule
         self.served = 0
         self.cpus_in_flight = 0                       # CPUs of jobs on nodes
         self.running: Dict[int, 'NodeLoad'] = {}   # serial -> where
         self.nodes: Dict[Any, 'NodeLoad'] = {}     # where it is set up; of these:
         self.idle: Dict[Any, 'NodeLoad'] = {}      # those with a CPU for it
-        # Those that hold more of its jobs than they have CPUs
+        # Nodes that hold more of its jobs than they have CPUs
         self.overloaded: Dict[Any, 'NodeLoad'] = {}
-        # Head of the queue that no idle node has room for
+        # Head of the queue for which no idle node has room
         self.blocked_head: Optional[ScheduledJob] = None
         self.unloadable = ''                    # why no node can load its code
-        # Most CPUs that a node has for it, None if that is not known now
+        # The largest number of CPUs that a node has for it; None if this is not known now
         self.largest_node: Optional[int] = None
 
     def rank(self) -> None:
@@ -2946,28 +2947,29 @@ class NodeLoad:
         self.key = key
         self.name = str(key)
         self.offers = 0     # CPUs that it has
-        self.cpus = 0       # the same, or what a computation may use if that is more
+        self.cpus = 0       # the same, or the number that a computation may use if that is higher
         self.used = 0       # CPUs of jobs there, run or not
-        self.cpus_reserved = 0      # of these, no more of a computation than it may use
+        self.cpus_reserved = 0      # of these, for each computation no more than it may use
         self.bytes = 0      # of their arguments
         self.trip = 0.0     # s that a message to it and its answer take
-        # A job that was sent to an idle CPU, and when: what is over is the trip
+        # A job that was sent to an idle CPU, and when: the time beyond its duration is the round
+        # trip
         self.probe: Optional[Tuple[int, float]] = None
         self.draining: Set[str] = set()
         self.away: Optional[NodeAway] = None
         self.tried_until = -math.inf   # as in NodeTried
         self.stock = Stock()
-        # Second attempts that are here; none is counted among the jobs
+        # Second attempts that are here; they are not counted among the jobs
         self.seconds: List[SecondAttempt] = []
         self.comps: Dict[str, ComputationLoad] = {}              # set up there; of each of them:
         self.in_flight: Dict[str, Dict[int, ScheduledJob]] = {}   # serial -> work
         self.limits: Dict[str, int] = {}               # CPUs it may use there
-        self.parts: Dict[str, int] = {}                # its part of `used`
+        self.parts: Dict[str, int] = {}                # its share of `used`
         # Serial -> since when, of those that are known to run
         self.begun: Dict[str, Dict[int, float]] = {}
-        # Serial -> whether for reasons of the schedule, of those called back
+        # Serial of a recalled attempt -> whether it was for reasons of the schedule
         self.recalled: Dict[str, Dict[int, bool]] = {}
-        self.ahead: Dict[str, Allowance] = {}          # jobs a CPU that may wait there
+        self.ahead: Dict[str, Allowance] = {}          # jobs for each CPU that may wait there
         # Priority -> CPUs, if the computation has priorities
         self.ranks: Dict[str, Dict[int, int]] = {}
 
@@ -3022,7 +3024,7 @@ class NodeLoad:
         begun = self.begun[comp]
         if not begun:
             return self.limits[comp]
-        # A sum, as the timer's: a difference is rounded
+        # The same sum as for the timer: a difference would be rounded
         horizon = self.horizon
         flight = self.in_flight[comp]
         cpus = []
@@ -3037,7 +3039,7 @@ class NodeLoad:
         node, so that each has some whenever a CPU becomes free, until others can come, however
         short those are. If no job of any has ended, it is the client's share of the CPUs, and one
         job behind these if all run."""
-        # In whole milliseconds, so that a node finds what was computed for others
+        # In whole milliseconds, so that cached results can be used for other nodes
         row = comp.estimate.row(math.ceil(self.trip * 1000) / 1000 + TURN_TIME)
         limit = self.limits[comp.comp]
         if row or any(other.estimate.seconds is not None for other in sharers):
@@ -3213,15 +3215,15 @@ class Books:
         self.away: Dict[Any, NodeLoad] = {}          # nodes that cannot be reached now
         self.returned_at = -math.inf                 # when one of them was reached again
         self.unfilled: Dict[Any, NodeLoad] = {}      # nodes to which more is sent in the next turn
-        # With jobs that wait, and perhaps some that had
+        # Computations with waiting jobs, and possibly some that had such
         self.waiting: Dict[str, ComputationLoad] = {}
         # Client -> CPUs of its jobs on nodes
         self.client_cpus: Dict[str, int] = collections.Counter()
-        # Nodes that something has happened to since the last flush
+        # Nodes to which something has happened since the last flush
         self.changed: Dict[Any, NodeLoad] = {}
         # (node, computation) -> jobs that were put there in this turn
         self._to_send: Dict[Tuple[Any, str], List[ScheduledJob]] = {}
-        self.numbers = itertools.count()          # they tell what came earlier
+        self.numbers = itertools.count()          # they show what came earlier
         self.now = 0.0
         self._actions: List[Any] = []
 
@@ -3278,7 +3280,7 @@ class Books:
         comp.running[work.serial] = node
         if comp.ranked:
             node.ranks[name][priority_of(work)] += cpus
-        # It will not wait there
+        # This job will not wait there
         if node.probe is None:
             if node.cpus_reserved == node.used:
                 node.probe = (work.serial, self.now)
@@ -3297,7 +3299,8 @@ class Books:
     def send(self) -> None:
         """Have those jobs sent that were assigned to nodes in this turn."""
         to_send = self._to_send
-        self._to_send = {}   # or the last jobs, and their results, would be kept
+        # Otherwise references to the last jobs, and to their results, would remain
+        self._to_send = {}
         for (key, name), works in to_send.items():
             self.do(SendJobs(key, name, works))
             self.look_at(self.nodes[key])
@@ -3594,7 +3597,7 @@ class Placement:
         if user is None or user.admits(cpus):
             return True
         comp.held = True
-        # Nodes may change meanwhile that are not looked at for these jobs now
+        # Nodes that are not examined for these jobs now may change in the meantime
         comp.blocked_head = None
         comp.scarce.look_everywhere()
         self._tell_limit(comp, 'held', user.why_not(cpus))
@@ -3716,7 +3719,7 @@ class Placement:
             return False
         if len(rivals) > 1:
             rivals.sort(key=self._rank)
-        if self._fifo:   # the node shares its CPUs, and shall not have others to share them with
+        if self._fifo:   # the node shares its CPUs, so that it must not have jobs of others
             del rivals[1:]
         sharers = [comp for comp in node.comps.values() if node.parts[comp.comp] or comp in rivals]
         before = node.used
@@ -3768,7 +3771,7 @@ class Placement:
         if work.options and not comp.remote and self._takes_at_once(node, work):
             return False
         if comp.called and not comp.may_wait_there(work):
-            return choice > 0 and not node.waits(comp.comp)   # no CPU is ever idle there
+            return choice > 0 and not node.waits(comp.comp)   # no CPU there is ever idle
         if reserve or node.cpus_reserved < node.cpus:
             if comp.ranked:
                 before = node.standing_before(comp, work)
@@ -3795,7 +3798,7 @@ class Placement:
             if name in node.draining:
                 continue
             reserve = node.reserve(name, books.now)
-            if spare <= 2 * reserve:   # estimates go up and down a little
+            if spare <= 2 * reserve:   # estimates fluctuate slightly
                 continue
             shared = node.is_shared(comp)
             if not shared and spare <= node.bearable(name, books.now):
@@ -3805,7 +3808,7 @@ class Placement:
                 cpus = [cpus_of(node.in_flight[name][serial]) for serial in node.recalled[name]]
                 asked = sum(cpus)
                 most = spare - reserve - asked
-                # The last time is for an idle CPU elsewhere
+                # The last recall is reserved for an idle CPU elsewhere
                 if shared:
                     times = 1
                 else:
@@ -3822,17 +3825,17 @@ class Placement:
                 continue
             if comp.queue.length and not comp.held:
                 continue
-            # More than 64 are seen to in later turns
+            # More than 64 are handled in later turns
             idle = comp.idle.values()
             rooms = [node.room(comp.comp) for node in itertools.islice(idle, 64)]
             free = sum(rooms)
             called = 0
             for donor in list(comp.overloaded.values()):
                 surplus = donor.used - min(donor.cpus, donor.cpus_reserved)
-                # Of short jobs the idle CPUs get their part of all at once
+                # Of short jobs, the idle CPUs get their share of all of them at once
                 most = max(free, surplus * free // (free + donor.cpus))
                 serials = self.movable(donor, comp, min(surplus, most), max(rooms), RECALLS_MOST)
-                del comp.overloaded[donor.key]   # until it is looked at again
+                del comp.overloaded[donor.key]   # until it is examined again
                 self.call_back(donor, comp, serials, True)
                 called += len(serials)
                 if called >= free:
@@ -4323,7 +4326,7 @@ class Speculation:
             node.begun[comp.comp][work.serial] = second.begun
             if comp.user is not None:
                 books.users.ran(comp.user, cpus_of(work), books.now)
-        elif before is None:   # otherwise it has finished
+        elif before is None:   # otherwise the first has finished
             move_job(work, 'back')
             books.do(JobWaits(work))
             move_job(work, 'send')
@@ -4547,9 +4550,9 @@ class ScheduleRequests:
             if comp.idle:
                 continue
             if not comp.cpus_in_flight or comp.ranked:
-                # All CPUs are taken, and it is new or may be urgent: some nodes get it into their
-                # queues. They give the next CPU to the computation that has fewest, and of its jobs
-                # to that of the highest priority.
+                # All CPUs are in use, and the job is new or may be urgent: some nodes get it into
+                # their queues. They give the next CPU to the computation that has fewest, and among
+                # its jobs to the one with the highest priority.
                 for node in itertools.islice(comp.nodes.values(), 64):
                     books.changed[node.key] = node
 
@@ -4817,7 +4820,7 @@ class Schedule:
         books.reached(node)
         node.begin(comp)
         comp.nodes[event.node] = node
-        node.recalled[event.comp].clear()   # what was asked of it may not have arrived
+        node.recalled[event.comp].clear()   # recalls may not have arrived
         node.draining.discard(event.comp)
         held = set(event.held)
         flight = node.in_flight[event.comp]
@@ -4827,7 +4830,7 @@ class Schedule:
         limits.unpark(comp, node)
         held -= self.speculation.held(node, comp, account)
         unwanted = [serial for serial, work in flight.items() if work.state is JobState.CANCELLING]
-        unwanted += sorted(held - set(flight))   # given up while the node was away
+        unwanted += sorted(held - set(flight))   # jobs that were given up while the node was away
         if unwanted:
             action = SendCancel(node.key, comp.comp, unwanted)
             books.do(action)
@@ -4839,7 +4842,7 @@ class Schedule:
         node, comp = pair
         self._losses.settle(node, comp, event.account, Occasion.CONNECTED)
         self.speculation.held(node, comp, event.account)
-        # It is there, and what it holds will come; nothing is sent there before it is ready
+        # The node is connected and will report its jobs; nothing is sent there before it is ready
         if node.away is not None:
             node.away = node.away._replace(until=math.inf)
             self._books.returned_at = self._books.now
@@ -4911,7 +4914,8 @@ class Schedule:
         pair = books.pair(event.node, event.comp)
         serials = [row[0] for row in rows if row[1] not in PROVISIONAL]
         if pair is None:
-            if event.comp in self.comps:   # of jobs that were given up: it need not keep them
+            # Results of jobs that were given up: the node need not keep them
+            if event.comp in self.comps:
                 send_ack = SendAck(event.node, event.comp, serials)
                 books.do(send_ack)
             return
@@ -4968,7 +4972,7 @@ class Schedule:
                      row: tuple) -> List[Tuple[ScheduledJob, tuple]]:
         """Return the job that a provisional result belongs to, with its row; None if the job is not
         known."""
-        # Its end may be in the same message
+        # The end of the job may be in the same message
         work = landed.get(row[0]) or node.in_flight[comp.comp].get(row[0])
         if work is None:
             return []
@@ -4987,7 +4991,7 @@ class Schedule:
         """Return whether the end of an attempt is not that of its job, or not yet."""
         options = work.options or {}
         if row[1] == Outcome.STOPPED:
-            for other in node.comps.values():   # nothing more goes there, until it is Ready again
+            for other in node.comps.values():   # nothing more is sent there until it is Ready again
                 self._limits.limit(node, other, 0)
             self._losses.lose(comp, work, node.name, 'it was stopped, or released from this client')
             return True
@@ -13665,9 +13669,9 @@ class JobExchange:
         self._driver = driver
         self._nodes = driver.nodes
         self._clusters = driver.clusters
-        self.submitted: List[Any] = []               # in this turn
+        self.submitted: List[Any] = []               # jobs that were submitted in this turn
         self.outgoing = Outgoing()                   # of clusters with a journal
-        self._lost_text = ''     # of a fault after which jobs may be nowhere
+        self._lost_text = ''     # the fault after which jobs may be lost
         self._lost_at = 0.0      # when they are looked for
 
     def take(self, job: DispyJob) -> None:
@@ -13700,7 +13704,7 @@ class JobExchange:
             kind = ReturnJobs
         serials = action.serials
         stay = self._unsend(peer, action.comp, serials)
-        if stay:   # they have not come there, nor will they
+        if stay:   # they have not arrived there and will not
             event = NodeReturned(peer.key, action.comp, stay)
             self._driver.decide(event)
             serials = [serial for serial in serials if serial not in stay]
@@ -13751,7 +13755,7 @@ class JobExchange:
             self._driver.say_to(peer, frame)
         for comp in self.outgoing.held_up | before:
             self._hold_up(comp, comp not in before)
-        for peer, comp, serials in staying:   # it never left
+        for peer, comp, serials in staying:   # they were never sent
             event = NodeReturned(peer.key, comp, serials)
             self._driver.decide(event)
         if self.outgoing.held_up:
@@ -15165,7 +15169,7 @@ class Driver(Loop):
     chores - what is to be done now and then
     """
     log = logger
-    PARTING = 2.0    # parts of large values may fill a link, and the other side would wait for us
+    PARTING = 2.0    # parts of large values may fill a link, for whose rest the peer waits
 
     def __init__(self,
                  access: ConnectionSettings,
@@ -15175,7 +15179,7 @@ class Driver(Loop):
         self.instance = instance or _instance
         self.parts = parts
         self.policy = policy or NodePolicy()
-        psk = derive_key(access.secret)   # these may fail, and there are no sockets yet
+        psk = derive_key(access.secret)   # this may fail, before there are sockets
         tls = None
         if access.certfile:
             tls = tls_context(False, access.certfile, access.keyfile, access.cafile)
@@ -15183,11 +15187,12 @@ class Driver(Loop):
         self.access = access
         self.values.where = 'in the program'
         self.schedule = Schedule()
-        self.broken = ''                    # why the driver's thread has ended before its time
+        self.broken = ''                    # why the driver's thread has ended early
         self.clusters: Dict[str, NodeUser] = {}      # by their computations
         self.openers = parts.pool('dispy-opener', 2)
         self.callbacks = parts.pool('dispy-callback', CALLBACK_THREADS, CALLBACK_TIME)
-        self.tellers = parts.pool('dispy-status', 1)   # one: changes are told in their order
+        # One thread: changes are reported in their order
+        self.tellers = parts.pool('dispy-status', 1)
         self.nodes = NodeTable()
         self.connector = Connector(self, psk, tls)
         self.selection = NodeSelection(self)
@@ -15261,7 +15266,7 @@ class Driver(Loop):
 
     def finish(self) -> None:
         """Leave all nodes and end the thread. Any thread but the driver's."""
-        with contextlib.suppress(RuntimeError, TimeoutError):   # it has broken before
+        with contextlib.suppress(RuntimeError, TimeoutError):   # the driver has failed before
             self.ask(self._leave)
 
         def join(seconds: float) -> bool:
@@ -15276,7 +15281,7 @@ class Driver(Loop):
         if self.broken:
             raise RuntimeError(self.broken)
         self.post(RunInDriver(call, future))
-        if self.broken:   # set before the inbox is emptied for the last time
+        if self.broken:   # it is set before the inbox is emptied for the last time
             raise RuntimeError(self.broken)
         return answer_of(future, CALL_TIME)
 
@@ -15288,7 +15293,7 @@ class Driver(Loop):
     def _main(self) -> None:
         try:
             self.run()
-        except BaseException as exc:  # our own fault; nobody may wait for ever because of it
+        except BaseException as exc:  # a fault of dispy; nobody may wait forever because of it
             self.broken = "dispy's driver thread has failed: %s" % describe_exception(exc).strip()
             logger.exception('the driver thread has failed; all jobs end as Abandoned')
             for cluster in list(self.clusters.values()):
@@ -15419,7 +15424,7 @@ class Driver(Loop):
         future = event.future
         try:
             answer = event.call()
-        except Exception as exc:  # the asker gets it
+        except Exception as exc:  # the caller gets it
             if future is None:
                 raise
             future.set_exception(exc)
@@ -15434,7 +15439,7 @@ class Driver(Loop):
         any more."""
         self.jobs.note_fault(text)
         if isinstance(subject, (SendJobs, SendSecond)):
-            # Some of them cannot be sent, and nobody knows which
+            # Some of them cannot be sent, and it is not known which
             self.jobs.end_unsent(subject, text)
             return True
         if isinstance(subject, (RunInDriver, StatusCallback, JobsEnded, JobEnded)):
@@ -15494,7 +15499,7 @@ class Driver(Loop):
             if local.link.has_messages:
                 self.receive(local.link)
         self._own_turn()
-        peer = peers.get(LOCAL)   # it may be another
+        peer = peers.get(LOCAL)   # it may be another one now
         if peer is not None and peer.local is not None:
             if peer.local.has_messages:
                 self._turn_of(peer.local)
@@ -15514,7 +15519,7 @@ class Driver(Loop):
             self.fault(None, exc)
         if self.files.backlog.waiting:
             self.guard(None, self.files.send)
-        # Before anything of this turn is sent, and before results are acknowledged
+        # This comes before anything of this turn is sent, and before results are acknowledged
         if self.jobs.outgoing.journals:
             self.guard(None, self.jobs.note_down)
         if self.now >= self.chores.at:
@@ -15558,7 +15563,7 @@ class Driver(Loop):
                 continue
             if kind is Wrong:
                 self.jobs.refused_frame(peer, channel, message)
-            if kind is Bye:   # what a node has not answered for was never started
+            if kind is Bye:   # attempts without a result from the node were never started
                 ready = []
                 for comp, use in peer.uses.items():
                     if use.state is AssignmentState.READY:
@@ -16038,14 +16043,16 @@ class JobBook:
         self.lock = threading.Lock()     # guards all that follows
         self.changed = threading.Condition(self.lock)
         self.closed = False              # no job can be submitted any more
-        self.owed: Set[DispyJob] = set()   # jobs for whose end the driver answers
-        self.pending = 0                 # have not ended, or their callback has not returned
+        self.owed: Set[DispyJob] = set()   # jobs for whose end the driver is responsible
+        self.pending = 0   # jobs that have not ended, or whose callback has not returned
         self.submitted = 0
-        self.finished = 0                # have ended as they should
-        # Status -> jobs that have ended otherwise; Finished: programs, by their exit status
+        self.finished = 0                # jobs that have succeeded
+        # Status -> number of other jobs that have ended; Finished: programs with an exit status
+        # that means failure
         self.unfinished: Dict[int, int] = {}
         self.at_nodes: Dict[str, List[Any]] = {}   # ADDRESS:NAME -> [node, jobs ended, seconds]
-        self.all_ended: Optional[float] = None     # when no job was pending, since the epoch
+        # When the last pending job ended, in seconds since the epoch
+        self.all_ended: Optional[float] = None
         self._waiters = 0                # callbacks that are in `wait`
         self._watchers = 0               # threads that wait for `changed`
 
@@ -16203,7 +16210,7 @@ class JobBook:
     def after_fork(self) -> None:
         """Forget the jobs in a forked child: they belong to the parent, and nobody here may wait
         for them."""
-        self.lock = threading.Lock()   # a thread that is not here may hold the old one
+        self.lock = threading.Lock()   # a thread that does not exist here may hold the old one
         self.changed = threading.Condition(self.lock)
         self.closed = True
         self.pending = 0
@@ -16470,7 +16477,7 @@ class ResultDelivery:
         watched = self._output.watched(pairs)
         for job, row in pairs:
             payload = job.payload
-            # Nobody had told that it has begun
+            # It was not yet known that it has begun
             if job.status == 5 and (row[2] or row[1] != Outcome.CANCELLED):
                 job.ip_addr = peer.ip_addr
                 if self._callbacks.cluster_status is not None:
@@ -16575,7 +16582,7 @@ class ResultDelivery:
                 job.wake()
         if callbacks.job_status is None:
             self._book.settle(len(jobs))
-        elif driver.broken:   # the pool has ended with the driver
+        elif driver.broken:   # the pool has ended together with the driver
             for job in jobs:
                 callbacks.call_back(job)
         else:
@@ -16592,9 +16599,9 @@ class Submitter:
     """
     driver: 'Driver'
     journal: Optional[Journal] = None
-    resources: Request = ()   # that jobs ask for which do not say
+    resources: Request = ()   # the default request of jobs
     own_directory = False     # each job has a directory of its own
-    wanted: WantedOutput      # which files of jobs come back
+    wanted: WantedOutput      # which files of jobs are returned
 
     def __init__(self, comp: str, name: str, cargo: PackedComputation, bundles: ModuleBundles,
                  book: JobBook, callbacks: UserCallbacks, is_executor: bool) -> None:
@@ -16605,7 +16612,7 @@ class Submitter:
         self._bundles = bundles
         self._book = book
         self._callbacks = callbacks
-        # That files of modules have changed; an executor runs the new text
+        # Whether files of modules have changed; an executor then runs the new text
         self._told_of_change = is_executor
 
     def submit(self, number: Any, args: tuple, kwargs: dict, node: Any = None) -> DispyJob:
@@ -17125,7 +17132,7 @@ class ProgramCluster(ComputationUser):
         self.book = parts.book()
         self.name = name_of(computation)
         self.comp = self.client = parts.new_comp()
-        # Who has it may take the results; it is sent when that is wanted
+        # It authorizes to take the results, and is sent when that is requested
         self.key = os.urandom(32)
         self.port = options.port
         self.specs = options.specs
@@ -17165,7 +17172,7 @@ class ProgramCluster(ComputationUser):
         options = self.options
         check_cargo(self.cargo.spec)
         for spec in self.specs:
-            # It may choose others later, which are checked then
+            # It may choose other values later, which are checked then
             if spec.allocator is None:
                 continue
             if not spec.allocator.setup_args:
@@ -17308,14 +17315,14 @@ class ProgramCluster(ComputationUser):
         try:
             self._leave(shutdown)
         finally:
-            self.cluster = None   # otherwise the two would keep each other
+            self.cluster = None   # otherwise the two would keep each other alive
         self.tell_failures()
         return True
 
     def _leave(self, shutdown: bool) -> None:
         driver = self.driver
         nodes = self._nodes_in_use()
-        if driver.broken:   # nodes could not be told, and what runs there can be collected
+        if driver.broken:   # nodes could not be told, and running jobs can be collected
             if self.trail is not None:
                 self.trail.close(remove=False)
             return
@@ -17324,12 +17331,12 @@ class ProgramCluster(ComputationUser):
             driver.ask(self.takeover.end)
             untold = driver.ask(lambda: driver.forget(self.comp, shutdown))
         except RuntimeError as exc:
-            # The driver has failed meanwhile, and has ended the jobs itself
+            # The driver has failed in the meantime, and has ended the jobs itself
             logger.debug('%s: %s', self.name, exc)
-        except Exception as exc:  # a fault of ours; the cluster is closed all the same
+        except Exception as exc:  # a fault of dispy; the cluster must be closed
             logger.error('%s: the nodes could not be released in good order: %s: %s', self.name,
                          type(exc).__name__, exc)
-        self.book.wait(CALL_TIME)   # for callbacks of what was cancelled
+        self.book.wait(CALL_TIME)   # for callbacks of cancelled jobs
         with contextlib.suppress(RuntimeError):   # the driver has failed
             self.callbacks.tell_closed(nodes)
         if self.trail is not None:
@@ -17481,7 +17488,7 @@ class ProgramCluster(ComputationUser):
         opener."""
         plain: List[Tuple[DispyJob, tuple]] = []
         code: List[Tuple[DispyJob, tuple]] = []
-        # Such come alone, and take time to open
+        # Such results come alone, and opening them takes time
         large = len(pairs) == 1 and len(pairs[0][1][4]) > LAZY
         ordered = self.delivery.ordered
         notes = self.journal is not None or self.live_output.on_output is not None

@@ -7445,7 +7445,7 @@ def stall_of(sock: Any, silence: float, pulse: float) -> str:
 class Channel:
     """A non-blocking socket, the bytes that wait to be sent on it, and the units that arrive. Loop
     thread only."""
-    # System calls in one turn, so that a busy channel does not starve the others
+    # Limit of system calls in one turn, so that a busy channel does not starve the others
     READS = 16
 
     def __init__(self, sock: socket.socket, intake: ReceiveBuffer) -> None:
@@ -7455,12 +7455,12 @@ class Channel:
         self.bytes_out = self.bytes_in = 0   # since it was made
         self.heard = 0.0     # when bytes last came, monotonic
         self.paused = False  # not read from until there is room
-        self.owner: Any = None   # a part of the loop to which all goes that comes of this channel
+        self.owner: Any = None   # the part of the loop that handles this channel
         self.is_attached = False      # to a loop
         self.to_write: Set['Channel'] = set()   # those of the loop that have something to write
         self.interest = 0
         self._intake = intake
-        self.later: Any = ()   # what is made when there is room for it
+        self.later: Any = ()   # units that are made when there is room for them
         self._may_fill = 0     # bytes of memory segments in this turn
         self._out: Deque[Tuple[memoryview, Any]] = collections.deque()
         self._gathers = hasattr(sock, 'sendmsg') and not hasattr(sock, 'do_handshake')
@@ -7558,7 +7558,7 @@ class Channel:
                 break
             if count == 0:
                 if units:
-                    break    # what came is handled first; the end will be read again
+                    break    # the data is handled first; the end will be read again
                 raise LinkBroken('the connection was closed')
             self.heard = now
             self.bytes_in += count
@@ -7792,9 +7792,9 @@ class Link(Channel):
         self.stall = ''        # when it has broken: see stall_of
         self._takes = takes
         self.values: Optional[Values] = None   # the loop's, while attached
-        # Computation -> messages that go in parts, and those that have to stay behind them
+        # Computation -> messages that are sent in parts, and those that must stay behind them
         self.later: Dict[str, Deque[Union[InParts, Results, Refused]]] = {}
-        self.unmade = 0    # bytes of `queued` that parts will be made of
+        self.unmade = 0    # bytes of `queued` from which parts will be made
 
     def send(self, message: Any) -> None:
         """Queue a message. A message that is too large for a frame is sent in parts, and others
@@ -7900,7 +7900,7 @@ class Link(Channel):
             try:
                 self._push_frame(first)
             except TooLarge as exc:
-                self._in_parts(first, exc)   # to the end, and from there to its place
+                self._in_parts(first, exc)   # at the end, from where it is moved to its place
                 waiting.rotate(1)
                 del waiting[1]
                 return
@@ -8054,7 +8054,7 @@ class MemoryLink(Link):
     and neither side changes it from then on. A message that is too large for any link is refused
     here, too. There are no heartbeats: neither side can be away.
     """
-    # Message -> what makes of it what a socket would have brought, with its bytes
+    # Message -> function that returns it in the form that a socket would deliver, and its size
     _MADE: Dict[type, Callable[[Any], Tuple[Any, int]]] = {
         Jobs: _jobs_as_received,
         Results: _results_as_received,
@@ -8062,7 +8062,7 @@ class MemoryLink(Link):
         FilePiece: _data_as_received,
         Output: _data_as_received,
     }
-    SMALL_SIZE = 64    # bytes that a message counts whose size is not looked at
+    SMALL_SIZE = 64    # bytes counted for a message whose size is not examined
 
     def __init__(self, instance: bytes, role: int, now: float) -> None:
         """The parameters describe the other side. There is no socket, so that nothing of `Link` is
@@ -8135,7 +8135,7 @@ class MemoryLink(Link):
     def messages(self, now: float) -> List[Any]:
         if not self.incoming and self.is_over:
             raise LinkBroken('the connection was closed')
-        size = self.other.queued   # of all that was handed over and not taken
+        size = self.other.queued   # the size of everything that was sent and not taken
         self.other.queued = 0
         self.bytes_in += size
         self.heard = now
@@ -8194,9 +8194,9 @@ class Pipe(Channel):
         self.record_of = self._records.record_of
         self.comp = comp
         self.worker = worker
-        self.pid = 0     # of the process that wrote first, as the kernel tells it
+        self.pid = 0     # of the process that wrote first, according to the kernel
         self._asks = bool(worker) and hasattr(socket, 'SCM_CREDENTIALS')
-        if self._asks:   # what SO_PEERCRED tells of a socketpair is who made it
+        if self._asks:   # for a socketpair, SO_PEERCRED names the process that made it
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
 
     def push_value(self, head: bytes, payload: Payload) -> None:
@@ -8222,7 +8222,7 @@ class Pipe(Channel):
             logger.debug('a value goes through the pipe: %s', exc)
             self._without_segment(head, segment)
             return self._send_some()
-        raise BlockingIOError   # the rest of it in the next turn
+        raise BlockingIOError   # the rest is filled in the next turn
 
     def _without_segment(self, head: memoryview, segment: MemorySegment) -> None:
         """Queue a record with its body in the record itself."""
@@ -8347,7 +8347,7 @@ class Loop:
     be ended, the loop itself is at fault: `run` raises LoopFailed.
     """
     log = logger
-    PARTING = 0.0    # s that an end on purpose waits for room for its last words
+    PARTING = 0.0    # s that a link which is ended on purpose waits for room
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self.clock = clock
@@ -8356,19 +8356,19 @@ class Loop:
         self._selector = selectors.DefaultSelector()
         self._inbox: Deque[Any] = collections.deque()
         self._to_write: Set[Channel] = set()
-        # At the end of this turn
+        # What is to be done at the end of this turn
         self._later_broken: Deque[Tuple[Channel, str]] = collections.deque()
         self._signalled = False
         self.woke_at = 0.0         # when this turn had something to do
         # Since when turn has followed turn, or this process has stood still: what has come
         # meanwhile may not have been looked at
         self.busy_since = clock()
-        self._waits = True         # or is about to: who posts has to wake it
+        self._waits = True         # or is about to wait: a thread that posts must wake it
         self._wakes_on_signals = False
         self.has_ended = False
         self._faults = Faults()
-        self.values = Values('here', self.log)   # that come in parts
-        self._again = False        # a turn failed, and what it had to do may not be done
+        self.values = Values('here', self.log)   # the values that come in parts
+        self._again = False        # a turn failed, so that its work may not be complete
         self._failed = ''          # why this loop cannot go on
         self.refusals = Refusals()
         # How each action of the state is carried out
@@ -8422,7 +8422,7 @@ class Loop:
             self._break(subject, text)
             return True
         sock = getattr(subject, 'sock', None)
-        if sock is not None:   # of a connection that has just come about
+        if sock is not None:   # of a connection that was just made
             sock.close()
         return sock is not None
 
@@ -8444,7 +8444,7 @@ class Loop:
         try:
             self._waker.send(b'\0')
         except (BlockingIOError, OSError):
-            # Full: it wakes anyway; closed: nobody is left to hear
+            # If it is full, the loop wakes anyway; if it is closed, nobody waits
             self._signalled = not self.has_ended
             if self.has_ended:
                 self._close_late()
@@ -8535,7 +8535,7 @@ class Loop:
                 if link.queued - before >= NOTED:
                     if type(message) is Results:
                         self.refusals.sent(link, message)
-            except Exception as exc:  # it is too large, or holds what cannot be packed
+            except Exception as exc:  # it is too large, or contains what cannot be packed
                 self.log.error('%s for %s cannot be sent: %s',
                                type(message).__name__, link.address, exc)
                 text = '%s cannot be sent: %s' % (type(message).__name__, exc)
@@ -8557,7 +8557,7 @@ class Loop:
         if not link.owes:
             message = Bye(text[:1000])
             self.send(link, message)
-        with contextlib.suppress(OSError):   # it is closed all the same
+        with contextlib.suppress(OSError):   # it is closed in any case
             link.drain(self.PARTING)
         self.detach(link)
 
@@ -8574,7 +8574,8 @@ class Loop:
 
     def turn(self, timeout: Optional[float] = None) -> None:
         """Do one round: wait, read, handle events, decide, write."""
-        # Set before `_select_timeout` looks at what was posted: who posts after that sees it
+        # This is set before `_select_timeout` checks what was posted: a thread that posts after
+        # that sees it
         self._waits = True
         before = self.clock()
         longest = self._select_timeout(timeout)
@@ -8590,7 +8591,7 @@ class Loop:
             subject = key.data
             if callable(subject):
                 self.guard(None, subject)
-            elif subject.is_attached:   # not detached meanwhile
+            elif subject.is_attached:   # it was not detached in the meantime
                 self._handle_io(subject, mask)
         self.now = self.clock()
         if self._inbox:
@@ -8620,7 +8621,7 @@ class Loop:
         not the loop."""
         try:
             call(*args)
-        except Exception as exc:  # whatever it is, others are served all the same
+        except Exception as exc:  # whatever it is, others must be served
             self.fault(subject, exc)
 
     def act(self, actions: List[Any]) -> None:
@@ -8628,7 +8629,7 @@ class Loop:
         for action in actions:
             try:
                 self._acts[type(action)](action)
-            except Exception as exc:  # the other actions are carried out all the same
+            except Exception as exc:  # the other actions must be carried out
                 self.fault(action, exc)
 
     def fault(self, subject: Any, exc: BaseException, owner: Any = None) -> None:
@@ -8644,7 +8645,7 @@ class Loop:
         try:
             text = 'a fault of dispy has ended it: %s: %.500s' % (type(exc).__name__, exc)
             concerned = judge.on_fault(subject, text)
-        except Exception:  # one more; the first stands in the log already
+        except Exception:  # a second exception; the first is in the log already
             self.log.exception('a fault of dispy while it ended what the last one concerned')
         self._again = self._again or not concerned
         if concerned:
@@ -8684,7 +8685,7 @@ class Loop:
         try:
             self._wakened.recv(4096)
         except BlockingIOError:
-            pass    # it was drained before; a context manager costs as much as the call
+            pass    # drained before; suppress() would cost as much as the call
         self._signalled = False
 
     def _handle_io(self, channel: Channel, mask: int) -> None:
@@ -8700,7 +8701,7 @@ class Loop:
             self._refuse_link(channel, str(exc))
         except MemoryError:
             self._refuse_link(channel, NO_MEMORY)
-        except Exception as exc:  # of the channel, which is ended for it
+        except Exception as exc:  # the fault is that of the channel, which is ended
             self.fault(channel, exc)
 
     def _refuse_link(self, channel: Channel, text: str) -> None:
@@ -8709,7 +8710,7 @@ class Loop:
         if isinstance(channel, Link) and channel.is_attached:
             self.log.error('what %s has sent cannot be used: %s', channel.address, text)
             Loop.send(self, channel, Wrong(text[:NAME_MOST], channel.opened))
-            with contextlib.suppress(OSError):   # it is broken all the same
+            with contextlib.suppress(OSError):   # it is broken in any case
                 channel.write()
         self._break(channel, text)
 
@@ -8719,7 +8720,7 @@ class Loop:
             if channel.later:
                 channel.go_on()
         except OSError as exc:
-            # The other side may have said why it goes
+            # The other side may have sent the reason
             self._handle_io(channel, selectors.EVENT_READ)
             text = str(exc)
             self._break(channel, text)
@@ -8758,7 +8759,7 @@ class Loop:
 
     def _send_heartbeats(self) -> None:
         """Send heartbeats on idle links, and end silent links."""
-        # This process was stopped, or the machine slept: nobody else was silent for it
+        # This process was stopped, or the machine slept: the peers were not silent
         late = self.now - self._pulse_at
         if self._pulse_at and late > min(link.pulse for link in self.links.values()):
             for link in self.links.values():
@@ -8785,7 +8786,7 @@ class Loop:
     def close(self) -> None:
         """Close everything that the loop owns."""
         self.has_ended = True
-        self._waits = True        # who posts from now on finds the waker closed
+        self._waits = True        # a thread that posts from now on finds the waker closed
         for key in list(self._selector.get_map().values()):
             if isinstance(key.data, Channel):
                 self.detach(key.data)
@@ -8795,7 +8796,7 @@ class Loop:
             signal.set_wakeup_fd(-1)
         self._waker.close()
         self._wakened.close()
-        self._signalled = False   # who posts from now on sees that this has ended
+        self._signalled = False   # a thread that posts from now on sees that this has ended
         self._close_late()
 
 
@@ -11289,9 +11290,9 @@ class Attempts:
         self._past = past
         self._results = results
         self._share = share
-        self.refuses_new = False    # those that come are given back
-        self.held_bytes = 0         # of arguments of attempts that wait
-        self._in_parts: List[Attempt] = []      # whose arguments came so
+        self.refuses_new = False    # new attempts are returned
+        self.held_bytes = 0         # bytes of arguments of waiting attempts
+        self._in_parts: List[Attempt] = []      # attempts whose arguments came in parts
         self.values = ValueRequests(VALUES_KEPT)
 
     # -- coming ------------------------------------------------------------------------------------
@@ -11301,7 +11302,7 @@ class Attempts:
         rows = message.rows
         tables = self._tables
         comp = tables.comp_of(link, message.comp)
-        # Another connection has the place of this one, and was told what had come
+        # Another connection has replaced this one, and has reported what had come
         if comp is None:
             return
         if comp.link != link:
@@ -11604,7 +11605,7 @@ class Interruptions:
         self._timers = timers
         self._attempts = attempts
         self.grace = grace         # s
-        self.ends_all = False       # what starts now is ended
+        self.ends_all = False       # jobs that start now are ended
 
     def on_cancel(self, link: int, message: Cancel, now: float) -> None:
         """End attempts that the client has cancelled, whether they run or wait."""
@@ -11859,7 +11860,7 @@ class WorkerPool:
         self._tables = tables
         self._timers = timers
         self.start_at = 0.0
-        self._start_failure = ''    # why none could be started, as it was told
+        self._start_failure = ''    # the reported reason why none could be started
         self._keys = itertools.count(1)
 
     def start(self, comp: _Computation, resources: Request = ()) -> _Worker:
@@ -11977,7 +11978,7 @@ class CpuScheduler:
         self._attempts = attempts
         self._interruptions = interruptions
         self._share = share
-        self.look_at = math.inf     # when some head will have run for BEGUN_TIME
+        self.look_at = math.inf     # when a job will have run for BEGUN_TIME
         self.pool = WorkerPool(tables, timers, units)
         self._served = itertools.count()
 
@@ -12052,11 +12053,11 @@ class CpuScheduler:
 
     def _dispatch(self, comp: _Computation, now: float, crowded: bool) -> None:
         ahead = 0
-        if len(comp.waiting) > 1 or comp.refillable:   # otherwise nothing stands behind another
+        if len(comp.waiting) > 1 or comp.refillable:   # otherwise no attempt is behind another one
             ahead = comp.handed.jobs(AHEAD_TIME)
         while comp.waiting and self._start_on_worker(comp, ahead, now):
             continue
-        # It came when there were more
+        # It came when there were more CPUs
         if comp.waiting:
             most = min(self._cpus.total, comp.limit or self._cpus.total)
             if comp.waiting[0].cpus > most:
@@ -12075,7 +12076,7 @@ class CpuScheduler:
     def _feed(self, comp: _Computation, worker: _Worker, count: int, now: float) -> None:
         attempts: List[Attempt] = []
         if worker.queue and size_of(worker.queue[-1].payload) > LAZY:
-            return   # what stands behind that could not be taken back
+            return   # attempts behind it could not be taken back
         if comp.most:
             count = min(count, comp.most - worker.jobs_given)
         while count > 0 and comp.waiting:
@@ -12089,7 +12090,7 @@ class CpuScheduler:
             attempts.append(comp.waiting.popleft())
             if attempt.counted > LAZY:   # alone, as above
                 count = 0
-            # What runs does not keep links from being read: orders come along them
+            # Running attempts do not keep links from being read: orders come on the links
             self._attempts.held_bytes -= attempt.counted
             attempt.counted = 0
             worker.queue.append(attempt)
@@ -12097,7 +12098,7 @@ class CpuScheduler:
         if attempts:
             if attempts[0] is worker.queue[0]:
                 self._on_job_started(worker, now)
-            else:   # it may begin before this is told
+            else:   # it may begin before this is reported
                 self._watch(worker, attempts[0])
             worker.jobs_given += len(attempts)
             action = SendToWorker(worker.key, attempts)
@@ -12128,7 +12129,7 @@ class CpuScheduler:
             self._interruptions.set_timeout(worker, when)
         if head.memory or head.timeout:
             self._watch(worker, head)
-        if head.ending is not None:   # cancelled while it stood behind another
+        if head.ending is not None:   # it was cancelled while it was behind another one
             self._interruptions.interrupt(worker, head, now)
 
     def look(self, now: float) -> None:
@@ -13432,7 +13433,7 @@ class Node:
         address = tables.links[link].address
         logger.info('%s has connected from %s', client, address)
         instance = tables.links[link].instance
-        # Of what it has here, also what has no results on the disk: it may be done with that
+        # This includes computations without results on the disk: the client may be done with them
         comps = tables.comps.values()
         kept: Dict[str, List[int]] = {}
         for comp in comps:
@@ -14060,15 +14061,15 @@ class CapturedOutput:
             if os.name != 'nt':
                 import fcntl
                 fcntl.fcntl(self.handle, fcntl.F_SETFL, os.O_RDWR | os.O_APPEND)
-        self.shown = (0, 0)   # runner: the job whose output was last shown live, and how much of it
-        self._hole = OUTPUT_KEPT   # runner: where what has been let go ends
+        self.shown = (0, 0)   # runner: the job whose output was last shown live, and its length
+        self._hole = OUTPUT_KEPT   # runner: the end of the part that has been freed
 
     def take(self, size: int) -> bytes:
         """Return all that was written, clipped, and empty the file for the next job. Called by a
         worker."""
         if size < OUTPUT_KEPT:
             return self._empty(size)
-        with self._alone():   # the runner may be shortening it
+        with self._alone():   # the runner may be freeing its middle
             status = os.fstat(self.handle)
             return self._empty(status.st_size)
 
@@ -14116,7 +14117,7 @@ class CapturedOutput:
             with self._alone():
                 st_size = os.fstat(self.handle).st_size
                 end = st_size - 2 * OUTPUT_KEPT
-                # Smaller than before: another job's
+                # It is smaller than before, so that it is another job's
                 if self._hole < end:
                     start = self._hole
                 else:
@@ -14146,7 +14147,7 @@ class CapturedOutput:
     def empty(self) -> None:
         """Empty the file before the next job. A worker calls this."""
         os.ftruncate(self.handle, 0)
-        if IS_WINDOWS:   # children of jobs write at the position that they share with us
+        if IS_WINDOWS:   # children of jobs write at the position that they share with this process
             os.lseek(self.handle, 0, os.SEEK_SET)
 
     def close(self) -> None:
@@ -14670,11 +14671,11 @@ class WorkerPipe:
     Processes that a job has forked may send as well."""
 
     def __init__(self, sock: socket.socket, private: str) -> None:
-        sock.setblocking(True)   # setup may have set a time limit for all new sockets
+        sock.setblocking(True)   # setup may have set a default timeout for sockets
         self._sock = sock
         self._intake = RecordBuffer()
         self.jobs: Deque[Record] = collections.deque()
-        self.answers: Deque[str] = collections.deque()   # to files and to what was wanted
+        self.answers: Deque[str] = collections.deque()   # answers to files and requests
         # Guards the writing end of the pipe: a job may have threads
         self._sending = threading.Lock()
         self._shared = False               # with processes that a job has forked
@@ -14792,7 +14793,7 @@ class JobOutput:
         os.dup2(self._out.handle, 1)
         os.dup2(self._err.handle, 2)
         _no_stdin()
-        # By lines, as C code is told as well: children of a job write in between.
+        # Output is line-buffered, as for C code: children of a job write in between.
         self._streams = [open(0, closefd=False), output_stream(1, 1), output_stream(2, 1)]
         buffer_lines(self._libc)
         sys.stdin, sys.stdout, sys.stderr = self._streams
@@ -14800,7 +14801,8 @@ class JobOutput:
     def before_fork(self) -> None:
         """Flush what a job has printed of a line, so that its children do not print it again."""
         for stream in self._streams[1:]:
-            with contextlib.suppress(OSError, ValueError):   # it is told when the job ends; closed
+            # Reported when the job ends; or the stream is closed
+            with contextlib.suppress(OSError, ValueError):
                 stream.flush()
 
     def _has_own_streams(self) -> bool:
@@ -14820,18 +14822,18 @@ class JobOutput:
         for index in (1, 2):
             try:
                 self._streams[index].flush()
-            except ValueError:   # the job closed it; it is put back below
+            except ValueError:   # the job closed it; it is restored below
                 continue
             except OSError as exc:
                 lost += self._not_written(index, exc)
         if not self._has_own_streams():
             self._flush_strangers()
         if self._libc is not None:
-            self._libc.fflush(None)   # printf of C code into a file is held back until then
+            self._libc.fflush(None)   # C code buffers output into files until then
         printed = []
         for index, output in ((1, self._out), (2, self._err)):
             handle = output.handle
-            os.dup2(handle, index)   # this takes less time than to look where it leads
+            os.dup2(handle, index)   # this takes less time than checking its target
             size = os.lseek(handle, 0, os.SEEK_END)
             if size:
                 printed.append(output.take(size))
@@ -14861,7 +14863,7 @@ class JobOutput:
 
     def _flush_strangers(self) -> None:
         for stream in (sys.stdout, sys.stderr):
-            with contextlib.suppress(Exception):  # None, or whatever the job put there
+            with contextlib.suppress(Exception):  # it is None, or an object of the job
                 stream.flush()
         for index in (1, 2):
             if self._streams[index].closed:
@@ -14879,7 +14881,7 @@ class JobInterrupts:
         self._function = function
         self.in_job = False       # the user's code runs in the main thread
         self.is_late = False      # an interrupt has come where it could not be raised
-        self.recalled = False     # what has not started is to be given back
+        self.recalled = False     # attempts that have not started are to be returned
 
     def install(self) -> None:
         """Handle the signals from now on."""
@@ -14926,7 +14928,7 @@ class JobInterrupts:
         self._catch_up()
 
     def _on_interrupt(self, number: int, frame: Any) -> None:
-        # Meant for a job that has ended meanwhile
+        # It was meant for a job that has ended in the meantime
         if not self._slots[0]:
             return
         if self._slots[1] != self._slots[0]:
@@ -14994,7 +14996,8 @@ class JobServices:
             data = pickle.dumps((int(record.levelno), plain_text(
                 record.name)[:NAME_MOST], shorten(plain_text(text))), 5)
         except Exception:
-            # Arguments that do not fit the format, and the like: as logging itself does
+            # Arguments that do not match the format, and the like, are reported as logging itself
+            # does
             self._log_handler.handleError(record)
             return
         with self._interrupts.beside_job():
@@ -15128,10 +15131,10 @@ class JobDirectory:
         self._spec = spec
         self._globals = globals_
         self._directory = spec['directory']      # of the computation
-        self.is_entered = False         # the job that runs has one
+        self.is_entered = False         # the running job has one
         self._private = ''
         self._returns: Optional[ReturnedFiles] = None
-        self._give_back: Callable[[], None] = _not_here   # takes the job's names away
+        self._give_back: Callable[[], None] = _not_here   # removes the job's names
 
     def enter(self, files: List[Tuple[str, int, bytes]], objects: Dict[str, Any],
               returns: Tuple[str, Sequence[str]] = ('', ())) -> None:
@@ -15148,7 +15151,7 @@ class JobDirectory:
             check_size(name, len(data), self._spec['max_file'])
             path = os.path.join(private, *check_name(name))
             if os.path.islink(path) or (IS_WINDOWS and os.path.isfile(path)):
-                os.unlink(path)   # of the link alone
+                os.unlink(path)   # this removes the link only
             directory = os.path.dirname(path)
             os.makedirs(directory, exist_ok=True)
             with open(path, 'wb') as file:
@@ -15197,7 +15200,7 @@ class Worker:
         self._services = JobServices(self._pipe, slots, spec, self._interrupts)
         self._job_directory = JobDirectory(spec, globals_)
         self._half_imported = False        # a job was interrupted while it imported a module
-        self._pid = 0                      # of the process that serves, not of what a job forks
+        self._pid = 0   # PID of the process that serves, not that of a job's children
         if hasattr(os, 'register_at_fork'):
             os.register_at_fork(before=self._before_fork, after_in_child=self._after_fork)
 
@@ -15216,7 +15219,7 @@ class Worker:
             self._pipe.at_end = functools.partial(self._end_well, clean_up)
         self._pipe.send(RecordType.HERE)
         self._prepare()
-        # Else they are to stay
+        # Otherwise they are to remain
         if isinstance(self._function, Program):
             if self._spec['cleanup']:
                 self._function.tell = self._services.tell_left
@@ -15231,7 +15234,8 @@ class Worker:
             if not self._pipe.jobs:
                 self._pipe.receive(0)
             else:
-                self._run(self._pipe.jobs.popleft())   # and its arguments are let go
+                # Without a reference to it, so that its arguments are freed
+                self._run(self._pipe.jobs.popleft())
                 self._slots[0] = 0
                 fit = self._tidy()
         if clean_up is not None:
@@ -15252,7 +15256,8 @@ class Worker:
         stack_file = StackFile(self._spec['private'], self._pid)
         stack_file.begin()
         self._services.install(self._globals)
-        # Forked twins would draw the same "random" numbers; `random` sees to it itself
+        # Forked workers would draw the same "random" numbers; the module `random` handles this
+        # itself
         if 'numpy' in sys.modules:
             random = sys.modules['numpy'].random
             random.seed()
@@ -15261,7 +15266,7 @@ class Worker:
         elif self._spec['start_method'] == SPAWN:
             self._pipe.send(RecordType.INITIALIZED)
         self._threads = threading.active_count()
-        self._own_children = frozenset(children_here())   # which setup has started
+        self._own_children = frozenset(children_here())   # those that setup has started
         if IS_WINDOWS:
             self._own_processes = processes_in_tree()
         self._surroundings = Surroundings(self._spec['directory'])
@@ -15272,7 +15277,7 @@ class Worker:
         try:
             calls.initializer(*calls.initargs)
         except BaseException as exc:  # the user's code
-            # As the standard library does
+            # This is what the standard library does
             log = logging.getLogger('concurrent.futures')
             log.critical('Exception in initializer:', exc_info=True)
             exception_description = describe_exception(exc, 1)
@@ -15288,7 +15293,7 @@ class Worker:
         serial = record.serial
         self._interrupts.is_late = False
         Slots.begin(self._slots, serial)
-        if self._slots[1] == serial:   # it was to be ended before it came
+        if self._slots[1] == serial:   # it was interrupted before it came
             Slots.take_back(self._slots)
             self._pipe.give_back_serials([serial])
             return
@@ -15303,11 +15308,11 @@ class Worker:
             try:
                 self._interrupts.in_job = True
                 if self._slots[1] == serial:
-                    raise KeyboardInterrupt   # cancelled in the moment in which it starts
+                    raise KeyboardInterrupt   # it was cancelled at the moment when it starts
                 spaces.added.clear()
                 args, kwargs, *extras = loads(record.bodies[0], True)
                 opened = True
-                # The job has its memory
+                # The job has opened the arguments: their memory can be freed
                 if len(record.bodies[0]) > LAZY:
                     self._free(record)
                 if extras:
@@ -15322,10 +15327,10 @@ class Worker:
                 failure = exc
                 if not opened:
                     mark_unopened(exc)
-        except KeyboardInterrupt as exc:  # it came while the handler above was entered
+        except KeyboardInterrupt as exc:  # it came while the handler above began
             self._interrupts.in_job = False
             failure = exc
-        # A child that the job has forked and that came back: the pipe is not its
+        # A child that the job has forked and that has returned here: the pipe does not belong to it
         pid = os.getpid()
         if pid != self._pid:
             os._exit(0 if failure is None else 1)
@@ -15356,7 +15361,7 @@ class Worker:
         """Free the memory of arguments that have been opened, even if something still refers to the
         record."""
         for body in record.bodies:
-            with contextlib.suppress(BufferError):   # something of it is in use
+            with contextlib.suppress(BufferError):   # a part of it is still in use
                 body.release()
 
     def _outcome(self, value: Any, failure: Optional[BaseException]) -> Tuple[int, Payload]:
@@ -15402,7 +15407,7 @@ class Worker:
     def _has_children(self) -> bool:
         if IS_WINDOWS:
             return processes_in_tree() > self._own_processes
-        if self._own_children:   # whose exit statuses are not ours to take
+        if self._own_children:   # whose exit statuses belong to the user's code
             others = set(children_here()) - self._own_children
             return any(not has_ended(pid) for pid in others)
         try:
@@ -15922,7 +15927,7 @@ class WorkerProcesses:
     """The worker processes of a runner: it forks and signals them, reaps them with everything that
     they have left running, limits their memory and shows what they print. `send`, with the
     parameters of pack_record, reports what becomes of them."""
-    failed = False   # there can be no workers; it was told
+    failed = False   # no workers can be started; this was reported
 
     def __init__(self, spec: dict, code: Optional[ComputationCode], libc: Any,
                  send: Callable[..., None]) -> None:
@@ -15932,16 +15937,16 @@ class WorkerProcesses:
         self._send = send
         self._children: Dict[int, _Child] = {}
         now = time.time()
-        self._born = now - 1.0   # clocks of file systems are a little behind
+        self._born = now - 1.0   # clocks of file systems are slightly late
         self._own: Set[int] = set()   # children that setup left on purpose
-        self.kept_alive: Set[int] = set()   # children of ours that are no workers
-        # Killed, and they have not ended: they sleep and cannot be interrupted
+        self.kept_alive: Set[int] = set()   # children of this process that are not workers
+        # Killed processes that have not ended: they sleep in the kernel and cannot be interrupted
         self._undead: Set[int] = set()
         self._slots: List[SlotPlace] = []      # free ones
         self._slot_files = itertools.count(1)
         self._limits = RunningLimits()
-        self.closed_in_workers: List[int] = []   # descriptors that are the runner's alone
-        # Worker, which is to be made -> variables of its environment that say what it may use
+        self.closed_in_workers: List[int] = []   # descriptors that workers must not inherit
+        # Number of a worker to be made -> environment variables that say which devices it may use
         self._variables: Dict[int, Dict[str, str]] = {}
 
     def begin(self) -> None:
@@ -16032,8 +16037,8 @@ class WorkerProcesses:
         """Run the worker in the forked process; `runner` is its parent. It leaves by os._exit
         alone: exit handlers here belong to the runner."""
         try:
-            os.environ.update(variables)   # before the user's code has looked at devices here
-            os.setsid()   # a group of its own, for signals to the job and all it starts
+            os.environ.update(variables)   # before the user's code has looked up the devices here
+            os.setsid()   # a group of its own, for signals to the job and its children
             signal.set_wakeup_fd(-1)
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
             end_with_parent(self._libc, runner)
@@ -16049,9 +16054,10 @@ class WorkerProcesses:
                             self._libc, code.threads, code.globals)
             worker.serve()
         except (ConnectionError, EOFError):
-            os._exit(1)   # the pipe is gone, and with it whoever could be told
+            os._exit(1)   # the pipe is closed, so that this cannot be reported
         except BaseException:
-            # No descriptors, or our own fault: the runner reads it from the file and tells
+            # No descriptors are left, or a fault of dispy: the runner reads this in the file and
+            # reports it
             traceback.print_exc()
             sys.stderr.flush()
             os._exit(70)
@@ -16061,7 +16067,7 @@ class WorkerProcesses:
         """Interrupt a job if its worker still runs it."""
         serial = record.serial
         child = self._children.get(record.number)
-        # Not twice: its time may have passed for both of us
+        # Not twice: the node may have interrupted it as well
         if child is None:
             return
         if child.slots[1] == serial:
@@ -16079,7 +16085,7 @@ class WorkerProcesses:
         if child is not None and child.slots[0] == serial:
             wants_stacks = bool(record.start)
             seen = look_at_job(child, self._spec['private'], wants_stacks)
-            if child.slots[0] != serial:   # it may be of the next job
+            if child.slots[0] != serial:   # it may belong to the next job
                 seen = nothing
         self._send(RecordType.SEEN, record.number, serial, 0.0, 0.0, *seen)
 
@@ -16120,7 +16126,7 @@ class WorkerProcesses:
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(child.process.pid, number)
         with contextlib.suppress(ProcessLookupError):
-            os.kill(child.process.pid, number)   # should it not have come to setsid yet
+            os.kill(child.process.pid, number)   # it may not have called setsid yet
 
     def reap(self) -> None:
         """Report which workers have ended, and end what they have left running."""
@@ -16185,13 +16191,13 @@ class WorkerProcesses:
                     catch.shown = (serial, 0)
                 status = os.fstat(catch.handle)
                 size = status.st_size
-                # The middle of very much is not shown
+                # The middle of very long output is not shown
                 at = max(catch.shown[1], size - 2 * OUTPUT_KEPT)
                 if serial and size > at:
                     data = catch.since(at)
                 else:
                     data = b''
-                # Or it was of the next job
+                # Or it belonged to the next job
                 if not data:
                     continue
                 if child.slots[0] != serial:
@@ -16390,7 +16396,7 @@ class SpawnedWorkers(WorkerProcesses):
     runner loads nothing of the user's. One is started immediately, so that a computation that
     cannot be used here is refused before there is a job. It waits, like any that is not needed yet,
     under a number below 0 until it gets a pipe."""
-    FILE = 'computation'   # what workers load
+    FILE = 'computation'   # the file that workers load
 
     def __init__(self, spec: dict, code: Buffer, libc: Any, send: Callable[..., None],
                  selector: selectors.BaseSelector) -> None:
@@ -16406,7 +16412,7 @@ class SpawnedWorkers(WorkerProcesses):
         from multiprocessing import resource_tracker
         try:
             if os.name != 'nt':
-                resource_tracker.ensure_running()   # of which each worker would start one
+                resource_tracker.ensure_running()   # otherwise each worker would start one
             self.keep_children()
             self._spawn()
         except (OSError, MemoryError) as exc:
@@ -16417,8 +16423,8 @@ class SpawnedWorkers(WorkerProcesses):
     def _start(self, number: int, sock: socket.socket) -> Any:
         variables = self._variables.pop(number, {})
         for key, child in list(self._children.items()):
-            if key < 0 and not variables:   # it has loaded the computation without them
-                with contextlib.suppress(OSError):   # it has just died
+            if key < 0 and not variables:   # it has loaded the computation without the variables
+                with contextlib.suppress(OSError):   # it has just ended
                     return self._give_pipe(key, child, number, sock)
         key = self._spawn(variables)
         return self._give_pipe(key, self._children[key], number, sock)
@@ -16466,7 +16472,7 @@ class SpawnedWorkers(WorkerProcesses):
         ours.setblocking(False)
         self._selector.register(ours, selectors.EVENT_READ, child.line.call)
         self._children[-number] = child
-        child.line.tell(RecordType.INIT)   # all that it starts ends with it from now on
+        child.line.tell(RecordType.INIT)   # from now on, all that it starts ends with it
         return -number
 
     def _hear(self, process: Any) -> None:
@@ -16490,7 +16496,7 @@ class SpawnedWorkers(WorkerProcesses):
             records = None
         if records is None:
             self._forget(line)
-            if IS_WINDOWS:   # nothing else tells that it has ended, which takes a little more
+            if IS_WINDOWS:   # nothing else shows that it has ended, which takes a little longer
                 child.process.join(0.1)
 
     def _forget(self, line: LoadingLine) -> None:
@@ -16512,7 +16518,7 @@ class SpawnedWorkers(WorkerProcesses):
         elif not self._is_up:
             text = bytes(bodies[0])
             self._fail(record.number, text)
-        elif line.is_up:   # its cleanup has failed
+        elif line.is_up:   # the cleanup of this worker has failed
             self._send(RecordType.FAILED, 0, 0, 0.0, 0.0, bodies[0])
         else:
             line.text = bytes(bodies[0]).decode('utf-8', 'replace')
@@ -16525,7 +16531,7 @@ class SpawnedWorkers(WorkerProcesses):
 
     def _tell_end(self, key: int, child: _Child, out: bytes, err: bytes) -> None:
         line = child.line
-        self._listen(key, child)   # what it said before
+        self._listen(key, child)   # what it sent before
         self._forget(line)
         line.forget_passed()
         line.sock.close()
@@ -16586,7 +16592,7 @@ class LoadingProcess:
         os.dup2(out.handle, 1)
         os.dup2(err.handle, 2)
         sys.stdout, sys.stderr = output_stream(1, 1), output_stream(2, 1)
-        # What setup forks must not hold the line by which the other side sees our end
+        # Processes that setup forks must not hold the connection that shows the end of this process
         if hasattr(os, 'register_at_fork'):
             os.register_at_fork(after_in_child=self._control.close)
 
@@ -16667,7 +16673,7 @@ class LoadingProcess:
                     if kind == socket.SCM_RIGHTS:
                         handles.frombytes(body[:len(body) - len(body) % handles.itemsize])
                 if flags & socket.MSG_CTRUNC and not handles:
-                    # No descriptor was left for it: the worker it was for cannot be made
+                    # No descriptor was left for the pipe: its worker cannot be made
                     handles.append(-1)
                 self._handles.extend(handles)
             else:
@@ -16720,7 +16726,8 @@ class Runner(LoadingProcess):
         if os.name == 'posix' and not forks:
             self._tracker.start()
             self._keep_tracker()
-        signal.signal(signal.SIGTERM, self._told_to_end)   # ends a setup that hangs, and closes
+        # Ends a setup that hangs, and closes the runner
+        signal.signal(signal.SIGTERM, self._told_to_end)
         unpack_support(self._spec)
         if forks:
             if not self._load(init.bodies[1]):
@@ -16751,13 +16758,13 @@ class Runner(LoadingProcess):
     def _loaded(self) -> None:
         self._workers.keep_children()
         gc.collect()
-        gc.freeze()   # what is loaded now stays shared with the workers, copy-on-write
+        gc.freeze()   # loaded objects stay shared with the workers, copy-on-write
 
     def _not_loaded(self) -> None:
         self._keep_tracker()
         self._workers.kill_strays()
         self._tracker.stop()
-        # Nobody wants it any more, and what that has interrupted is no fault
+        # The computation is not wanted any more, so that the interrupt is not a fault
         if self._shall_end:
             self._remove_abandoned()
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
@@ -16767,7 +16774,7 @@ class Runner(LoadingProcess):
     def _told_to_end(self, number: int, frame: Any) -> None:
         self._shall_end = True
         # Not twice: the signal comes with the end of each thread of a program that may be the
-        # parent, and it has to remove what is left
+        # parent, and the runner must still remove what is left
         if not self._is_ending:
             self._is_ending = True
             sys.exit(0)
@@ -16811,7 +16818,7 @@ class Runner(LoadingProcess):
         self._is_ending = True
         self._workers.end()
         self._tracker.end_pipe()
-        if not self._is_closed:   # first of all, as the next program may wait for it
+        if not self._is_closed:   # this comes first, as the next program may wait for it
             write_notes(self._spec['private'])
         self._clean_up()
         self._keep_tracker()
@@ -16849,9 +16856,9 @@ class SpawnedWorker(LoadingProcess):
         of the files for its output, `place` is that of its slots, `runner` the PID of its
         parent."""
         libc = _libc()
-        end_with_parent(libc, runner)   # nobody else could end this process
+        end_with_parent(libc, runner)   # no other process could end this one
         _prctl(libc, _PR_SET_CHILD_SUBREAPER, 1)
-        self._next_order()   # INIT: the runner sees to what this process starts
+        self._next_order()   # INIT: the runner can end what this process starts
         self._catch_output(*(CapturedOutput(private, name) for name in names))
         slots = Slots.open(private, *place)
         path = os.path.join(private, SpawnedWorkers.FILE)
@@ -16903,7 +16910,7 @@ class SpawnedWorker(LoadingProcess):
         while True:
             try:
                 self._receive()
-            except (OSError, SystemExit):   # the runner is gone, and this process will be
+            except (OSError, SystemExit):   # the runner has ended, and this process will end
                 return
             while self._records:
                 record = self._records.popleft()
@@ -18598,7 +18605,7 @@ class ComputationProcesses:
         self.comp = files.comp
         self.process: Any = None
         self.tree: Optional[ProcessTree] = None
-        self.passed: Dict[int, socket.socket] = {}     # worker -> its pipe, until it has arrived
+        self.passed: Dict[int, socket.socket] = {}     # worker -> its pipe, until the runner has it
         self.start_method = FORK
         self.control: Optional[Pipe] = None
         self.up = False
@@ -18607,9 +18614,9 @@ class ComputationProcesses:
         self.text = ''
         self.pipes: Dict[int, Pipe] = {}
         self.pids: Dict[int, Tuple[int, str]] = {}   # worker -> number and start of its process
-        self.nonsense: Dict[int, str] = {}             # worker -> what is wrong with what it sent
+        self.nonsense: Dict[int, str] = {}             # worker -> the error in what it sent
         self.equipped: Set[int] = set()                # workers that have resources
-        # Another Python that runs it, and a directory where that finds this module
+        # Another Python that runs it, and a directory in which that finds this module
         self.python = ''
         self.home = ''
         self.kill_at: Optional[float] = None
@@ -18822,7 +18829,7 @@ class WorkerReader:
                     raise PeerError(text)
                 rows.append(row)
                 continue
-            if rows:   # what the next job does comes after the results of those before it
+            if rows:   # what the next job sends comes after earlier results
                 event = WorkerResults(pipe.worker, rows)
                 self._host.tell(event)
                 rows = []
@@ -18974,7 +18981,7 @@ class WorkerPipes:
         """Let an idle worker end."""
         run = self._of_worker.get(action.worker)
         if run is not None:
-            self.let_go(run, action.worker)   # the worker reads the end and leaves
+            self.let_go(run, action.worker)   # the worker sees the end of the pipe and exits
 
     def let_go(self, run: ComputationProcesses, worker: int) -> None:
         """Close the pipe of a worker: nothing more comes from it, and nothing is sent there."""
@@ -18999,7 +19006,7 @@ class ProcessHost:
         self._reader = WorkerReader(host)
         self.held = self._reader.held
         self.look_at = math.inf    # when to look after runners
-        # What runners send about themselves, and about workers that are there
+        # What runners send about themselves, and about existing workers
         self._of_runner: Dict[int, Callable[[ComputationProcesses, Record], None]] = {
             RecordType.ALIVE: self._on_alive,
             RecordType.END_NODE: self._on_end_node,
@@ -19057,7 +19064,7 @@ class ProcessHost:
         run.closing = True
         run.kill_at = self._host.now + GRACE
         self.look_at = self._host.now
-        if run.up and run.start_method == SPAWN:   # then workers run cleanup, and are waited for
+        if run.up and run.start_method == SPAWN:   # then workers run cleanup and need time for it
             for worker in list(run.pipes):
                 self.workers.let_go(run, worker)
         if run.control is not None:
@@ -19135,7 +19142,7 @@ class ProcessHost:
         run.kill_workers()
         self._read_out(run)
         begun = None
-        with contextlib.suppress(OSError):   # no descriptors: then nobody knows
+        with contextlib.suppress(OSError):   # no descriptors: then the attempts are unknown
             begun = Slots.read(run.files.private)
         for worker in list(run.passed):
             run.arrived(worker)
@@ -19143,13 +19150,13 @@ class ProcessHost:
         if run.watch is not None:
             run.watch.close()
         run.process = None
-        # In a program, orphans are its own
+        # In a program, orphans belong to the program
         if os.getpid() == 1:
             if not self._options.embedded:
                 self.reap()
         del self._runs[run.comp]
         self._files.discard(run.comp)
-        # 0: it had lost its line to this process
+        # 0: it had lost its connection to this process
         passes = not run.text and code in (None, 0, -signal.SIGTERM, -SIGKILL)
         self._host.tell(
             RunnerGone(run.comp, run.text or exit_text(code), run.unloadable, begun,
@@ -19164,7 +19171,7 @@ class ProcessHost:
                 if not records:
                     break
         except (LinkBroken, PeerError, OSError) as exc:
-            logger.debug('the socket of a runner: %s', exc)   # its end, which is what we see to
+            logger.debug('the socket of a runner: %s', exc)   # its end, which is being handled
         for pipe in list(run.pipes.values()):
             try:
                 while pipe.is_attached and self._from_worker(pipe):
@@ -19201,7 +19208,7 @@ class ProcessHost:
                 for record in pipe.records(self._host.now):
                     run = self._runs[pipe.comp]
                     self._from_runner(run, record)
-        except PeerError as exc:   # its user's code wrote into what it should not have
+        except PeerError as exc:   # the user's code wrote to the wrong descriptor
             text = str(exc)
             self._nonsense(pipe, text)
         except MemoryError:
@@ -19219,7 +19226,7 @@ class ProcessHost:
         elif record.number in run.pipes:
             if record.kind in self._of_workers:
                 self._of_workers[record.kind](run, record)
-        elif record.kind == RecordType.WORKER_EXITED:   # of a worker that was let go
+        elif record.kind == RecordType.WORKER_EXITED:   # of a worker that was told to end
             run.pids.pop(record.number, None)
             if record.number in run.equipped:
                 run.equipped.discard(record.number)
@@ -19285,7 +19292,7 @@ class ProcessHost:
         pipe = run.pipes[record.number]
         if pipe.is_attached:
             try:
-                while self._from_worker(pipe):   # results it wrote before it died
+                while self._from_worker(pipe):   # results that it wrote before it ended
                     continue
             except PeerError as exc:
                 self._nonsense(pipe, str(exc))
@@ -19597,13 +19604,13 @@ class NodeHost:
         self.node = node_type()(name, options.cpus, facts, options.zombie, options.serve,
                                 options.client_shutdown, loop.now, options.grace)
         self._posted: Deque[Any] = collections.deque()
-        self._stirred = True        # the state was told something that it has not had a turn for
+        self._stirred = True        # the state has handled events since its last turn
         self._next_at = 0.0         # what `next_timer` has returned
         self.directory = directory(options, self.instance, self._directory_taken)
         self.files = files(self, self.directory, options)
         self.results = ResultStore(self, self.directory, options.zombie)
         self.processes = processes(self, self.files, options)
-        # For the parts
+        # These are for the parts
         self.detach = loop.detach
         self.interest = loop.interest
         self.add_reader = loop.add_reader
@@ -19692,7 +19699,7 @@ class NodeHost:
         not the loop."""
         try:
             call(*args)
-        except Exception as exc:  # whatever it is, others are served all the same
+        except Exception as exc:  # whatever it is, others must be served
             self.loop.fault(subject, exc, self)
 
     def post(self, event: Any) -> None:
@@ -19746,7 +19753,7 @@ class NodeHost:
         try:
             actions = self.node.handle(event, self.loop.now)
         except BaseException:
-            self._act(self.node.decided())   # what was decided before the state noticed
+            self._act(self.node.decided())   # what was decided before the error
             raise
         self._act(actions)
 
@@ -19763,7 +19770,7 @@ class NodeHost:
         for action in actions:
             try:
                 self._acts[type(action)](action)
-            except Exception as exc:  # the other actions are carried out all the same
+            except Exception as exc:  # the other actions must be carried out
                 self.loop.fault(action, exc, self)
 
     def on_channel(self, channel: Any) -> None:
@@ -19786,7 +19793,7 @@ class NodeHost:
     def on_fault(self, subject: Any, text: str) -> bool:
         """End what the fault concerns: a link, a worker, a computation. Returns whether anything
         was found."""
-        self._stirred = True   # what the turn had to do may not be done
+        self._stirred = True   # the work of the turn may not be complete
         if isinstance(subject, Pipe):
             self.processes.end_writer(subject, text)
             return True
@@ -19819,7 +19826,7 @@ class NodeHost:
         if self._posted or self.processes.held.may_let_go() or (
                 results.backlog.waiting and results.backlog.has_room()):
             when = self.loop.now
-        self._next_at = when   # also if it is now: the turn that follows is due by it
+        self._next_at = when   # even if it is now, so that the following turn is due
         if when < math.inf:
             return when
         return None
@@ -19899,7 +19906,7 @@ class NodeHost:
     def _send_waiting(self) -> None:
         """Send files and kept results on links that have room."""
         for link, _, text in self.results.backlog.send(self.loop.send):
-            # Its client comes back and gets them then.
+            # Its client gets them when it comes back.
             self.loop.break_link(link, 'results cannot be read: %s' % text)
 
 
