@@ -3506,8 +3506,8 @@ class Placement:
         be idle."""
         changed = self._books.changed
         cpus = [node.cpus for node in changed.values()]
-        total_cpus = sum(cpus)
-        total = max(1, total_cpus)
+        all_cpus = sum(cpus)
+        total = max(1, all_cpus)
         shares = {comp.comp: math.ceil(comp.length() / total) for comp in waiting}
         picky = [comp for comp in waiting if comp.called and not self._may_be_ahead(comp)]
         is_filled = False
@@ -3587,8 +3587,8 @@ class Placement:
         of jobs."""
         if what not in comp.told:
             comp.told.add(what)
-            jobs_held = JobsHeld(comp.comp, text)
-            self._books.do(jobs_held)
+            report = JobsHeld(comp.comp, text)
+            self._books.do(report)
 
     def _admits(self, comp: ComputationLoad, cpus: int) -> bool:
         """Return whether the user of a computation may have a job with so many CPUs on a node
@@ -4011,8 +4011,8 @@ class Repetitions:
         if comp is None:
             return
         until = comp.resting[work] = books.now + event.delay
-        next_number = next(books.numbers)
-        heapq.heappush(self.rests, (until, next_number, work))
+        number = next(books.numbers)
+        heapq.heappush(self.rests, (until, number, work))
         books.do(JobWaits(work))
 
     def stay(self, event: RepeatNot) -> None:
@@ -4178,8 +4178,8 @@ class Speculation:
                 seconds: Any = comp.seconds
                 second = seconds.new(work, node.key)
                 node.seconds.append(second)
-                send_second = SendSecond(node.key, comp.comp, [second])
-                self._books.do(send_second)
+                action = SendSecond(node.key, comp.comp, [second])
+                self._books.do(action)
                 return
 
     @staticmethod
@@ -4311,8 +4311,8 @@ class Speculation:
         before = comp.running.get(work.serial)
         if before is not None:
             books.take_off(before, comp, [work.serial])
-            send_cancel = SendCancel(before.key, comp.comp, [work.serial])
-            books.do(send_cancel)
+            cancellation = SendCancel(before.key, comp.comp, [work.serial])
+            books.do(cancellation)
         else:
             seconds: Any = comp.seconds
             seconds.tried.add(second.serial)
@@ -4330,15 +4330,15 @@ class Speculation:
             move_job(work, 'back')
             books.do(JobWaits(work))
             move_job(work, 'send')
-        second_counts = SecondCounts(node.key, comp.comp, second, ran)
-        books.do(second_counts)
+        change = SecondCounts(node.key, comp.comp, second, ran)
+        books.do(change)
         pairs = []
         for row in second.rows:
             move_job(work, 'provisional')
             pairs.append((work, row))
         if pairs:
-            jobs_ended = JobsEnded(node.key, comp.comp, pairs)
-            books.do(jobs_ended)
+            results = JobsEnded(node.key, comp.comp, pairs)
+            books.do(results)
 
     def _fail(self, comp: ComputationLoad, second: SecondAttempt) -> None:
         """Note that a second attempt has failed: the first one goes on, and there will be no
@@ -4349,13 +4349,13 @@ class Speculation:
 
     def _cancel(self, comp: ComputationLoad, second: SecondAttempt) -> None:
         self._drop(comp, second)
-        send_cancel = SendCancel(second.node, comp.comp, [second.serial])
-        self._books.do(send_cancel)
+        cancellation = SendCancel(second.node, comp.comp, [second.serial])
+        self._books.do(cancellation)
 
     def _drop(self, comp: ComputationLoad, second: SecondAttempt) -> None:
         self._remove(comp, second)
-        second_over = SecondOver(second.node, comp.comp, second)
-        self._books.do(second_over)
+        action = SecondOver(second.node, comp.comp, second)
+        self._books.do(action)
 
     def _remove(self, comp: ComputationLoad, second: SecondAttempt) -> None:
         seconds: Any = comp.seconds
@@ -4901,8 +4901,8 @@ class Schedule:
             pairs.append((work, ran))
             if not comp.remote:
                 late = begun[serial] + node.horizon
-                next_number = next(books.numbers)
-                heapq.heappush(self._late, (late, next_number, node.key))
+                number = next(books.numbers)
+                heapq.heappush(self._late, (late, number, node.key))
         if pairs:
             books.changed[node.key] = node
             action = JobsStarted(node.key, comp.comp, pairs)
@@ -4914,10 +4914,9 @@ class Schedule:
         pair = books.pair(event.node, event.comp)
         serials = [row[0] for row in rows if row[1] not in PROVISIONAL]
         if pair is None:
-            # Results of jobs that were given up: the node need not keep them
-            if event.comp in self.comps:
-                send_ack = SendAck(event.node, event.comp, serials)
-                books.do(send_ack)
+            if event.comp in self.comps:   # given up: not to be kept there
+                acknowledgement = SendAck(event.node, event.comp, serials)
+                books.do(acknowledgement)
             return
         node, comp = pair
         _check_outcomes(rows)
@@ -4948,8 +4947,8 @@ class Schedule:
         books.do(action)
         self.speculation.came(comp, pairs)
         if pairs:
-            jobs_ended = JobsEnded(node.key, comp.comp, pairs)
-            books.do(jobs_ended)
+            results = JobsEnded(node.key, comp.comp, pairs)
+            books.do(results)
 
     def _charge(self, node: NodeLoad, comp: ComputationLoad, rows: Sequence[tuple]) -> None:
         """Charge the user of jobs that have ended before it was known that they had begun."""
@@ -5018,8 +5017,8 @@ class Schedule:
         self._limits.limit(node, comp, 0)
         books.were_on(node, comp, event.works)
         text = 'the node did not come back'
-        node_away = NodeAway(event.node, event.name, text, event.until)
-        self._losses.away(node_away)
+        away = NodeAway(event.node, event.name, text, event.until)
+        self._losses.away(away)
 
     # -- loss --------------------------------------------------------------------------------------
 
@@ -5036,11 +5035,11 @@ class Schedule:
             for comp in event.comps:
                 self._node_ready(NodeReady(node, comp, 0, []))
         elif loss is Loss.AWAY:
-            node_away = NodeAway(node, event.name, event.text, event.until)
-            self._losses.away(node_away)
+            away = NodeAway(node, event.name, event.text, event.until)
+            self._losses.away(away)
         elif loss is Loss.LOST:
-            node_lost = NodeLost(node, event.name, event.text, event.known)
-            self._losses.lost(node_lost)
+            lost = NodeLost(node, event.name, event.text, event.known)
+            self._losses.lost(lost)
 
 
 def _abandoned(work: ScheduledJob, nodes: List[str], text: str, times: int,
@@ -17367,12 +17366,12 @@ class ProgramCluster(ComputationUser):
         except (RuntimeError, concurrent.futures.TimeoutError):
             # The driver or the scheduler is gone
             return []
-        node_descriptions: List[DispyNode] = []
+        nodes: List[DispyNode] = []
         for row in rows:
             if row.state in ('ready', 'draining'):
-                node_description = describe_node(row, 'closed', '', row.cpus, 0)
-                node_descriptions.append(node_description)
-        return node_descriptions
+                node = describe_node(row, 'closed', '', row.cpus, 0)
+                nodes.append(node)
+        return nodes
 
     def tell_failures(self) -> None:
         """Warn, once, if jobs have failed and the program has not looked at any reason."""
@@ -17560,8 +17559,8 @@ class ProgramCluster(ComputationUser):
 
     def driver_failed(self, text: str) -> None:
         """Abandon all jobs, because the driver's thread ends after a fault of dispy."""
-        jobs_owed = self.book.jobs_owed()
-        for job in jobs_owed + self.takeover.left():
+        owed = self.book.jobs_owed()
+        for job in owed + self.takeover.left():
             if job.status not in ENDED:
                 self.delivery.end_with_driver(job, text)
 

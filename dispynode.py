@@ -8574,8 +8574,7 @@ class Loop:
 
     def turn(self, timeout: Optional[float] = None) -> None:
         """Do one round: wait, read, handle events, decide, write."""
-        # This is set before `_select_timeout` checks what was posted: a thread that posts after
-        # that sees it
+        # Set before `_select_timeout` checks what was posted, so that later posts wake this loop
         self._waits = True
         before = self.clock()
         longest = self._select_timeout(timeout)
@@ -11357,8 +11356,8 @@ class Attempts:
 
     def _return_all(self, comp: _Computation, message: Jobs) -> None:
         serials = [row[0] for row in message.rows]
-        jobs_returned = JobsReturned(comp.comp, serials)
-        self._tables.reply(comp, jobs_returned)
+        answer = JobsReturned(comp.comp, serials)
+        self._tables.reply(comp, answer)
 
     def _note_parts(self, comp: _Computation, row: tuple) -> None:
         """Note an attempt whose arguments came in parts."""
@@ -11409,8 +11408,8 @@ class Attempts:
         if held > RECEIVE_BUDGET and self._in_parts:
             self._in_parts = [attempt for attempt in self._in_parts
                               if attempt.serial in attempt.comp.attempts]
-            total_counted = sum(attempt.counted for attempt in self._in_parts)
-            held -= total_counted
+            in_parts = sum(attempt.counted for attempt in self._in_parts)
+            held -= in_parts
         return held > RECEIVE_BUDGET
 
     # -- ending and going back ---------------------------------------------------------------------
@@ -11506,8 +11505,8 @@ class Attempts:
                 tables.reply(comp, message)
         elif serials:
             distinct_serials = frozenset(serials)
-            attempt_history = AttemptHistory(unbegun=distinct_serials)
-            self._past.add(comp.comp, attempt_history)
+            returned = AttemptHistory(unbegun=distinct_serials)
+            self._past.add(comp.comp, returned)
 
     def on_recall(self, link: int, message: ReturnJobs, now: float) -> None:
         """Return attempts that have not started, because the client wants them back."""
@@ -11575,8 +11574,8 @@ class Attempts:
             for attempt in self.values.failed(event.comp):
                 size = sum(size for size, _ in attempt.values)
                 text = unfit_text(size, '%s (on node %s)' % (event.error, tables.name))
-                unfit = Unfit(comp.comp, (attempt.serial, ), text)
-                self.finish(comp, unfit_row(unfit))
+                refused = Unfit(comp.comp, (attempt.serial, ), text)
+                self.finish(comp, unfit_row(refused))
         else:
             self.values.came(event.comp)
 
@@ -11585,8 +11584,8 @@ class Attempts:
         digest = self.values.coming(file.comp)
         digits = digest.hex()
         if digits == file.name:
-            value_sought = ValueSought(file.comp, digest, [], file.error)
-            self.on_value_sought(value_sought, now)
+            event = ValueSought(file.comp, digest, [], file.error)
+            self.on_value_sought(event, now)
 
     def _done_with_values(self, comp: _Computation, attempt: Attempt) -> None:
         self.values.leave(comp.comp, (attempt,))
@@ -11701,10 +11700,10 @@ class Interruptions:
         comp = worker.comp
         head = worker.queue.popleft()
         ending = head.ending or Outcome.DIED
-        ending_text = head.ending_text(ending)
+        reason = head.ending_text(ending)
         text = ('%s; it was killed, and its process has not ended within %d s '
                 '(uninterruptible): its CPU is lost to node %s' %
-                (ending_text, GRACE, self._tables.name))
+                (reason, GRACE, self._tables.name))
         logger.error('%s: %s', comp.spec['name'], text)
         worker.stuck = head.cpus
         attempts.finish(comp, (head.serial, int(ending), 0.0, 0.0, text.encode(), b'', b''))
@@ -11886,8 +11885,8 @@ class WorkerPool:
             message = ('node %s cannot start a worker process: %s; it continues with the workers '
                        'that it has, and keeps trying' % (tables.name, text))
             logger.error('%s', message)
-            notice = Notice(comp.comp, message)
-            tables.reply(comp, notice)
+            warning = Notice(comp.comp, message)
+            tables.reply(comp, warning)
         self.start_at = now + WORKER_RETRY_DELAY
         self._timers.at(self.start_at, comp.comp, self._may_start_again, is_wanted=lambda: True)
 
@@ -13443,9 +13442,9 @@ class Node:
                 kept[comp.comp] = []
         for name in self.results.spooled_of(instance):
             kept[name] = self.results.known_attempts(name)
-        node_hello = NodeHello(self.name, self.cpus.offered,
-                               dict(self.facts, holder=self.lease.held_by(now), kept=kept))
-        tables.send(link, node_hello)
+        answer = NodeHello(self.name, self.cpus.offered,
+                           dict(self.facts, holder=self.lease.held_by(now), kept=kept))
+        tables.send(link, answer)
         if self.service.paused:
             tables.send(link, CpusChanged(0))
 
@@ -13464,8 +13463,8 @@ class Node:
             tables.send(link, refusal)
         elif self.lease.is_of_another(tables.links[link].instance):
             self.lease.refuse(link)
-            held = self.lease.held_by(now)
-            text = 'it serves %s' % held
+            holder = self.lease.held_by(now)
+            text = 'it serves %s' % holder
             tables.send(link, Refused(message.comp, 'busy', text, self.lease.holder_row()))
             self.computations.evict_orphans()
         else:
@@ -13505,15 +13504,15 @@ class Node:
             client = tables.client_at(link)
             logger.warning('%s has asked for results of a computation and does not have its '
                            'key', client)
-            attempt_history = AttemptHistory(whole=False)
-            past = attempt_history.row()
+            unknown = AttemptHistory(whole=False)
+            past = unknown.row()
             tables.send(link, KnownAttempts(message.comp, [], past))
             return
         self.results.note_key(link, message.comp)
         if comp is not None and comp.stage is not Stage.CLOSING:
             if comp.link in tables.links and comp.link != link:
-                held = self.lease.held_by(now)
-                text = 'its client is connected: %s' % held
+                holder = self.lease.held_by(now)
+                text = 'its client is connected: %s' % holder
                 tables.send(link, Refused(message.comp, 'busy', text))
                 return
             if take:
@@ -13524,8 +13523,8 @@ class Node:
             self.results.give_to(message.comp, up.instance)
         serials = self.results.known_attempts(message.comp)
         row = self.past.row(message.comp)
-        known_attempts = KnownAttempts(message.comp, serials, row)
-        tables.do(Send(link, known_attempts))
+        answer = KnownAttempts(message.comp, serials, row)
+        tables.do(Send(link, answer))
         if take:
             self.results.resend(message.comp, link)
 
@@ -13559,9 +13558,9 @@ class Node:
         until = now + RELEASE_COOLDOWN
         self.lease.cool_down(until)
         text = ENDING_TEXT[Outcome.STOPPED]
-        forced_end = ForcedEnd('released', RELEASED_TEXT, Outcome.STOPPED, text)
+        end = ForcedEnd('released', RELEASED_TEXT, Outcome.STOPPED, text)
         for comp in list(self.tables.comps.values()):
-            self.computations.end(comp, forced_end, now)
+            self.computations.end(comp, end, now)
         self.computations.refuse_ended()
         self._free_lease(now)
 
@@ -14054,8 +14053,8 @@ class CapturedOutput:
             handle = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_APPEND | _O_BINARY, 0o600)
             self.handle = _out_of_reach(handle)
         else:
-            temporary_file = tempfile.TemporaryFile(dir=directory)
-            with temporary_file as file:
+            unnamed = tempfile.TemporaryFile(dir=directory)
+            with unnamed as file:
                 descriptor = file.fileno()
                 self.handle = _out_of_reach(os.dup(descriptor))
             if os.name != 'nt':
@@ -14115,8 +14114,8 @@ class CapturedOutput:
         elif hasattr(libc, 'fallocate') and struct.calcsize('l') == 8:
             from ctypes import c_long
             with self._alone():
-                st_size = os.fstat(self.handle).st_size
-                end = st_size - 2 * OUTPUT_KEPT
+                size = os.fstat(self.handle).st_size
+                end = size - 2 * OUTPUT_KEPT
                 # It is smaller than before, so that it is another job's
                 if self._hole < end:
                     start = self._hole
@@ -14989,8 +14988,8 @@ class JobServices:
         try:
             text = record.getMessage()
             if record.exc_info and record.exc_info[0] is not None:
-                trace_lines = traceback.format_exception(*record.exc_info)
-                text += '\n' + ''.join(trace_lines).rstrip()
+                lines = traceback.format_exception(*record.exc_info)
+                text += '\n' + ''.join(lines).rstrip()
             # A level may be an IntEnum and a name a subclass of str: the other side opens plain
             # values only.
             data = pickle.dumps((int(record.levelno), plain_text(
@@ -15027,8 +15026,8 @@ class JobServices:
         file_size = os.path.getsize(path)
         check_size(name, file_size, self._spec['max_file'])
         size, digest = file_digest(path)
-        st_mode = os.stat(path).st_mode
-        row = pickle.dumps((name, size, digest, stat.S_IMODE(st_mode)))
+        mode = os.stat(path).st_mode
+        row = pickle.dumps((name, size, digest, stat.S_IMODE(mode)))
         with self._filing:
             pieces = read_pieces(path, size)
             for offset, data in pieces:
@@ -15253,8 +15252,8 @@ class Worker:
         self._pid = os.getpid()
         self._output.install()
         self._interrupts.install()
-        stack_file = StackFile(self._spec['private'], self._pid)
-        stack_file.begin()
+        stacks = StackFile(self._spec['private'], self._pid)
+        stacks.begin()
         self._services.install(self._globals)
         # Forked workers would draw the same "random" numbers; the module `random` handles this
         # itself
@@ -15280,8 +15279,8 @@ class Worker:
             # This is what the standard library does
             log = logging.getLogger('concurrent.futures')
             log.critical('Exception in initializer:', exc_info=True)
-            exception_description = describe_exception(exc, 1)
-            text = 'the initializer has failed: %s' % exception_description
+            reason = describe_exception(exc, 1)
+            text = 'the initializer has failed: %s' % reason
             self._pipe.send(RecordType.INITIALIZED, 0, 0, 0.0, 0.0,
                             shorten(text).encode('utf-8', 'replace'))
             os._exit(1)
@@ -15987,8 +15986,8 @@ class WorkerProcesses:
             with take(record) as sock:
                 process = self._start(record.number, sock)
         except (OSError, MemoryError) as exc:
-            encoded = shortage(exc).encode('utf-8', 'replace')
-            self._send(RecordType.UNBORN, record.number, 0, 0.0, 0.0, encoded)
+            reason = shortage(exc).encode('utf-8', 'replace')
+            self._send(RecordType.UNBORN, record.number, 0, 0.0, 0.0, reason)
         else:
             self._send(RecordType.WORKER_STARTED, record.number, process.pid)
 
@@ -16015,8 +16014,8 @@ class WorkerProcesses:
         `names`: the names of the files for its output, which it opens itself."""
         catches = []
         for name in names or ('', ''):
-            captured_output = CapturedOutput(self._spec['private'], name)
-            catches.append(captured_output)
+            output = CapturedOutput(self._spec['private'], name)
+            catches.append(output)
             catch = catches[-1]
             made.callback(catch.close)
         if not self._slots:
@@ -16024,8 +16023,8 @@ class WorkerProcesses:
             slots = Slots.make(self._spec['private'], number, bool(names))
             slot_places = []
             for at, one in enumerate(slots):
-                slot_place = SlotPlace(one, number, at)
-                slot_places.append(slot_place)
+                assigned = SlotPlace(one, number, at)
+                slot_places.append(assigned)
             self._slots += slot_places
         place = self._slots.pop()
         made.callback(self._slots.append, place)
@@ -16142,8 +16141,8 @@ class WorkerProcesses:
                 out, err = (output.peek(os.fstat(output.handle).st_size)
                             for output in (child.out, child.err))
                 self._tell_end(key, child, out, err)
-                stack_file = StackFile(self._spec['private'], child.process.pid)
-                stack_file.remove()
+                stacks = StackFile(self._spec['private'], child.process.pid)
+                stacks.remove()
                 child.out.close()
                 child.err.close()
                 child.process.close()
@@ -16417,8 +16416,8 @@ class SpawnedWorkers(WorkerProcesses):
             self._spawn()
         except (OSError, MemoryError) as exc:
             text = 'the first worker cannot be started: %s' % shortage(exc)
-            encoded = text.encode('utf-8', 'replace')
-            self._fail(0, encoded)
+            reason = text.encode('utf-8', 'replace')
+            self._fail(0, reason)
 
     def _start(self, number: int, sock: socket.socket) -> Any:
         variables = self._variables.pop(number, {})
@@ -16466,8 +16465,8 @@ class SpawnedWorkers(WorkerProcesses):
                     process.start()
             made.callback(process.kill)
             tree = tree_of(process.pid)
-            loading_line = LoadingLine(ours, functools.partial(self._hear, process))
-            child = child._replace(process=process, tree=tree, line=loading_line)
+            line = LoadingLine(ours, functools.partial(self._hear, process))
+            child = child._replace(process=process, tree=tree, line=line)
             made.pop_all()
         ours.setblocking(False)
         self._selector.register(ours, selectors.EVENT_READ, child.line.call)
@@ -16539,8 +16538,8 @@ class SpawnedWorkers(WorkerProcesses):
             code = int(child.process.exitcode)
             text = 'the worker process %s while it loaded the computation or ran setup%s' % (
                 exit_text(code), stderr_tail(err))
-            encoded = text.encode('utf-8', 'replace')
-            self._fail(0, encoded)
+            reason = text.encode('utf-8', 'replace')
+            self._fail(0, reason)
         elif key > 0:
             err += line.text.encode('utf-8', 'replace')
             super()._tell_end(key, child, out, err)
@@ -16625,8 +16624,8 @@ class LoadingProcess:
             notes = modules.notes
         else:
             notes = []
-        dumped = pickle.dumps(notes)
-        self._send(RecordType.READY, 0, 0, 0.0, 0.0, dumped)
+        body = pickle.dumps(notes)
+        self._send(RecordType.READY, 0, 0, 0.0, 0.0, body)
 
     def _tell_failure(self, text: str) -> None:
         """Report that the computation cannot be used here; the record's number is 1 if its code
@@ -16720,9 +16719,9 @@ class Runner(LoadingProcess):
             self._workers = WorkerProcesses(self._spec, self._code, libc, self._send)
         else:
             self._workers = SpawnedWorkers(self._spec, init.bodies[1], libc, self._send, selector)
-        captured_output = CapturedOutput(private)
+        out = CapturedOutput(private)
         err = CapturedOutput(private)
-        self._catch_output(captured_output, err)
+        self._catch_output(out, err)
         if os.name == 'posix' and not forks:
             self._tracker.start()
             self._keep_tracker()
@@ -16887,8 +16886,8 @@ class SpawnedWorker(LoadingProcess):
         """Report a failure that the computation has not caused and that keeps this worker from
         running jobs."""
         with contextlib.suppress(OSError):   # the runner is gone
-            encoded = shorten(text).encode('utf-8', 'replace')
-            self._send(RecordType.FAILED, 0, 0, 0.0, 0.0, encoded)
+            body = shorten(text).encode('utf-8', 'replace')
+            self._send(RecordType.FAILED, 0, 0, 0.0, 0.0, body)
 
     def _next_order(self) -> Record:
         if not self._records:
@@ -16914,8 +16913,8 @@ class SpawnedWorker(LoadingProcess):
                 return
             while self._records:
                 record = self._records.popleft()
-                record_type = RecordType(record.kind)
-                number = signals.get(record_type)
+                order = RecordType(record.kind)
+                number = signals.get(order)
                 if number is not None:
                     signal.raise_signal(number)
 
@@ -18974,8 +18973,8 @@ class WorkerPipes:
         run = self._of_worker.get(action.worker)
         if run is not None:
             pipe = run.pipes[action.worker]
-            encoded = action.error.encode('utf-8', 'replace')
-            pipe.push(pack_record(RecordType.FILE_STORED, 0, 0, 0.0, 0.0, encoded))
+            body = action.error.encode('utf-8', 'replace')
+            pipe.push(pack_record(RecordType.FILE_STORED, 0, 0, 0.0, 0.0, body))
 
     def retire(self, action: Retire) -> None:
         """Let an idle worker end."""
@@ -19274,8 +19273,8 @@ class ProcessHost:
     def _on_seen(self, run: ComputationProcesses, record: Record) -> None:
         stacks, stdout, stderr = map(bytes, record.bodies)
         text = stacks.decode('utf-8', 'replace')
-        job_seen = JobSeen(record.number, record.serial, text, stdout, stderr)
-        self._host.tell(job_seen)
+        event = JobSeen(record.number, record.serial, text, stdout, stderr)
+        self._host.tell(event)
 
     def _on_printed(self, run: ComputationProcesses, record: Record) -> None:
         if record.start not in (1.0, 2.0) or not 0.0 <= record.end < 1 << 62:
@@ -19304,8 +19303,8 @@ class ProcessHost:
         run.pids.pop(record.number, None)
         said = run.nonsense.pop(record.number, '') or exit_text(int(record.start))
         stderr = bytes(record.bodies[2])
-        decoded = stderr[-1000:].decode('utf-8', 'replace')
-        tail = decoded.strip()
+        printed = stderr[-1000:].decode('utf-8', 'replace')
+        tail = printed.strip()
         text = 'the worker process on %s %s%s' % (self._host.node.name, said,
                                                   '\nstderr ends:\n' + tail if tail else '')
         event = WorkerGone(record.number, text, record.serial, record.bodies[1], stderr)
@@ -19738,8 +19737,8 @@ class NodeHost:
         if isinstance(message, Wrong):
             text = 'it cannot use what was sent: %s' % message.text[:NAME_MOST]
             for comp, serial in self.loop.refusals.refused(link, message.frame):
-                short_text = message.text[:NAME_MOST]
-                self.results.refused[comp, serial] = 'the result could not be taken: ' + short_text
+                reason = message.text[:NAME_MOST]
+                self.results.refused[comp, serial] = 'the result could not be taken: ' + reason
             raise LinkBroken(text)
         if not isinstance(message, Pulse):
             if type(message) is Query:
@@ -19900,8 +19899,8 @@ class NodeHost:
 
     def _show(self, action: PrintStatus) -> None:
         with contextlib.suppress(OSError):   # the terminal may have gone
-            text_parts = action.text.split('\n')
-            print('\n'.join(map(printable, text_parts)), flush=True)
+            lines = action.text.split('\n')
+            print('\n'.join(map(printable, lines)), flush=True)
 
     def _send_waiting(self) -> None:
         """Send files and kept results on links that have room."""
