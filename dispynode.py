@@ -6245,7 +6245,7 @@ class RecordType(enum.IntEnum):
     WORKER_EXITED = 19
     MEMORY_EXCEEDED = 21    # number: worker, serial: it is being killed
     OVERDUE = 25    # number: worker, serial: exceeded its time limit, is being ended
-    UNBORN = 22     # number: worker, body: text that says why it cannot be made
+    START_FAILED = 22     # number: worker, body: text that says why it cannot be made
     ALIVE = 23      # answers ASK
     END_NODE = 24   # the cleanup of the computation asks for the end of the node
     # Number: worker, serial: the job, bodies: text of its stacks, ends of its stdout and stderr
@@ -6281,7 +6281,7 @@ FROM_RUNNER = {
     RecordType.READY: (8 * TEXT_MOST, 0, 0), RecordType.FAILED: (8 * TEXT_MOST, 0, 0),
     RecordType.WORKER_STARTED: (0, 0, 0), RecordType.WORKER_EXITED: (0, OUTPUT_MOST, OUTPUT_MOST),
     RecordType.MEMORY_EXCEEDED: (0, 0, 0), RecordType.OVERDUE: (0, 0, 0),
-    RecordType.PRINTED: (OUTPUT_KEPT, 0, 0), RecordType.UNBORN: (8 * TEXT_MOST, 0, 0),
+    RecordType.PRINTED: (OUTPUT_KEPT, 0, 0), RecordType.START_FAILED: (8 * TEXT_MOST, 0, 0),
     RecordType.ALIVE: (0, 0, 0), RecordType.END_NODE: (0, 0, 0),
     RecordType.SEEN: (STACKS_MOST, OUTPUT_SEEN, OUTPUT_SEEN)
 }
@@ -15992,7 +15992,7 @@ class WorkerProcesses:
                 process = self._start(record.number, sock)
         except (OSError, MemoryError) as exc:
             reason = shortage(exc).encode('utf-8', 'replace')
-            self._send(RecordType.UNBORN, record.number, 0, 0.0, 0.0, reason)
+            self._send(RecordType.START_FAILED, record.number, 0, 0.0, 0.0, reason)
         else:
             self._send(RecordType.WORKER_STARTED, record.number, process.pid)
 
@@ -16017,12 +16017,11 @@ class WorkerProcesses:
     def _make_child(self, made: contextlib.ExitStack, *names: str) -> _Child:
         """Return what a worker shares with the runner; `made` frees it if there will be no worker.
         `names`: the names of the files for its output, which it opens itself."""
-        catches = []
+        outputs = []
         for name in names or ('', ''):
             output = CapturedOutput(self._spec['private'], name)
-            catches.append(output)
-            catch = catches[-1]
-            made.callback(catch.close)
+            outputs.append(output)
+            made.callback(output.close)
         if not self._slots:
             number = next(self._slot_files)
             slots = Slots.make(self._spec['private'], number, bool(names))
@@ -16033,7 +16032,7 @@ class WorkerProcesses:
             self._slots += slot_places
         place = self._slots.pop()
         made.callback(self._slots.append, place)
-        out, err = catches
+        out, err = outputs
         return _Child(None, place, out, err)
 
     def _work(self, sock: socket.socket, child: _Child, variables: Dict[str, str],
@@ -16190,15 +16189,15 @@ class WorkerProcesses:
         and their end comes with the result."""
         for key, child in self._children.items():
             serial = child.slots[0]
-            for stream, catch in ((1, child.out), (2, child.err)):
-                if catch.shown[0] != serial:
-                    catch.shown = (serial, 0)
-                status = os.fstat(catch.handle)
+            for stream, output in ((1, child.out), (2, child.err)):
+                if output.shown[0] != serial:
+                    output.shown = (serial, 0)
+                status = os.fstat(output.handle)
                 size = status.st_size
                 # The middle of very long output is not shown
-                at = max(catch.shown[1], size - 2 * OUTPUT_KEPT)
+                at = max(output.shown[1], size - 2 * OUTPUT_KEPT)
                 if serial and size > at:
-                    data = catch.since(at)
+                    data = output.since(at)
                 else:
                     data = b''
                 # Or it belonged to the next job
@@ -16206,7 +16205,7 @@ class WorkerProcesses:
                     continue
                 if child.slots[0] != serial:
                     continue
-                catch.shown = (serial, at + len(data))
+                output.shown = (serial, at + len(data))
                 self._send(RecordType.PRINTED, key, serial, float(stream), float(at), data)
 
     def _check_limits(self) -> None:
@@ -19020,7 +19019,7 @@ class ProcessHost:
         self._of_workers: Dict[int, Callable[[ComputationProcesses, Record], None]] = {
             RecordType.WORKER_STARTED: self._on_worker_started,
             RecordType.WORKER_EXITED: self._on_worker_exited,
-            RecordType.UNBORN: self._on_worker_start_failed,
+            RecordType.START_FAILED: self._on_worker_start_failed,
             RecordType.MEMORY_EXCEEDED: self._on_memory_exceeded,
             RecordType.OVERDUE: self._on_overdue,
             RecordType.SEEN: self._on_seen,
