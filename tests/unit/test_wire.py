@@ -282,6 +282,16 @@ def test_the_recorded_bytes_are_these_messages():
     assert flat(messages) == flat([message for message, _ in GOLDEN])
 
 
+@pytest.mark.parametrize('size', [0, 1, 32, 64])
+def test_codes_of_frames_are_hmac(size):
+    key = bytes(range(size))
+    for parts in ((), (b'one', ), (b'one', memoryview(b'two'), bytes(1000))):
+        code = hmac.new(key, b''.join(parts), 'sha256').digest()
+        assert dispynode.FrameMac(key).of(*parts) == code
+    with pytest.raises(ValueError):
+        dispynode.FrameMac(bytes(65))
+
+
 def test_a_frame_is_header_tag_payload_tag():
     data = frame(Bye('x'))
     payload = pickle.dumps(('x',), 5)
