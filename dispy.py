@@ -69,31 +69,28 @@ if __name__ == '__main__':
         sys.exit(str(exc))
     sys.exit(program.main())
 
+# Some modules are imported where they are used, as in dispynode.
 import argparse
 import ast
 import atexit
-import base64
 import bisect
 import builtins
 import collections
 import collections.abc
 import concurrent.futures
 import contextlib
-import copy
 import copyreg
 import dataclasses
 import dis
 import enum
 import errno
 import functools
-import glob
 import hashlib
 import heapq
 import importlib.machinery
 import importlib.util
 import inspect
 import io
-import ipaddress
 import itertools
 import json
 import linecache
@@ -104,7 +101,6 @@ import os
 import numbers
 import operator
 import pickle
-import pkgutil
 import platform
 import queue
 import re
@@ -121,13 +117,14 @@ import sysconfig
 import threading
 import time
 import types
+import typing
 import uuid
 import warnings
 import weakref
 import zlib
 from typing import (
     AbstractSet, Any, Callable, Collection, Container, Deque, Dict, FrozenSet, Iterable, Iterator,
-    List, Mapping, NamedTuple, NoReturn, Optional, Sequence, Set, Tuple, Type, Union)
+    List, Mapping, NoReturn, Optional, Sequence, Set, Tuple, Type, Union)
 
 try:
     import cloudpickle
@@ -164,7 +161,8 @@ from dispynode import CpusChanged, Datagram, DatagramType, DirectoryRemains, Dis
 from dispynode import DiscoverySockets, DispyError, Done, DurationEstimate, Each, FilePiece
 from dispynode import FileReceiver, FileStored, HandshakeError, Holder, Jobs, JobsReturned
 from dispynode import KnownAttempts
-from dispynode import Limit, Link, LinkBroken, Listed, MemoryLink, Need, NodeHello, NodeHost, Notice
+from dispynode import LazyPattern, Limit, Link, LinkBroken, Listed, MemoryLink, NamedTuple, Need
+from dispynode import NodeHello, NodeHost, Notice
 from dispynode import Offer, OldModules, Options, Outcome, Output, PeerError, Pulse, Purpose, Query
 from dispynode import Ready, Reclaim, Reconnector, RecordLog, Refused, Report, Request, Results
 from dispynode import Return, ReturnJobs
@@ -288,21 +286,6 @@ FOREVER = 0.5 if os.name == 'nt' else 3600.0
 logger = logging.getLogger('dispy')
 for _name in ('DEBUG', 'INFO', 'WARN', 'WARNING', 'ERROR', 'CRITICAL', 'FATAL'):
     setattr(logger, _name, getattr(logging, _name))   # scripts for dispy 4 say dispy.logger.DEBUG
-
-
-class LazyPattern:
-    """A regular expression that is compiled when it is first used: most programs need none of the
-    expressions here, and `import dispy` would have to compile all of them. Its attributes are those
-    of a compiled expression."""
-
-    def __init__(self, text: Any, flags: int = 0) -> None:
-        self._text = text
-        self._flags = flags
-
-    def __getattr__(self, name: str) -> Any:
-        value = getattr(re.compile(self._text, self._flags), name)
-        setattr(self, name, value)
-        return value
 
 
 class LogToStderr(logging.Handler):
@@ -1073,7 +1056,7 @@ for _state in AssignmentState:
         ASSIGNMENT_TABLE[_state, 'refuse'] = AssignmentState.REFUSED
 
 
-class _AvailInfo(NamedTuple):
+class _AvailInfo(typing.NamedTuple):
     cpu: Optional[float] = None
     memory: Optional[int] = None
     disk: Optional[int] = None
@@ -1216,7 +1199,7 @@ NOT_TRIED = frozenset(('found', 'dialling'))   # until the end of the search, no
 SILENT = frozenset(map(str, Unreached)) - {str(Unreached.REFUSED)}
 
 
-class _NodesAndJobs(NamedTuple):
+class _NodesAndJobs(typing.NamedTuple):
     nodes: List[DispyNode]
     jobs_pending: int
 
@@ -1942,7 +1925,7 @@ class Opened(NamedTuple):
     user: str = ''               # its user, if users have limits or shares
 
 
-class Submitted(NamedTuple):
+class Submitted(typing.NamedTuple):
     """There are new jobs, in order."""
     works: list
 
@@ -1997,7 +1980,7 @@ class NodeDrains(NamedTuple):
     comp: str
 
 
-class NodeResults(NamedTuple):
+class NodeResults(typing.NamedTuple):
     """A node has sent rows of Results."""
     node: Any
     comp: str
@@ -2122,7 +2105,7 @@ class RulesChanged(NamedTuple):
 
 
 # Actions.
-class SendJobs(NamedTuple):
+class SendJobs(typing.NamedTuple):
     """Send attempts of these jobs to a node."""
     node: Any
     comp: str
@@ -2153,7 +2136,7 @@ class SecondCounts(NamedTuple):
     ran: Optional[float]
 
 
-class SendCancel(NamedTuple):
+class SendCancel(typing.NamedTuple):
     """Ask a node to end an attempt."""
     node: Any
     comp: str
@@ -2175,7 +2158,7 @@ class LimitNode(NamedTuple):
     cpus: int
 
 
-class SendAck(NamedTuple):
+class SendAck(typing.NamedTuple):
     """Tell a node that these results were received, so that it may forget them. This is not urgent:
     results are kept, and dropped if they come again."""
     node: Any
@@ -2183,7 +2166,7 @@ class SendAck(NamedTuple):
     serials: list
 
 
-class JobsEnded(NamedTuple):
+class JobsEnded(typing.NamedTuple):
     """Results have come: pairs of (job, row). The jobs are in their final states, or
     provisional."""
     node: Any
@@ -3111,17 +3094,20 @@ class NodeLoad:
     def learn(self, comp: ComputationLoad, ended: List[tuple], now: float) -> None:
         """Jobs have ended here: how long they took, and how long what they were sent with and told
         by. Rows of Results, of jobs that were taken off."""
-        comp.estimate.add([row[3] - row[2] for row in ended if row[3] > row[2]])
+        durations = []
+        for row in ended:
+            if row[3] > row[2]:
+                durations.append(row[3] - row[2])
+        comp.estimate.add(durations)
         if comp.seconds is not None:
-            durations = []
+            returned = []
             for _, outcome, began, over, *_ in ended:
                 if outcome in RETURNED and over > began:
-                    durations.append(over - began)
-            comp.seconds.median.add(durations)
-        rounds = self.rounds
-        if rounds > 1:
-            if self.is_shared(comp):
-                rounds = 1
+                    returned.append(over - began)
+            comp.seconds.median.add(returned)
+        rounds = 1
+        if ROUNDS_FAR * self.trip >= QUEUED_TIME and not self.is_shared(comp):
+            rounds = self.rounds
         name = comp.comp
         self.ahead[name].ended(len(ended), len(self.in_flight[name]), self.limits[name], rounds)
         if self.probe is not None:
@@ -3183,9 +3169,10 @@ class NodeLoad:
 
     def fits(self, comp: str, work: ScheduledJob) -> bool:
         """Whether a job of a computation would find idle CPUs here, and what else it needs."""
-        if cpus_of(work) > self.room(comp):
-            return False
-        return not work.options or self.may_get(work)
+        room = self.room(comp)
+        if not work.options:
+            return room > 0
+        return cpus_of(work) <= room and self.may_get(work)
 
     def may_get(self, work: ScheduledJob) -> bool:
         """Whether a job finds here what it needs beside CPUs."""
@@ -3270,30 +3257,34 @@ class Books:
         if comp.seconds is not None:
             comp.seconds.pass_over(work)
         work.serial += 1
-        cpus = cpus_of(work)
-        node.take(comp.comp, cpus)
+        name = comp.comp
+        cpus = 1
         if work.options:
+            cpus = cpus_of(work)
             node.stock.take(work)
+        node.take(name, cpus)
         node.bytes += _bytes_of(work)
         comp.cpus_in_flight += cpus
         comp.served = next(self.numbers)
         self.client_cpus[comp.client] += cpus
         if comp.user is not None:
             comp.user.take(cpus, 1)
-        node.in_flight[comp.comp][work.serial] = work
+        node.in_flight[name][work.serial] = work
         comp.running[work.serial] = node
         if comp.ranked:
-            node.ranks[comp.comp][priority_of(work)] += cpus
+            node.ranks[name][priority_of(work)] += cpus
         # It will not wait there
         if node.probe is None:
             if node.cpus_reserved == node.used:
                 node.probe = (work.serial, self.now)
-        if node.key in comp.idle:
-            if node.room(comp.comp) < 1:
+        if node.key in comp.idle and node.room(name) < 1:
+            if len(node.comps) > 1:
                 self.look_at(node)
-        works = self._to_send.get((node.key, comp.comp))
+            else:   # the rest is looked at when it is sent
+                del comp.idle[node.key]
+        works = self._to_send.get((node.key, name))
         if works is None:
-            self._to_send[node.key, comp.comp] = [work]
+            self._to_send[node.key, name] = [work]
             self.changed[node.key] = node
         else:
             works.append(work)
@@ -3349,18 +3340,23 @@ class Books:
         size = 0
         if comp.user is not None:
             self._stop(node, comp, serials)
-        known = [table for table in (node.begun[comp.comp], node.recalled[comp.comp]) if table]
+        begun = node.begun[comp.comp]
+        recalled = node.recalled[comp.comp]
         for serial in serials:
             work = flight.pop(serial, None)
             if work is not None:
                 landed[serial] = work
-                cpus += cpus_of(work)
                 size += _bytes_of(work)
                 if work.options:
+                    cpus += cpus_of(work)
                     node.stock.take(work, -1)
+                else:
+                    cpus += 1
                 del comp.running[serial]
-                for table in known:
-                    table.pop(serial, None)  # type: ignore[attr-defined]
+                if begun:
+                    begun.pop(serial, None)
+                if recalled:
+                    recalled.pop(serial, None)
                 if comp.ranked:
                     node.ranks[comp.comp][priority_of(work)] -= cpus_of(work)
         if landed:
@@ -3396,17 +3392,19 @@ class Books:
     def look_at(self, node: NodeLoad) -> None:
         """Note for which computations a node has an idle CPU, and of which it holds more than it
         runs."""
-        surplus = (node.used > node.cpus or node.used > node.cpus_reserved) and node.away is None
+        key = node.key
+        is_here = node.away is None
+        surplus = is_here and (node.used > node.cpus or node.used > node.cpus_reserved)
+        free = is_here and node.cpus > node.cpus_reserved
         for name, comp in node.comps.items():
-            if node.away is None and node.room(name) > 0:
-                comp.idle[node.key] = node
+            if free and node.limits[name] > node.parts[name]:
+                comp.idle[key] = node
             else:
-                comp.idle.pop(node.key, None)
-            known = len(node.begun[name]) + len(node.recalled[name])
-            if surplus and len(node.in_flight[name]) > known:
-                comp.overloaded[node.key] = node
-            else:
-                comp.overloaded.pop(node.key, None)
+                comp.idle.pop(key, None)
+            if surplus and node.waits(name) > len(node.recalled[name]):
+                comp.overloaded[key] = node
+            elif comp.overloaded:
+                comp.overloaded.pop(key, None)
 
     def wait_again(self, comp: ComputationLoad, work: ScheduledJob) -> None:
         """A job waits before the others of its priority."""
@@ -3518,9 +3516,10 @@ class Placement:
 
     def _still_waiting(self) -> List[ComputationLoad]:
         books = self._books
-        waiting = [comp for comp in books.waiting.values()
-                   if comp.queue.length or (comp.pinned or comp.scarce.queues)
-                   and comp.length()]
+        waiting = []
+        for comp in books.waiting.values():
+            if comp.queue.length or ((comp.pinned or comp.scarce.queues) and comp.length()):
+                waiting.append(comp)
         if not waiting:
             books.waiting.clear()
         elif len(waiting) < len(books.waiting):
@@ -3531,7 +3530,10 @@ class Placement:
         """What no node can take shall not stop those behind it."""
         if comp.unchecked:
             self._park_all(comp)
-        for line in (*comp.shared_queues(), *comp.pinned.values()):
+        lines = [comp.queue]
+        if comp.scarce.queues or comp.pinned:
+            lines = [*comp.shared_queues(), *comp.pinned.values()]
+        for line in lines:
             work = line.head()
             while work is not None and work.options and self.is_parked(comp, work):
                 line.pop()
@@ -4035,22 +4037,25 @@ class Speculation:
     A second attempt is not counted among the jobs of its node: to all else its CPUs are idle. What
     needs them is sent there, and the second attempt is ended for it.
 
+    comps - computations that want it
     due - when the first job will have run for so long that it may be started a second time
     """
 
     def __init__(self, books: Books) -> None:
         self._books = books
-        self._comps: Dict[str, ComputationLoad] = {}   # that want it
+        self.comps: Dict[str, ComputationLoad] = {}
         self.due = math.inf
 
     def begin(self, comp: ComputationLoad) -> None:
         """A computation is opened."""
         if comp.seconds is not None:
-            self._comps[comp.comp] = comp
+            self.comps[comp.comp] = comp
 
     def closed(self, comp: ComputationLoad) -> None:
         """A computation is over."""
-        self._comps.pop(comp.comp, None)
+        self.comps.pop(comp.comp, None)
+        if not self.comps:
+            self.due = math.inf
         if comp.seconds is not None:
             for second in list(comp.seconds.by_serial.values()):
                 self._drop(comp, second)
@@ -4060,7 +4065,7 @@ class Speculation:
     def look(self) -> None:
         """End second attempts that are in the way of jobs, and start others."""
         self.due = math.inf
-        for comp in self._comps.values():
+        for comp in self.comps.values():
             self._make_way(comp)
             self._start_late(comp)
 
@@ -4182,7 +4187,7 @@ class Speculation:
 
     def find(self, key: Any, name: str, serial: int) -> Optional[SecondAttempt]:
         """The same by the name of a computation, which may be over or have none."""
-        comp = self._comps.get(name)
+        comp = self.comps.get(name)
         if comp is None:
             return None
         return self.at(key, comp, serial)
@@ -4674,7 +4679,8 @@ class Schedule:
             placement.distribute()
         if len(self.nodes) > 1 and books.changed:
             placement.balance()
-        self.speculation.look()
+        if self.speculation.comps:
+            self.speculation.look()
         books.changed.clear()
         return actions
 
@@ -4713,9 +4719,7 @@ class Schedule:
             times.append(self._repetitions.rests[0][0])
         if self.speculation.due < math.inf:
             times.append(self.speculation.due)
-        if times:
-            return min(times)
-        return None
+        return min(times, default=None)
 
     def runs(self, key: Any) -> Dict[str, List[int]]:
         """As of the node; nothing if it is not known."""
@@ -6198,6 +6202,7 @@ class ModuleFinder:
     @staticmethod
     def _ask_entries(name: str, locations: Sequence[str]) -> Any:
         """Return the spec from the entries of a path, as PathFinder does."""
+        import pkgutil
         portions: List[str] = []
         for location in locations:
             try:
@@ -7802,6 +7807,7 @@ class WantedOutput:
         returned."""
         if not self._patterns:
             return ()
+        import glob
         # Characters that are not permitted in names of files on any system
         name = re.sub(r'[/\\:*?"<>|\x00-\x1f]', '_', str(number))[:200]
         if name in ('', '.', '..'):
@@ -8669,6 +8675,7 @@ class NodeSpec(NamedTuple):
 
 def _plain_host(word: str) -> str:
     """Return a name or an address in the form in which they are compared."""
+    import ipaddress
     try:
         address = ipaddress.ip_address(word.partition('%')[0])
         return str(address)
@@ -9723,7 +9730,7 @@ def _close_trail(file: Any, path: str, remove: bool) -> None:
     file.close()
 
 
-class _RecoverableFields(NamedTuple):
+class _RecoverableFields(typing.NamedTuple):
     path: str
     name: str
     script: str
@@ -10126,14 +10133,14 @@ def report_callback(call: Any, about: str, exc: BaseException) -> None:
                  exc_info=(type(exc), exc, trace))
 
 
-class RunInDriver(NamedTuple):
+class RunInDriver(typing.NamedTuple):
     """A function is to be called in the driver's thread. `Driver.ask`, which waits for `future`,
     posts this, or a helper without a future."""
     call: Callable[[], Any]
     future: Optional['concurrent.futures.Future[Any]']
 
 
-class StatusCallback(NamedTuple):
+class StatusCallback(typing.NamedTuple):
     """cluster_status is to be called, because a node or a job has changed."""
     callbacks: 'UserCallbacks'
     status: int
@@ -10141,7 +10148,7 @@ class StatusCallback(NamedTuple):
     job: Optional[DispyJob]
 
 
-class JobCallback(NamedTuple):
+class JobCallback(typing.NamedTuple):
     """A job with a callback has ended."""
     callbacks: 'UserCallbacks'
     job: DispyJob
@@ -10329,7 +10336,7 @@ class NodeConnection:
         self.unreached = Unreached.UNREACHABLE     # the result of the last attempt that failed
         # Limit in bytes of packets; 0: that of the system
         self.segment = 0
-        self.dialling = Reconnector(REDIAL_FIRST, redial)
+        self.reconnector = Reconnector(REDIAL_FIRST, redial)
         self.failures = 0                          # in a row
         self.heard = 0.0                           # when it was last found by UDP
         # Bytes of earlier links
@@ -10557,12 +10564,13 @@ class EmbeddedNode:
     @property
     def has_messages(self) -> bool:
         """Whether the driver has sent something."""
-        return self._end.has_messages
+        end = self._end
+        return bool(end.incoming or end.is_over) and end.has_messages
 
     @property
     def is_due(self) -> bool:
         """Whether a turn of the node has something to do."""
-        return self._host.is_due or self._end.has_messages or not self._is_whole
+        return self._host.is_due or self.has_messages or not self._is_whole
 
     def turn(self) -> None:
         """Take what the driver has sent, and what processes have, and decide."""
@@ -10574,8 +10582,11 @@ class EmbeddedNode:
 
     def next_timer(self) -> Optional[float]:
         """When there is something to do for either side."""
-        if self._end.has_messages or self.link.has_messages:
-            return self._host.now
+        end = self._end
+        link = self.link
+        if end.incoming or link.incoming or end.is_over or link.is_over:
+            if end.has_messages or link.has_messages:
+                return self._host.now
         return self._host.next_timer()
 
     def after_fork(self) -> None:
@@ -11847,8 +11858,8 @@ class JournalRecovery:
 class DiscoveryProbe:
     """The search for nodes at one UDP port."""
 
-    def __init__(self, ears: DiscoverySockets) -> None:
-        self.ears = ears
+    def __init__(self, sockets: DiscoverySockets) -> None:
+        self.sockets = sockets
         self.due = 0.0
         self.wait = ASK_FIRST
         self.last = 0.0
@@ -12135,23 +12146,23 @@ class NodeSearch:
         self.reach = discovery_reach()               # the range of the search for nodes
         self._discovery = Discovery(psk, Role.CLIENT, driver.instance)
         # (UDP port, multicast) -> the probe there
-        self._ears: Dict[Tuple[int, bool], DiscoveryProbe] = {}
+        self._probes: Dict[Tuple[int, bool], DiscoveryProbe] = {}
 
     def begin(self, port: int, multicast: bool) -> None:
         """Ask for nodes at a UDP port, often at first, then every ping_interval."""
-        asker = self._ears.get((port, multicast))
-        if asker is None:
+        probe = self._probes.get((port, multicast))
+        if probe is None:
             # Answers come to an own port; at the nodes' port, this program hears nodes that start
             # later.
-            sockets = DiscoverySockets(self._driver, self.reach, (port, ), (0, port), self._hear,
-                                       multicast)
-            asker = self._ears[port, multicast] = DiscoveryProbe(sockets)
-        asker.due = self._driver.now
-        asker.wait = ASK_FIRST
+            sockets = DiscoverySockets(self._driver, self.reach, (port, ), (0, port),
+                                       self._on_datagram, multicast)
+            probe = self._probes[port, multicast] = DiscoveryProbe(sockets)
+        probe.due = self._driver.now
+        probe.wait = ASK_FIRST
 
     def is_at(self, port: int) -> bool:
         """Return whether nodes are asked for at a UDP port."""
-        for asked, _ in self._ears:
+        for asked, _ in self._probes:
             if asked == port:
                 return True
         return False
@@ -12164,20 +12175,20 @@ class NodeSearch:
             for spec in other.specs:
                 if spec.wild:
                     wanted.add((spec.port, other.multicast))
-        for key in set(self._ears) - wanted:
-            self._ears.pop(key).ears.close()
+        for key in set(self._probes) - wanted:
+            self._probes.pop(key).sockets.close()
 
     def ask_when_due(self, due: List[float]) -> None:
         """Ask for nodes if it is time; appends to a list when to do so next."""
-        for asker in self._ears.values():
-            if self._driver.now >= asker.due:
-                asker.ears.broadcast(lambda: self._discovery.build(DatagramType.QUESTION))
-                asker.last = self._driver.now
-                asker.due = self._driver.now + asker.wait
-                asker.wait = min(2 * asker.wait, self._driver.access.redial)
-            due.append(asker.due)
+        for probe in self._probes.values():
+            if self._driver.now >= probe.due:
+                probe.sockets.broadcast(lambda: self._discovery.build(DatagramType.QUESTION))
+                probe.last = self._driver.now
+                probe.due = self._driver.now + probe.wait
+                probe.wait = min(2 * probe.wait, self._driver.access.redial)
+            due.append(probe.due)
 
-    def _hear(self, data: bytes, source: str, reply: Callable[[bytes], None]) -> None:
+    def _on_datagram(self, data: bytes, source: str, reply: Callable[[bytes], None]) -> None:
         """Take a datagram. Its contents are only a hint: the node is dialled, and the handshake
         authenticates it."""
         heard, _ = self._discovery.parse(data, source, self._driver.now)
@@ -12203,8 +12214,8 @@ class NodeSearch:
     def _ask_soon(self) -> None:
         """Ask soon, because a node has started. Which of its addresses is best depends on who
         asks."""
-        for asker in self._ears.values():
-            asker.due = min(asker.due, max(self._driver.now, asker.last + ASK_FIRST))
+        for probe in self._probes.values():
+            probe.due = min(probe.due, max(self._driver.now, probe.last + ASK_FIRST))
         self._driver.soon()
 
     def _use_found(self, comp: str, spec: NodeSpec, heard: Datagram, host: str) -> None:
@@ -12216,34 +12227,33 @@ class NodeSearch:
         if known is None:
             known = self._driver.selection.use_address(comp, host, port, spec, False)
             if ':' in host:
-                known.dialling.due = now + IPV6_LATER
+                known.reconnector.due = now + IPV6_LATER
             else:
-                known.dialling.due = now
+                known.reconnector.due = now
         elif known.link is not None:
             self._driver.selection.consider(known, comp)
         else:
             if known.is_better_called(host):
                 self._nodes.move(known, host, port)
-                known.dialling.due = now
+                known.reconnector.due = now
             is_back = known.instance != instance or known.state is NodeState.LOST
-            if is_back and not known.dialling.busy:
-                known.dialling.due = now
+            if is_back and not known.reconnector.busy:
+                known.reconnector.due = now
             self._driver.selection.take(known, comp, spec)
         known.instance = instance
         known.heard = now
 
     def close(self) -> None:
         """Stop asking everywhere."""
-        for asker in self._ears.values():
-            asker.ears.close()
+        for probe in self._probes.values():
+            probe.sockets.close()
 
     def sockets(self) -> List[Any]:
         """Return the sockets with which nodes are asked for."""
-        ears = self._ears.values()
         sockets: List[Any] = []
-        for asker in ears:
-            for ear in asker.ears.ears:
-                sockets.append(ear.socket)
+        for probe in self._probes.values():
+            for listener in probe.sockets.listeners:
+                sockets.append(listener.socket)
         return sockets
 
 
@@ -12262,7 +12272,7 @@ class Connector:
         self._dials: Set[NodeConnection] = set()               # nodes that a thread is dialling
 
     def _on_rejected(self, address: str, text: str) -> None:
-        """Note that a node which dialled this program was refused. A gate's thread."""
+        """Note that a node which dialled this program was refused. A connection's thread."""
         message = 'its connection was rejected: ' + text
         self._driver.call_soon(self._nodes.add_unusable, address, address, message)
 
@@ -12272,10 +12282,10 @@ class Connector:
         if (host, port) not in self._acceptors:
             access = self._driver.access
             try:
-                gate = Acceptor((host, port), self._psk, Role.SCHEDULER, (Role.NODE, ),
-                                self._driver.instance, self._driver.post,
-                                access.certfile, access.keyfile, access.cafile,
-                                refused=self._on_rejected)
+                acceptor = Acceptor((host, port), self._psk, Role.SCHEDULER, (Role.NODE, ),
+                                    self._driver.instance, self._driver.post,
+                                    access.certfile, access.keyfile, access.cafile,
+                                    refused=self._on_rejected)
             except OSError as exc:
                 taken = exc.errno == errno.EADDRINUSE
                 if not taken or not may_fail:
@@ -12291,8 +12301,8 @@ class Connector:
                     'one, which still connects to nodes (host=%r; ADDRESS:PORT gives '
                     'another port)', port, host)
                 return
-            self._acceptors[host, port] = gate
-            self._driver.add_reader(gate.socket, gate.on_readable)
+            self._acceptors[host, port] = acceptor
+            self._driver.add_reader(acceptor.socket, acceptor.on_readable)
 
     def listens_at(self, host: str, port: int) -> bool:
         """Return whether nodes can connect to this address."""
@@ -12304,15 +12314,15 @@ class Connector:
             clusters = self._clusters.values()
             if any(where in other.hosts for other in clusters):
                 continue
-            gate = self._acceptors.pop(where, None)
-            if gate is not None:   # otherwise its port was in use
-                self._driver.remove_reader(gate.socket)
-                gate.server_close()
+            acceptor = self._acceptors.pop(where, None)
+            if acceptor is not None:   # otherwise its port was in use
+                self._driver.remove_reader(acceptor.socket)
+                acceptor.server_close()
 
     def dial_when_due(self, due: List[float]) -> None:
         """Dial nodes if it is time; appends to a list when to do so next."""
         for peer in self._nodes.by_key.values():
-            when = peer.dialling.due
+            when = peer.reconnector.due
             if when is not None and when <= self._driver.now and peer.state in _MAY_DIAL:
                 # Each one needs a thread and a descriptor; those that end make room for others
                 if len(self._dials) < DIALS_MOST:
@@ -12327,15 +12337,15 @@ class Connector:
             self._start_local(peer)
             return
         self._dials.add(peer)
-        patience = peer.dialling.patience(self._driver.now, self._driver.access.pulse, peer.trip)
+        patience = peer.reconnector.patience(self._driver.now, self._driver.access.pulse, peer.trip)
         self._tried(peer, TRY_TIMES * patience)
         reach = functools.partial(self._reach_peer, peer, patience=patience)
-        peer.dialling.start(self._driver.post, peer, reach, self._driver.parts.attempt)
+        peer.reconnector.start(self._driver.post, peer, reach, self._driver.parts.attempt)
 
     def _start_local(self, peer: NodeConnection) -> None:
         """Start the embedded node of this program. This needs no thread, because it does not
         wait."""
-        peer.dialling.due = None
+        peer.reconnector.due = None
         try:
             peer.end_process()
             peer.local = EmbeddedNode(self._driver)
@@ -12384,7 +12394,7 @@ class Connector:
             return
         self._dials.discard(peer)
         self._driver.soon()   # others may be waiting to be dialled
-        peer.dialling.ended()
+        peer.reconnector.ended()
         self._tried(peer, 0.0)
         if peer.state is not NodeState.DIALLING:
             event.sock.close()
@@ -12423,7 +12433,7 @@ class Connector:
         if peer.listed and not twin.port and not twin.embedded:
             peer.move('fail')
             peer.reason = 'it has connected by itself'
-            peer.dialling.again(self._driver.now)
+            peer.reconnector.again(self._driver.now)
             self._driver.soon()
             return
         twin.listed = twin.listed or peer.listed
@@ -12482,7 +12492,7 @@ class Connector:
         if peer is None:
             peer = NodeConnection(event.address, 0)
             peer.key = instance.hex()
-            peer.dialling.due = None
+            peer.reconnector.due = None
             self._nodes.by_key[peer.key] = peer
         self._connected(peer, self._link_of(event))
 
@@ -12539,7 +12549,7 @@ class Connector:
             event.sock.close()
             return
         peer.move('dial')
-        peer.dialling.due = None
+        peer.reconnector.due = None
         self._connected(peer, self._link_of(event))
 
     def dial_failed(self, event: ConnectFailed) -> None:
@@ -12549,7 +12559,7 @@ class Connector:
             return
         self._dials.discard(peer)
         self._driver.soon()   # as above
-        peer.dialling.ended()
+        peer.reconnector.ended()
         self._tried(peer, 0.0)
         if peer.state is not NodeState.DIALLING:
             return
@@ -12613,13 +12623,13 @@ class Connector:
         # logged
         if failing is not Failing.CLOSED or not peer.told:
             self._tell_not_reached(peer, text, line, failing)
-        peer.dialling.again(self._driver.now, lived, self._driver.access.pulse)
+        peer.reconnector.again(self._driver.now, lived, self._driver.access.pulse)
         lost = self._driver.schedule.lost_at(peer.key)
         last = lost - LAST_TRY
-        due = peer.dialling.due
+        due = peer.reconnector.due
         if due is not None:
             if self._driver.now < last < due:
-                peer.dialling.due = last
+                peer.reconnector.due = last
         self._driver.soon()
 
     def _tell_not_reached(self, peer: NodeConnection, text: str, line: str,
@@ -12648,20 +12658,20 @@ class Connector:
 
     def close(self) -> None:
         """End all searches, attempts and processes of nodes."""
-        for gate in self._acceptors.values():
-            gate.server_close()
+        for acceptor in self._acceptors.values():
+            acceptor.server_close()
         self.searches.close()
         # This includes nodes that no cluster uses any more
         for peer in {*self._dials, *self._nodes.by_key.values()}:
-            peer.dialling.abort(peer.embedded)
+            peer.reconnector.abort(peer.embedded)
             peer.second.abort()
             peer.end_process()
 
     def sockets(self) -> List[Any]:
         """Return all sockets that listen."""
         sockets = []
-        for gate in self._acceptors.values():
-            sockets.append(gate.socket)
+        for acceptor in self._acceptors.values():
+            sockets.append(acceptor.socket)
         return sockets + self.searches.sockets()
 
 
@@ -14906,7 +14916,7 @@ class LostNodes:
             lived = driver.now - peer.linked_at
             driver.connector.not_reached(peer, reason, lived, line)
             if not lost and not peer.wrong:
-                peer.dialling.due = driver.now
+                peer.reconnector.due = driver.now
             peer.wrong = False
         else:   # it dials this program
             peer.reason = reason
@@ -15422,7 +15432,7 @@ class Driver(Loop):
 
     def send(self, link: Link, message: Any) -> None:
         """As a Loop's; it is noted which jobs are in which frame."""
-        super().send(link, message)
+        Loop.send(self, link, message)
         if type(message) is Jobs and link.sock is not None:   # in memory there are no frames
             self.refusals.sent(link, message)
 
@@ -15462,19 +15472,28 @@ class Driver(Loop):
         if peer is not None and peer.local is not None:
             local = peer.local
             if local.is_due:
-                self.guard(None, local.turn)
+                self._turn_of(local)
             if local.link.has_messages:
                 self.receive(local.link)
         self._own_turn()
         peer = peers.get(LOCAL)   # it may be another
         if peer is not None and peer.local is not None:
             if peer.local.has_messages:
-                self.guard(None, peer.local.turn)
+                self._turn_of(peer.local)
+
+    def _turn_of(self, local: EmbeddedNode) -> None:
+        try:
+            local.turn()
+        except Exception as exc:  # as in `guard`
+            self.fault(None, exc)
 
     def _own_turn(self) -> None:
         if self.jobs.submitted:
             self.guard(None, self.jobs.take_submitted)
-        self.guard(None, self.flush)
+        try:
+            self.flush()
+        except Exception as exc:  # as in `guard`
+            self.fault(None, exc)
         if self.files.backlog.waiting:
             self.guard(None, self.files.send)
         # Before anything of this turn is sent, and before results are acknowledged
@@ -15488,12 +15507,12 @@ class Driver(Loop):
         if self.files.backlog.waiting and self.files.backlog.has_room():
             return 0.0
         first = self.chores.at
-        parts: List[Any] = [self.schedule]
+        when = self.schedule.next_timer()
+        if when is not None and when < first:
+            first = when
         peer = self.nodes.by_key.get(LOCAL)
         if peer is not None and peer.local is not None:
-            parts.append(peer.local)
-        for part in parts:
-            when = part.next_timer()
+            when = peer.local.next_timer()
             if when is not None and when < first:
                 first = when
         return first
@@ -15637,6 +15656,23 @@ def job_row(work: Any, payload: Any, names: Sequence[str]) -> Tuple[tuple, int]:
     return (work.serial, out_of_band(payload), options or None), size_of(payload)
 
 
+def job_frames(comp: str, works: Sequence[Any], to_scheduler: bool) -> Iterable[Any]:
+    """Jobs, as messages, with what a node or a scheduler has to know of their options."""
+    rows = []
+    size = 0
+    for work in works:
+        payload = work.payload
+        if type(payload) is not bytes or work.options:
+            break
+        rows.append((work.serial, payload, None))
+        size += len(payload)
+    else:
+        if size < OUT_OF_BAND:   # nearly always: one message, as these rows are
+            return (Jobs(comp, rows),)
+    names = _OF_JOBS_THERE if to_scheduler else OF_JOBS
+    return batches(Jobs, comp, (job_row(work, work.payload, names) for work in works))
+
+
 _ERRORS: Dict[str, Type[Exception]] = {
     kind.__name__: kind
     for kind in (ValueError, TypeError, RuntimeError, KeyError, OSError, NoNodes)
@@ -15711,7 +15747,9 @@ def _start_embedded(peer: NodeConnection) -> Tuple['subprocess.Popen[bytes]', in
     import dispynode
     python = own_python()
     secret = os.urandom(32).hex().encode()
-    code = 'import sys; sys.path.insert(0, %r); import dispynode; sys.exit(dispynode.main())'
+    # What is imported stays. The garbage collector would look through it again and again meanwhile.
+    code = ('import gc, sys; gc.disable(); sys.path.insert(0, %r); import dispynode; gc.freeze(); '
+            'gc.enable(); sys.exit(dispynode.main())')
     prefix = peer.directory = tempfile.mkdtemp(prefix='dispy-')
     module = os.path.abspath(dispynode.__file__)
     directory = os.path.dirname(module)
@@ -15786,7 +15824,7 @@ TAKEN_AS_GIVEN = (
     'cluster_status', 'on_output', 'depends', 'setup', 'secret', 'certfile', 'keyfile', 'cafile')
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False, eq=False)
 class ClusterOptions:
     """The parameters of a cluster after they were checked. Attributes that are not listed here are
     the parameters with these names, see JobCluster.
@@ -16028,7 +16066,10 @@ class JobBook:
         with self.lock:
             self.owed.difference_update(jobs)
             self.finished += finished
-            row = self.at_nodes.setdefault('%s:%s' % (peer.ip_addr, peer.name), [peer, 0, 0.0])
+            place = '%s:%s' % (peer.ip_addr, peer.name)
+            row = self.at_nodes.get(place)
+            if row is None:
+                row = self.at_nodes[place] = [peer, 0, 0.0]
             row[1] += len(jobs)
             row[2] += seconds
 
@@ -16556,7 +16597,8 @@ class Submitter:
             options = _take_options(kwargs)
         else:
             options = None
-        options = self.with_defaults(options)
+        if options is not None or self.resources:
+            options = self.with_defaults(options)
         if node is not None:
             options = dict(options or {}, node=node)
         if options is not None:
@@ -16586,7 +16628,9 @@ class Submitter:
         if self.own_directory and not depends:
             depends = OwnDirectory()
         payload = pack_arguments(args, kwargs, self._bundles, depends, returns)
-        if type(payload) is SharedPayload:
+        if type(payload) is bytes:   # nearly always
+            size = len(payload)
+        elif type(payload) is SharedPayload:
             size = payload.total()
         else:
             size = size_of(payload)
@@ -17395,8 +17439,7 @@ class ProgramCluster(ComputationUser):
 
     def send_rows(self, peer: NodeConnection, works: Sequence[ScheduledJob]) -> None:
         """Send what a node has to know of attempts, when it is noted that they are sent."""
-        names = _OF_JOBS_THERE if peer.scheduler else OF_JOBS
-        messages = batches(Jobs, self.comp, (job_row(work, work.payload, names) for work in works))
+        messages = job_frames(self.comp, works, peer.scheduler)
         if self.journal is not None:
             self.driver.jobs.outgoing.add(self.comp, peer, messages)
         else:
@@ -17421,20 +17464,14 @@ class ProgramCluster(ComputationUser):
         code: List[Tuple[DispyJob, tuple]] = []
         # Such come alone, and take time to open
         large = len(pairs) == 1 and len(pairs[0][1][4]) > LAZY
-        journal = self.journal
-        is_shown = self.live_output.on_output is not None
         ordered = self.delivery.ordered
+        notes = self.journal is not None or self.live_output.on_output is not None
         for pair in pairs:
-            outcome = pair[1][1]
-            goes_on = outcome in PROVISIONAL
-            if not goes_on and is_shown:
-                self.live_output.show_rest(*pair)
-            if not goes_on and journal is not None:
-                journal.ended(*pair)
-            if goes_on or (ordered and pair[0] in ordered):
-                self._queue_ordered(pair, peer, goes_on)
-            elif large or outcome == Outcome.RETURNED_CODE or (
-                    outcome == Outcome.RAISED and has_exception(pair[1])):
+            row = pair[1]
+            if notes or ordered or row[1] in PROVISIONAL:
+                if self._comes_in_order(pair, peer):
+                    continue
+            if large or (row[1] != 1 and has_code(row)):   # RETURNED, nearly always
                 code.append(pair)
             else:
                 plain.append(pair)
@@ -17448,11 +17485,20 @@ class ProgramCluster(ComputationUser):
         jobs = [job for job, _ in pairs]
         self.book.answered(jobs)
 
-    def _queue_ordered(self, pair: Tuple[DispyJob, tuple], peer: NodeConnection,
-                       goes_on: bool) -> None:
+    def _comes_in_order(self, pair: Tuple[DispyJob, tuple], peer: NodeConnection) -> bool:
+        """Note that a job has ended. Whether its result has its place behind others of the job."""
+        goes_on = pair[1][1] in PROVISIONAL
+        if not goes_on:
+            if self.live_output.on_output is not None:
+                self.live_output.show_rest(*pair)
+            if self.journal is not None:
+                self.journal.ended(*pair)
+            if pair[0] not in self.delivery.ordered:
+                return False
         self.delivery.queue_ordered(*pair, peer)
         if not goes_on:
             self.book.answered([pair[0]])
+        return True
 
     def job_waits(self, work: DispyJob) -> None:
         """Make a job as it was before it was sent."""
@@ -17510,6 +17556,13 @@ def has_exception(row: tuple) -> bool:
     """Return whether a row of Results of a job that raised contains the exception itself, and not
     only its text."""
     return len(unpack_error(row[4])[1]) > 0
+
+
+def has_code(row: tuple) -> bool:
+    """Whether to open what is in a row of Results may run the user's code."""
+    if row[1] == Outcome.RETURNED_CODE:
+        return True
+    return row[1] == Outcome.RAISED and has_exception(row)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -22036,10 +22089,10 @@ PLAIN_OPTIONS = frozenset((
     '--httpd', '--msg-timeout', '--serve'))
 # What is removed from texts -> the replacement
 LEFT_OUT = [
-    (re.compile(r'(https?://[^/\s]+)/\S*'), r'\1/<left out>'),
-    (re.compile(r'(token|secret|password)([=:]\s*)\S+', re.I), r'\1\2<left out>'),
-    (re.compile(r'\b[0-9A-Fa-f]{24,}\b'), '<left out>'),
-    (re.compile(r'with the arguments? .*'), 'with arguments'),
+    (LazyPattern(r'(https?://[^/\s]+)/\S*'), r'\1/<left out>'),
+    (LazyPattern(r'(token|secret|password)([=:]\s*)\S+', re.I), r'\1\2<left out>'),
+    (LazyPattern(r'\b[0-9A-Fa-f]{24,}\b'), '<left out>'),
+    (LazyPattern(r'with the arguments? .*'), 'with arguments'),
 ]
 
 
@@ -22211,6 +22264,7 @@ def _read_stacks(path: str) -> List[str]:
 
 def logs() -> Iterator[str]:
     """Return the last lines of the logs of daemons on this machine."""
+    import glob
     pattern = os.path.expanduser('~/.dispy/*/log')
     found = set(glob.glob(pattern))
     for process in daemons():
@@ -22361,7 +22415,7 @@ class Engine:
     cancels: Sequence[str] = ()   # the command that ends jobs, whose numbers follow
     lists: Sequence[str] = ()     # the command that prints the jobs of this user
     # The output of `submits`, which contains the number of the job
-    answer = re.compile(r'\s*(\S+)\s*\Z')
+    answer = LazyPattern(r'\s*(\S+)\s*\Z')
     # Field of a request, or '' for always -> the options that it requires, with fields
     table: Dict[str, Sequence[str]] = {}
 
@@ -22448,7 +22502,7 @@ class SlurmEngine(Engine):
     submits = ('sbatch', '--parsable')
     cancels = ('scancel',)
     lists = ('squeue', '--me', '--noheader', '--format=%i')
-    answer = re.compile(r'(\d+)(?:;\S+)?\s*\Z')
+    answer = LazyPattern(r'(\d+)(?:;\S+)?\s*\Z')
     table = {
         '': ('--job-name=dispy-node', '--nodes=1', '--ntasks=1', '--cpus-per-task={cpus}',
              '--time={clock}', '--output={log}/slurm-%j.log', '--no-requeue'),
@@ -22466,7 +22520,7 @@ class PbsEngine(Engine):
     mark = '#PBS'
     submits = ('qsub',)
     cancels = ('qdel',)
-    answer = re.compile(r'(\d+\S*)\s*\Z')
+    answer = LazyPattern(r'(\d+\S*)\s*\Z')
     table = {
         '': ('-N dispy-node', '-l walltime={clock}', '-j oe', '-o {log}/', '-r n'),
         'queue': ('-q {queue}',),
@@ -22496,7 +22550,7 @@ class LsfEngine(Engine):
     submits = ('bsub',)
     cancels = ('bkill',)
     lists = ('bjobs', '-noheader', '-o', 'jobid')
-    answer = re.compile(r'Job <(\d+)>')
+    answer = LazyPattern(r'Job <(\d+)>')
     table = {
         '': ('-J dispy-node', '-n {cpus}', '-R "span[hosts=1]"', '-W {minutes}',
              '-o {log}/lsf-%J.log', '-rn'),
@@ -22519,7 +22573,7 @@ class SgeEngine(Engine):
     mark = '#$'
     submits = ('qsub', '-terse')
     cancels = ('qdel',)
-    answer = re.compile(r'(\d+)\s*\Z')
+    answer = LazyPattern(r'(\d+)\s*\Z')
     table = {
         '': ('-N dispy-node', '-S /bin/sh', '-l h_rt={clock}', '-j y', '-o {log}/', '-r n'),
         'several': ('-pe smp {cpus}',),
@@ -22543,11 +22597,12 @@ class KubernetesEngine(Engine):
     submits = ('kubectl', 'create', '-o', 'name', '-f', '-')
     cancels = ('kubectl', 'delete', '--ignore-not-found', '--wait=false')
     lists = ('kubectl', 'get', 'jobs', '-l', POD_LABEL, '-o', 'json')
-    answer = re.compile(r'(job\S*/\S+)\s*\Z')
+    answer = LazyPattern(r'(job\S*/\S+)\s*\Z')
 
     @staticmethod
     def manifest(request: NodeRequest, command: str) -> Dict[str, Any]:
         """Return the Job of a node."""
+        import copy
         job = copy.deepcopy(POD_JOB)
         spec = job['spec']
         spec['activeDeadlineSeconds'] = request.seconds
@@ -22570,6 +22625,8 @@ class KubernetesEngine(Engine):
     @staticmethod
     def files(source: bytes, secret: bytes) -> List[Dict[str, Any]]:
         """Return the files that all nodes have: dispynode.py and the secret."""
+        import copy
+        import base64
         files = copy.deepcopy(POD_FILES)
         compressed = zlib.compress(source, 9)
         packed = base64.b64encode(compressed)
@@ -23285,8 +23342,14 @@ deployment(source, *%a)
 def program_of_host() -> str:
     """Return the source of the program that runs on a host: it uses dispynode, and no other module
     of dispy."""
-    parts: Tuple[Any, ...] = (Deployment, _since, deployment)
-    return '\n\n'.join([HOST_IMPORTS, *map(inspect.getsource, parts)])
+    lines, _ = inspect.findsource(deployment)
+    # Before Python 3.13, inspect parses the whole of this file for the source of a class.
+    first = lines.index('class Deployment:\n')
+    parts = [HOST_IMPORTS, ''.join(inspect.getblock(lines[first:]))]
+    for function in (_since, deployment):
+        source = inspect.getsource(function)
+        parts.append(source)
+    return '\n\n'.join(parts)
 
 
 SSH_OPTIONS = [
@@ -23397,6 +23460,7 @@ def _patience(task: str, args: argparse.Namespace) -> Optional[float]:
 def _deploy(task: str, argv: List[str]) -> int:
     """Carry out `dispy deploy` and `dispy stop`. Returns the number of hosts that failed, at most
     101."""
+    import base64
     import dispynode
     if '--' in argv:
         ours, options = (argv[:argv.index('--')], argv[argv.index('--') + 1:])

@@ -89,6 +89,8 @@ if __name__ == '__main__':
     exec(sys._getframe().f_code, vars(program))
     sys.exit(program.main())
 
+# Some modules are imported where they are used, as few programs need them: most of the time that
+# `import dispy` takes is that of the standard library.
 import argparse
 import array
 import bisect
@@ -108,7 +110,6 @@ import hmac
 import importlib.machinery
 import importlib.util
 import io
-import ipaddress
 import itertools
 import json
 import linecache
@@ -148,7 +149,7 @@ import __future__
 import _thread
 from typing import (
     AbstractSet, Any, Callable, Container, Deque, Dict, FrozenSet, Iterable, Iterator, List,
-    NamedTuple, NoReturn, Optional, Sequence, Set, TextIO, Tuple, Type, Union)
+    NoReturn, Optional, Sequence, Set, TextIO, Tuple, Type, Union)
 
 __all__ = ['DispyError', 'SecretError', 'main']   # the other names are for dispy's own modules
 
@@ -305,7 +306,6 @@ VALUES_KEPT = 4 << 30
 RECEIVE_BUDGET = 256 << 20
 
 UNITS_MOST = 1 << 16          # units of one resource
-RESOURCE_NAME = re.compile('[A-Za-z][A-Za-z0-9_.-]{0,63}')
 NOT_RESOURCES = frozenset(('cpu', 'cpus', 'memory'))
 GPU = 'gpu'                   # the resource whose units are devices that jobs are told of
 AUTO = 'auto'                 # as many as there are
@@ -315,6 +315,24 @@ FORK = 'fork'
 SPAWN = 'spawn'
 
 logger = logging.getLogger('dispynode')
+
+
+class LazyPattern:
+    """A regular expression that is compiled when it is first used: most programs need none of the
+    expressions here, and `import dispy` would have to compile all of them. Its attributes are those
+    of a compiled expression."""
+
+    def __init__(self, text: Any, flags: int = 0) -> None:
+        self._text = text
+        self._flags = flags
+
+    def __getattr__(self, name: str) -> Any:
+        value = getattr(re.compile(self._text, self._flags), name)
+        setattr(self, name, value)
+        return value
+
+
+RESOURCE_NAME = LazyPattern('[A-Za-z][A-Za-z0-9_.-]{0,63}')
 
 
 class Listed(type):
@@ -331,6 +349,73 @@ class Listed(type):
             name for name in super().__dir__()
             if name[:1] != '_' and any(name in names for names in ours)
         ]
+
+
+if typing.TYPE_CHECKING or sys.version_info >= (3, 14):   # where annotations are not there yet
+    from typing import NamedTuple
+else:
+    # `typing` compiles a function for each class, which was a fifth of the time of `import dispy`.
+    # What is made for each job is of that kind all the same: it is made a little faster.
+    class _TupleMaker(type):
+        """Makes of the body of a class what `typing.NamedTuple` makes of it."""
+
+        def __new__(mcs, name, bases, body):
+            if not bases:   # NamedTuple itself
+                return super().__new__(mcs, name, bases, body)
+            names = tuple(body.setdefault('__annotations__', {}))
+            defaults = {field: body[field] for field in names if field in body}
+            for place, field in enumerate(names):
+                body[field] = _field_at(place, '')
+            body.update(__slots__=(), _fields=names, _field_defaults=defaults,
+                        __match_args__=names)
+            return type(name, (_NamedFields, ), body)
+
+    class NamedTuple(metaclass=_TupleMaker):
+        """Base of tuples whose items have names, with types and perhaps defaults."""
+
+    class _NamedFields(tuple):
+        """What all of them can do."""
+        __slots__ = ()
+        _fields = ()
+        _field_defaults = {}
+
+        def __new__(cls, *args, **kwargs):
+            if kwargs or len(args) != len(cls._fields):
+                args = cls._complete(args, kwargs)
+            return _new_tuple(cls, args)
+
+        @classmethod
+        def _complete(cls, args, kwargs):
+            """The items in order, some of which are given by their names or have defaults."""
+            given = dict(zip(cls._fields, args))
+            items = {**cls._field_defaults, **given, **kwargs}
+            if len(args) > len(cls._fields) or set(items) != set(cls._fields) or \
+                    not given.keys().isdisjoint(kwargs):
+                names = ', '.join(cls._fields)
+                raise TypeError('%s takes %s, and was given %d values and the names %s' % (
+                    cls.__name__, names, len(args), list(kwargs)))
+            return [items[field] for field in cls._fields]
+
+        @classmethod
+        def _make(cls, items):
+            return cls(*items)
+
+        def _replace(self, **kwargs):
+            return type(self)(**{**self._asdict(), **kwargs})
+
+        def _asdict(self):
+            return dict(zip(self._fields, self))
+
+        def __repr__(self):
+            items = ['%s=%r' % pair for pair in zip(self._fields, self)]
+            return '%s(%s)' % (type(self).__name__, ', '.join(items))
+
+        def __getnewargs__(self):
+            return tuple(self)
+
+    _new_tuple = tuple.__new__
+    _field_at = getattr(collections, '_tuplegetter', None) or (
+        lambda place, text: property(operator.itemgetter(place)))
 
 
 class DispyError(Exception, metaclass=Listed):
@@ -355,6 +440,10 @@ class Silence(HandshakeError):
 
 class ClosedAtOnce(HandshakeError):
     """The peer closed the connection before it had sent anything."""
+
+
+class WrongDigest(ValueError):
+    """The content of a file is not what was announced."""
 
 
 class TooLarge(ValueError):
@@ -512,7 +601,7 @@ class Compute(NamedTuple):
     spec: dict
 
 
-class Jobs(NamedTuple):
+class Jobs(typing.NamedTuple):
     """A client sends attempts to run, as rows of (serial, payload, options or None). Results answer
     them. The option `values` has rows (size, digest) of those parts of the payload that are sent
     apart from it; a node that lacks one asks for it with Need."""
@@ -535,7 +624,7 @@ class ReturnJobs(NamedTuple):
     serials: list
 
 
-class Ack(NamedTuple):
+class Ack(typing.NamedTuple):
     """A client has received these results, and the node forgets them."""
     comp: str
     serials: list
@@ -608,7 +697,7 @@ class Ready(NamedTuple):
     past: tuple = ()
 
 
-class Results(NamedTuple):
+class Results(typing.NamedTuple):
     """A node sends results, as rows of (serial, outcome, start, end, payload, stdout, stderr). The
     times are in seconds since the epoch. Ack answers them."""
     comp: str
@@ -962,6 +1051,17 @@ def with_size(row: tuple) -> Tuple[tuple, int]:
     return (*row[:PAYLOAD], *map(out_of_band, row[PAYLOAD:])), size
 
 
+def are_small(rows: Sequence[tuple]) -> bool:
+    """Whether these rows of Results can travel in one message as they are; nearly always."""
+    size = 0
+    for row in rows:
+        payload = row[PAYLOAD]
+        if type(payload) is not bytes or row[STDOUT] or row[STDERR]:
+            return False
+        size += len(payload)
+    return size < OUT_OF_BAND and len(rows) <= ROWS_MOST
+
+
 def batches(kind: Callable[[str, list], Any], comp: str,
             rows: Iterable[Tuple[tuple, int]]) -> Iterator[Any]:
     """Yield messages `kind(comp, rows)` of about BATCH_BYTES bytes each. `rows` has pairs of a row
@@ -1107,7 +1207,7 @@ class PlainReader:
 
     # A sequence of operations without dicts, which a regular expression matches in a tenth of the
     # time; of numbers, bytes and strings it has the short ones.
-    _RUN = re.compile(
+    _RUN = LazyPattern(
         rb'(?:[N\x88\x89)\]\x85\x86\x87ae(t\x94\x97\x98]|[Kh\x80].|M..|[Jj].{4}|[G\x95].{8}'
         rb'|\x8a(?:\x04.{4}|\x05.{5}|\x06.{6}|\x07.{7}|\x08.{8})|[C\x8c](?:' +
         b'|'.join(re.escape(bytes((size, ))) + b'.{%d}' % size for size in range(41)) + rb'))*',
@@ -1978,29 +2078,32 @@ class ValueRequests:
     one value of a computation at a time is fetched. When values are there that nobody needs, those
     that were not needed for longest make room for others; one that is needed is fetched when there
     is room, or when nothing else is needed. Pure; whoever waits has an attribute `values`, which
-    are rows (size, digest)."""
+    are rows (size, digest).
+
+    waiting_for - computation -> whoever waits
+    """
 
     def __init__(self, most: int) -> None:
         self._most = most       # bytes
         # (computation, digest) -> size, in the order in which they were last needed
         self._here: 'collections.OrderedDict[Tuple[str, bytes], int]' = collections.OrderedDict()
         self._needs: Dict[Tuple[str, bytes], int] = collections.Counter()
-        self._waiting: Dict[str, Deque[Any]] = {}
+        self.waiting_for: Dict[str, Deque[Any]] = {}
         self._coming: Dict[str, Tuple[int, bytes]] = {}
         self._holders: Set[Any] = set()  # the requests that were served and still need their values
         self.total = 0          # bytes that are present
 
     def __bool__(self) -> bool:
         """Whether anybody waits."""
-        return bool(self._waiting)
+        return bool(self.waiting_for)
 
     def admit(self, comp: str, one: Any) -> bool:
         """Whether all values are there that this one needs. Otherwise it waits."""
-        if comp not in self._waiting:
+        if comp not in self.waiting_for:
             if self._has_all(comp, one):
                 self.hold(comp, one)
                 return True
-        self._waiting.setdefault(comp, collections.deque()).append(one)
+        self.waiting_for.setdefault(comp, collections.deque()).append(one)
         return False
 
     def _has_all(self, comp: str, one: Any) -> bool:
@@ -2024,11 +2127,11 @@ class ValueRequests:
 
     def waiting(self, comp: str) -> Sequence[Any]:
         """Return those who wait."""
-        return self._waiting.get(comp, ())
+        return self.waiting_for.get(comp, ())
 
     def leave(self, comp: str, some: Container[Any]) -> List[Any]:
         """These wait no more, if they do. Returns those that did."""
-        waiting = self._waiting.get(comp, ())
+        waiting = self.waiting_for.get(comp, ())
         gone = []
         for one in waiting:
             if one in some:
@@ -2040,9 +2143,9 @@ class ValueRequests:
 
     def _set_waiting(self, comp: str, kept: Deque[Any]) -> None:
         if kept:
-            self._waiting[comp] = kept
+            self.waiting_for[comp] = kept
         else:
-            del self._waiting[comp]
+            del self.waiting_for[comp]
 
     def come(self, comp: str, size: int, digest: bytes) -> None:
         """A value is there."""
@@ -2071,7 +2174,7 @@ class ValueRequests:
     def interrupt(self, comp: str) -> List[Any]:
         """Whoever has the values is not connected any more. Returns those that waited."""
         self._coming.pop(comp, None)
-        return list(self._waiting.pop(comp, ()))
+        return list(self.waiting_for.pop(comp, ()))
 
     def forget(self, comp: str) -> None:
         """A computation is over, and its values are gone; all that it had was released."""
@@ -2085,8 +2188,8 @@ class ValueRequests:
         makes room for that."""
         served: List[Tuple[str, Any]] = []
         actions: List[Any] = []
-        for comp in list(self._waiting):
-            waiting = self._waiting[comp]
+        for comp in list(self.waiting_for):
+            waiting = self.waiting_for[comp]
             while waiting and self._has_all(comp, waiting[0]):
                 self.hold(comp, waiting[0])
                 served.append((comp, waiting.popleft()))
@@ -2098,7 +2201,7 @@ class ValueRequests:
         return served, actions
 
     def _fetch(self, comp: str, one: Any, actions: List[Any]) -> None:
-        own = {(name, digest) for name, waiting in self._waiting.items()
+        own = {(name, digest) for name, waiting in self.waiting_for.items()
                for _, digest in waiting[0].values}
         size, digest = next(row for row in one.values if (comp, row[1]) not in self._here)
         spare = [key for key in self._here if key not in own and key not in self._needs]
@@ -2141,7 +2244,7 @@ class _Pieces(list):
 _NO_MODULES: AbstractSet[str] = frozenset()
 
 
-class Sealed(NamedTuple):
+class Sealed(typing.NamedTuple):
     """A value that was pickled."""
     payload: Payload
     plain: bool           # it contains builtin values only: opening it runs no code
@@ -4350,7 +4453,8 @@ class ModuleLoader:
         if frame is None:
             return False
         importer = frame.f_globals.get('__name__')
-        return importer not in self._first
+        # A function that has come by value may have the name of a module that is not here.
+        return importer in sys.modules and importer not in self._first
 
     @staticmethod
     def _importing_frame() -> Any:
@@ -5825,9 +5929,41 @@ class ReceiveBuffer:
     def buffer_updated(self, count: int) -> List[Tuple[Any, memoryview]]:
         """Note that `count` bytes were received. Returns the units (head, body) that are complete
         now."""
-        if self._large is None:
-            self._end += count
-            return self._cut()
+        if self._large is not None:
+            return self._fill_large(count)
+        units = []
+        snapshot: Optional[memoryview] = None
+        start = self._start
+        end = self._end + count
+        self._end = end
+        while True:
+            if self._body_size < 0:
+                body = start + self._head_size
+                if body > end:
+                    break
+                self._head = bytes(self._view[start:body])
+                self._body_size = self.measure(self._head)
+                start = body
+            after = start + self._body_size
+            if after > end:
+                break
+            # One copy for all units of this call: the staging buffer is used again
+            if snapshot is None:
+                snapshot = memoryview(bytes(self._view[:end]))
+            unit = (self._head, snapshot[start:after])
+            units.append(unit)
+            start = after
+            self._body_size = -1
+        if start == end and self._body_size < 0:   # nearly always
+            self._start = 0
+            self._end = 0
+        else:
+            self._start = start
+            self._make_room()
+        return units
+
+    def _fill_large(self, count: int) -> List[Tuple[Any, memoryview]]:
+        assert self._large is not None   # asked by the caller
         self._filled += count
         self.large_came()
         if self._filled < self._body_size:
@@ -5836,28 +5972,6 @@ class ReceiveBuffer:
         self._large = None
         self._body_size = -1
         return [unit]
-
-    def _cut(self) -> List[Tuple[bytes, memoryview]]:
-        units = []
-        snapshot: Optional[memoryview] = None
-        while True:
-            if self._body_size < 0:
-                if self._end - self._start < self._head_size:
-                    break
-                self._head = bytes(self._view[self._start:self._start + self._head_size])
-                self._body_size = self.measure(self._head)
-                self._start += self._head_size
-            if self._end - self._start < self._body_size:
-                break
-            # One copy for all units of this call: the staging buffer is used again
-            if snapshot is None:
-                snapshot = memoryview(bytes(self._view[:self._end]))
-            unit = (self._head, snapshot[self._start:self._start + self._body_size])
-            units.append(unit)
-            self._start += self._body_size
-            self._body_size = -1
-        self._make_room()
-        return units
 
     def _make_room(self) -> None:
         left = self._end - self._start
@@ -5914,6 +6028,28 @@ class PayloadTag:
         """The channel was closed before all was sent."""
 
 
+class FrameMac:
+    """HMAC-SHA256 (RFC 2104) with one key, of many short messages: the blocks that hold the key are
+    hashed once. `hmac.digest` hashes them for each message and looks for the algorithm each time,
+    which takes four times as long as the rest."""
+    BLOCK = 64    # bytes of a block of SHA-256; keys have less
+
+    def __init__(self, key: bytes) -> None:
+        if len(key) > self.BLOCK:
+            raise ValueError('a key of %d bytes' % len(key))
+        padded = key.ljust(self.BLOCK, b'\0')
+        self._inner = hashlib.sha256(bytes(byte ^ 0x36 for byte in padded))
+        self._outer = hashlib.sha256(bytes(byte ^ 0x5c for byte in padded))
+
+    def of(self, *parts: Buffer) -> bytes:
+        """The code of what these parts are together."""
+        inner = self._inner.copy()
+        inner.update(b''.join(parts))
+        outer = self._outer.copy()
+        outer.update(inner.digest())
+        return outer.digest()
+
+
 class FrameEncoder:
     """Encodes messages as frames of one direction: header 16 bytes, its tag 16, payload, tag 32.
     Frames are numbered, and the number is not sent. Under TLS, payloads have no tag if both sides
@@ -5927,7 +6063,7 @@ class FrameEncoder:
     def __init__(self, key: bytes, tags_payloads: bool = True,
                  version: int = VERSIONS[1]) -> None:
         """`version` is the minor version of the protocol that the other side speaks."""
-        self._key = key
+        self._short = FrameMac(key)
         self._mac = hmac.new(key, digestmod='sha256')
         self._seq = 0
         self._tags_payloads = tags_payloads
@@ -5963,10 +6099,12 @@ class FrameEncoder:
                                                                MESSAGES[op][1])
             raise TooLarge(text)
         header = _FRAME.pack(size, op, encoding, 0, 0)
-        digest = hmac.digest(self._key, _SEQ.pack(self._seq, 0) + header, 'sha256')
+        digest = self._short.of(_SEQ.pack(self._seq, 0), header)
         head = header + digest[:HEAD_TAG]
         tail = b''
-        if self._tags_payloads:
+        if self._tags_payloads and size < OUT_OF_BAND:
+            tail = self._short.of(_SEQ.pack(self._seq, 1), header, *pieces)
+        elif self._tags_payloads:
             mac = self._mac.copy()
             mac.update(_SEQ.pack(self._seq, 1) + header)
             if size >= HASHED_LATE:
@@ -5995,10 +6133,9 @@ class FrameDecoder(ReceiveBuffer):
             self._tail = TAIL_TAG
         else:
             self._tail = 0
-        # The secret; ops that may come
-        self._key = key
-        self._takes = takes
+        self._takes = takes      # ops that may come
         self.opened = 0
+        self._short = FrameMac(key)
         self._mac = hmac.new(key, digestmod='sha256')
         self._seq = 0
         self._measured = 0
@@ -6010,7 +6147,7 @@ class FrameDecoder(ReceiveBuffer):
         header = head[:_FRAME.size]
         # Heads are measured in order, at most one ahead of bodies, so that they can be counted by
         # themselves.
-        digest = hmac.digest(self._key, _SEQ.pack(self._measured, 0) + header, 'sha256')
+        digest = self._short.of(_SEQ.pack(self._measured, 0), header)
         tag = digest[:HEAD_TAG]
         if not hmac.compare_digest(tag, head[_FRAME.size:]):
             raise PeerError('a frame header is not authentic')
@@ -6048,19 +6185,24 @@ class FrameDecoder(ReceiveBuffer):
         mac.update(_SEQ.pack(seq, 1) + header)
         return mac
 
+    def _hash_of(self, header: bytes, payload: memoryview) -> bytes:
+        if self._seq in self._hashed:
+            _, mac = self._hashed.pop(self._seq)
+        else:
+            mac = self._begin_hash(self._seq, header)
+            mac.update(payload)
+        return mac.digest()
+
     def open(self, head: bytes, body: memoryview) -> Any:
         """Return the message in a complete frame."""
         header = head[:_FRAME.size]
         payload = body
         if self._tail:
             payload = body[:-TAIL_TAG]
-            if self._seq in self._hashed:
-                _, mac = self._hashed.pop(self._seq)
+            if len(payload) < OUT_OF_BAND:   # it has come at once
+                digest = self._short.of(_SEQ.pack(self._seq, 1), header, payload)
             else:
-                mac = self._mac.copy()
-                mac.update(_SEQ.pack(self._seq, 1) + header)
-                mac.update(payload)
-            digest = mac.digest()
+                digest = self._hash_of(header, payload)
             if not hmac.compare_digest(digest, body[-TAIL_TAG:]):
                 raise PeerError('a frame is not authentic')
         self._seq += 1
@@ -6148,6 +6290,11 @@ FROM_LOADING = {
     for kind in (RecordType.READY, RecordType.FAILED, RecordType.END_NODE, RecordType.ALIVE)
 }
 OF_WORKERS = frozenset((Outcome.RETURNED, Outcome.RETURNED_CODE, Outcome.RAISED, *PROVISIONAL))
+
+
+_JOB = int(RecordType.JOB)        # a global variable is faster than the member
+_RESULT = int(RecordType.RESULT)
+_FILE_STORED = int(RecordType.FILE_STORED)
 
 
 class MemorySegment:
@@ -6319,7 +6466,7 @@ def segment_record(kind: int, number: int, serial: int, start: float, end: float
     return b''.join((head, second, third))
 
 
-class Record(NamedTuple):
+class Record(typing.NamedTuple):
     """A decoded record."""
     kind: int
     number: int
@@ -6337,9 +6484,9 @@ def pack_record(kind: int, number: int = 0, serial: int = 0, start: float = 0.0,
     else:
         size = len(first)
     head = _RECORD.pack(kind, 0, number, serial, start, end, size, len(second), len(third))
+    pieces = first if type(first) is tuple else (first,)   # pieces_of, without the call
     if size + len(second) + len(third) < OUT_OF_BAND:
-        return [b''.join((head, *pieces_of(first), second, third))]
-    pieces = pieces_of(first)
+        return [b''.join((head, *pieces, second, third))]
     return [piece for piece in (head, *pieces, second, third) if len(piece)]
 
 
@@ -6354,8 +6501,7 @@ class RecordBuffer(ReceiveBuffer):
 
     def measure(self, head: bytes) -> int:
         self._head = _RECORD.unpack(head)   # the unit has the decoded head instead of the bytes
-        kind, in_segment = self._head[:2]
-        one, two, three = self._head[6:]
+        kind, in_segment, _, _, _, _, one, two, three = self._head
         if self._limits is not None:
             most = self._limits.get(kind, (-1, -1, -1))  # type: ignore[call-overload]
             if one > most[0] or two > most[1] or three > most[2]:
@@ -6650,9 +6796,8 @@ class IncomingFile:
             return False
         digest = self._hash.digest()
         if digest != self._digest:
-            text = ('its content is not what was announced: it was changed after the cluster was '
-                    'made. Make a new cluster')
-            raise ValueError(text)
+            text = 'the digest is wrong: the file was changed after it had been announced'
+            raise WrongDigest(text)
         if self._sync:
             os.fsync(self._file)
         handle = self._file
@@ -6844,6 +6989,8 @@ class FileReceiver:
             self.code = reason_of(exc)
             if piece.purpose in FOR_CODE:   # useless without the others
                 error = 'file %.100r cannot be stored: %s' % (row[0], error)
+                if isinstance(exc, WrongDigest):
+                    error += ' with the cluster. Make a new cluster'
                 for purpose in FOR_CODE:
                     self.abort(purpose)
             else:
@@ -7156,24 +7303,25 @@ def nearest_address(addresses: Sequence[str], to: str) -> str:
     """Return the one of several addresses of a host that is to be told to the host `to`: of the
     same family, with the longest common prefix; the result is empty if there is none. An address of
     this machine is told to this machine only."""
+    import ipaddress
     if not addresses:
         return ''
     try:
         if to:
-            asker: Any = ipaddress.ip_address(to.partition('%')[0])
+            target: Any = ipaddress.ip_address(to.partition('%')[0])
         else:
-            asker = None
+            target = None
         known = [ipaddress.ip_address(address) for address in addresses]
     except ValueError:   # a source address of an unknown family; others were checked before
         return ''
-    if asker is None:
+    if target is None:
         return str(known[0])
     fit = [
         address for address in known
-        if address.version == asker.version and address.is_loopback <= asker.is_loopback
+        if address.version == target.version and address.is_loopback <= target.is_loopback
     ]
     if fit:
-        lowest_fit = min(fit, key=lambda address: int(address) ^ int(asker))
+        lowest_fit = min(fit, key=lambda address: int(address) ^ int(target))
         return str(lowest_fit)
     return ''
 
@@ -7317,6 +7465,7 @@ class Channel:
         self.interest = 0
         self._intake = intake
         self.later: Any = ()   # what is made when there is room for it
+        self._may_fill = 0     # bytes of memory segments in this turn
         self._out: Deque[Tuple[memoryview, Any]] = collections.deque()
         self._gathers = hasattr(sock, 'sendmsg') and not hasattr(sock, 'do_handshake')
         self._again: Tuple[Type[OSError], ...] = _WOULD_BLOCK
@@ -7342,9 +7491,13 @@ class Channel:
         """Send what the socket takes now, up to WRITE_MOST bytes. Raises OSError if it is
         broken."""
         enough = self.queued - WRITE_MOST
+        self._may_fill = WRITE_MOST
         while self._out and self.queued > enough:
             try:
-                sent = self._send_some()
+                if self._out[0][1] is None:
+                    sent = self._send_some()
+                else:
+                    sent = self._pass_on()
             except self._again:
                 return
             self.queued -= sent
@@ -7373,16 +7526,20 @@ class Channel:
                 if time.monotonic() > until:
                     return
 
-    def _send_some(self) -> int:
+    def _pass_on(self) -> int:
+        """Send what stands first, and a descriptor with it; what goes into a tag is hashed."""
         view, passing = self._out[0]
         if type(passing) is PayloadTag:
             passing.reached(view)
             self._out[0] = (view, None)
-        elif passing is not None:
-            sent = send_with(self.sock, [view], passing)
-            passing.close()
-            self._out[0] = (view, None)
-            return sent
+            return self._send_some()
+        sent = send_with(self.sock, [view], passing)
+        passing.close()
+        self._out[0] = (view, None)
+        return sent
+
+    def _send_some(self) -> int:
+        view, _ = self._out[0]
         if not self._gathers or len(self._out) == 1 or len(view) > 1 << 18:
             return self.sock.send(view[:1 << 20])
         plain = itertools.takewhile(lambda item: item[1] is None, itertools.islice(self._out, 64))
@@ -7846,11 +8003,13 @@ def _jobs_as_received(message: Jobs) -> Tuple[Any, int]:
     size = 0
     for place, row in enumerate(rows):
         payload = row[1]
-        if type(payload) is not bytes:
-            if rows is message.rows:   # which is the sender's
-                rows = list(rows)
-            payload = _payload_as_received(payload)
-            rows[place] = (row[0], payload, *row[2:])
+        if type(payload) is bytes:   # nearly always
+            size += len(payload)
+            continue
+        if rows is message.rows:   # which is the sender's
+            rows = list(rows)
+        payload = _payload_as_received(payload)
+        rows[place] = (row[0], payload, *row[2:])
         size += size_of(payload)
     if rows is not message.rows:
         message = Jobs(message.comp, rows)
@@ -7942,21 +8101,29 @@ class MemoryLink(Link):
 
     def send(self, message: Any) -> None:
         """Hand a message over. Raises TooLarge."""
-        kind = type(message)
-        size = self.SMALL_SIZE
-        if kind in self._MADE:
-            message, size = self._MADE[kind](message)
-            if kind in (Jobs, Results) and len(message.rows) == 1:
-                most = VALUE_MOST
-            else:
-                most = MESSAGES[OPS[kind]][1]
-            if size > most:
-                text = '%s of %d bytes is over the limit of %d' % (kind.__name__, size, most)
-                raise TooLarge(text)
+        made = self._MADE.get(type(message))
+        if made is None:
+            size = self.SMALL_SIZE
+        else:
+            message, size = made(message)
+            if size > OUT_OF_BAND or size > VALUE_MOST:
+                self._check_size(message, size)
         self.other.incoming.append(message)
         self.queued += size
         self.bytes_out += size
         self._handed += 1
+
+    @staticmethod
+    def _check_size(message: Any, size: int) -> None:
+        """Raises TooLarge for a message with so many bytes that no link would take."""
+        kind = type(message)
+        if kind in (Jobs, Results) and len(message.rows) == 1:
+            most = VALUE_MOST
+        else:
+            most = MESSAGES[OPS[kind]][1]
+        if size > most:
+            text = '%s of %d bytes is over the limit of %d' % (kind.__name__, size, most)
+            raise TooLarge(text)
 
     @property
     def has_messages(self) -> bool:
@@ -8027,7 +8194,6 @@ class Pipe(Channel):
         self.comp = comp
         self.worker = worker
         self.pid = 0     # of the process that wrote first, as the kernel tells it
-        self._may_fill = 0     # bytes of memory segments in this turn
         self._asks = bool(worker) and hasattr(socket, 'SCM_CREDENTIALS')
         if self._asks:   # what SO_PEERCRED tells of a socketpair is who made it
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
@@ -8037,28 +8203,24 @@ class Pipe(Channel):
         segment = MemorySegment(payload)
         self.push([head], segment)
 
-    def write(self) -> None:
-        self._may_fill = WRITE_MOST
-        super().write()
-
-    def _send_some(self) -> int:
+    def _pass_on(self) -> int:
         head, segment = self._out[0]
         if type(segment) is not MemorySegment:
-            return super()._send_some()
+            return super()._pass_on()
         if not segment.is_begun and not is_read(self.sock):
             self._without_segment(head, segment)
-            return super()._send_some()
+            return self._send_some()
         try:
             if not segment.is_whole:
                 self._may_fill -= segment.fill(self._may_fill)
             if segment.is_whole:
-                return super()._send_some()
+                return super()._pass_on()
         except _WOULD_BLOCK:
             raise
         except OSError as exc:   # no room or no descriptor
             logger.debug('a value goes through the pipe: %s', exc)
             self._without_segment(head, segment)
-            return super()._send_some()
+            return self._send_some()
         raise BlockingIOError   # the rest of it in the next turn
 
     def _without_segment(self, head: memoryview, segment: MemorySegment) -> None:
@@ -8420,10 +8582,11 @@ class Loop:
                 self.busy_since = self.woke_at
         for key, mask in ready:
             self.now = self.clock()
-            if callable(key.data):
-                self.guard(None, key.data)
-            elif key.data.is_attached:   # not detached meanwhile
-                self._handle_io(key.data, mask)
+            subject = key.data
+            if callable(subject):
+                self.guard(None, subject)
+            elif subject.is_attached:   # not detached meanwhile
+                self._handle_io(subject, mask)
         self.now = self.clock()
         if self._inbox:
             self.take_events(len(self._inbox))
@@ -8559,7 +8722,8 @@ class Loop:
             self.fault(channel, exc)
             return
         self._to_write.discard(channel)
-        self.interest(channel)
+        if channel.queued or channel.later or channel.interest != selectors.EVENT_READ:
+            self.interest(channel)
 
     def interest(self, channel: Channel) -> None:
         """Bring the selector up to what the channel waits for."""
@@ -8568,11 +8732,7 @@ class Loop:
             wanted = selectors.EVENT_READ
         if channel.wants_write:
             wanted |= selectors.EVENT_WRITE
-        if wanted == channel.interest:
-            return
-        if not channel.is_attached:
-            return
-        if channel.sock is None:
+        if wanted == channel.interest or not channel.is_attached or channel.sock is None:
             return
         if not channel.interest:
             self._selector.register(channel.sock, wanted, channel)
@@ -8819,6 +8979,7 @@ class HandshakeLimiter:
 def network_of(address: str) -> str:
     """Return the network of an address: 24 bits of IPv4, 64 of IPv6, since one host may have all
     addresses of its network."""
+    import ipaddress
     try:
         found = ipaddress.ip_address(address.partition('%')[0])
     except ValueError:
@@ -9454,6 +9615,7 @@ class Discovery:
     def build(self, kind: DatagramType, to: str = '', echo: bytes = bytes(16)) -> bytes:
         """Return a datagram of this process, which is new each time; `to` is the address of the
         receiver if it is an answer."""
+        import ipaddress
         nonce = os.urandom(16)
         if kind is DatagramType.QUESTION:
             self._asked.append(nonce)
@@ -9481,6 +9643,7 @@ class Discovery:
               now: float) -> Tuple[Optional[Datagram], Optional[bytes]]:
         """Return the datagram, if it concerns this process, and the answer that is to be sent to
         its source; each may be None. This never raises."""
+        import ipaddress
         if len(data) != DATAGRAM:
             return None, None
         if data[:8] != MAGIC:
@@ -9604,16 +9767,16 @@ def discovery_reach() -> str:
 
 class UdpListener(socketserver.UDPServer):
     """A UDP socket. A loop watches it and calls `on_readable`; each datagram is passed to
-    `hear(data, source, reply)`."""
+    `on_datagram(data, source, reply)`."""
     allow_reuse_address = True   # several nodes and clients of one host receive the same broadcasts
     timeout = 0
     max_packet_size = DATAGRAM + 1
 
     def __init__(self, family: int, host: str, port: int,
-                 hear: Callable[[bytes, str, Callable[[bytes], None]],
-                                None], multicast: bool) -> None:
+                 on_datagram: Callable[[bytes, str, Callable[[bytes], None]], None],
+                 multicast: bool) -> None:
         self.address_family = family
-        self._hear = hear
+        self._on_datagram = on_datagram
         self._multicast = multicast
         self.speaks = True
         super().__init__((host, port), None)  # type: ignore[arg-type]
@@ -9658,7 +9821,7 @@ class UdpListener(socketserver.UDPServer):
             source = address_in(client_address)
         except OSError:   # no descriptor is left: the peer will ask again
             return
-        self._hear(data, source, reply)
+        self._on_datagram(data, source, reply)
 
     def on_readable(self) -> None:
         """Receive a datagram. The loop's thread calls this."""
@@ -9712,13 +9875,13 @@ class DiscoverySockets:
                  reach: str,
                  there: Iterable[int],
                  ports: Iterable[int],
-                 hear: Callable[[bytes, str, Callable[[bytes], None]], None],
+                 on_datagram: Callable[[bytes, str, Callable[[bytes], None]], None],
                  multicast: bool = False) -> None:
         self._loop: Loop = loop
         self._reach: str = reach
         self._there: List[int] = sorted(set(there))
         self._multicast: bool = multicast
-        self.ears: List[UdpListener] = []
+        self.listeners: List[UdpListener] = []
         self.error = ''
         self._first = min(ports)
         for number in self._heard(reach, ports) if reach != 'off' else ():
@@ -9735,16 +9898,16 @@ class DiscoverySockets:
                 hosts.append((socket.AF_INET6, '::'))
             for family, host in hosts:
                 try:
-                    ear = UdpListener(family, host, number, hear, multicast)
+                    listener = UdpListener(family, host, number, on_datagram, multicast)
                 except OSError as exc:
                     # The port is used by a program that does not share it, or there is no such
                     # family here
                     if family == socket.AF_INET:
                         self.error = 'UDP port %d cannot be used: %s' % (number, exc.strerror)
                     continue
-                ear.speaks = number == self._first
-                self.ears.append(ear)
-                loop.add_reader(ear.socket, ear.on_readable)
+                listener.speaks = number == self._first
+                self.listeners.append(listener)
+                loop.add_reader(listener.socket, listener.on_readable)
 
     @staticmethod
     def _heard(reach: str, ports: Iterable[int]) -> List[int]:
@@ -9756,17 +9919,17 @@ class DiscoverySockets:
             return [0]
         return numbers
 
-    def broadcast(self, say: Callable[[], bytes]) -> None:
-        """Send the datagram that `say` returns to all hosts within reach, by IPv4 and IPv6. Each
+    def broadcast(self, build: Callable[[], bytes]) -> None:
+        """Send the datagram that `build` returns to all hosts within reach, by IPv4 and IPv6. Each
         family gets a new datagram, so that a host with both answers by both."""
-        for ear in self.ears:
-            if ear.speaks:
-                data = say()
+        for listener in self.listeners:
+            if listener.speaks:
+                data = build()
                 for port in self._there:
-                    self._shout(ear, data, port)
+                    self._send_everywhere(listener, data, port)
 
-    def _shout(self, ear: UdpListener, data: bytes, port: int) -> None:
-        if ear.address_family == socket.AF_INET6:
+    def _send_everywhere(self, listener: UdpListener, data: bytes, port: int) -> None:
+        if listener.address_family == socket.AF_INET6:
             targets: List[tuple] = [(GROUP6, port, 0, index) for index in interfaces()]
         else:
             hosts = {LOOPBACK}
@@ -9780,23 +9943,23 @@ class DiscoverySockets:
             targets = [(host, port) for host in in_order]
         for target in targets:
             with contextlib.suppress(OSError):   # the interface is down, or does not support it
-                ear.socket.sendto(data, target)
+                listener.socket.sendto(data, target)
         if not self._multicast:
             return
-        if ear.address_family != socket.AF_INET:
+        if listener.address_family != socket.AF_INET:
             return
         for address in own_addresses() or ('0.0.0.0',):
             with contextlib.suppress(OSError):   # as above
-                ear.socket.setsockopt(socket.IPPROTO_IP, socket.IP_MULTICAST_IF,
-                                      socket.inet_aton(address))
-                ear.socket.sendto(data, (GROUP4, port))
+                listener.socket.setsockopt(socket.IPPROTO_IP, socket.IP_MULTICAST_IF,
+                                           socket.inet_aton(address))
+                listener.socket.sendto(data, (GROUP4, port))
 
     def close(self) -> None:
         """Stop listening. Does nothing the second time."""
-        for ear in self.ears:
-            self._loop.remove_reader(ear.socket)
-            ear.server_close()
-        self.ears = []
+        for listener in self.listeners:
+            self._loop.remove_reader(listener.socket)
+            listener.server_close()
+        self.listeners = []
 
 
 # ==================================================================================================
@@ -9876,7 +10039,7 @@ class LinkDown(NamedTuple):
     on_purpose: bool
 
 
-class Received(NamedTuple):
+class Received(typing.NamedTuple):
     """A message was received."""
     link: int
     message: Any
@@ -9960,7 +10123,7 @@ class RunnerGone(NamedTuple):
     code: str = 'setup'
 
 
-class WorkerResults(NamedTuple):
+class WorkerResults(typing.NamedTuple):
     """One worker sends results: rows as in Results."""
     worker: int
     rows: list
@@ -10101,7 +10264,7 @@ class Status(NamedTuple):
 
 
 # Actions: what the state tells the node host to do
-class Send(NamedTuple):
+class Send(typing.NamedTuple):
     """Send a message on a link."""
     link: int
     message: Any
@@ -10203,7 +10366,7 @@ class Equip(NamedTuple):
     units: Dict[str, List[int]]
 
 
-class SendToWorker(NamedTuple):
+class SendToWorker(typing.NamedTuple):
     """Send attempts to a worker."""
     worker: int
     attempts: list
@@ -11251,10 +11414,11 @@ class Attempts:
         comp.done += 1
         if row[OUTCOME] not in VALUES:
             comp.failed += 1
-        if attempt is not None and attempt.counted:
-            self.count(attempt, False)
-        if attempt is not None and attempt.values:
-            self._done_with_values(comp, attempt)
+        if attempt is not None:
+            if attempt.counted:
+                self.count(attempt, False)
+            if attempt.values:
+                self._done_with_values(comp, attempt)
         comp.unacknowledged[row[SERIAL]] = row
         comp.outbox.append(row)
 
@@ -11811,13 +11975,15 @@ class CpuScheduler:
     def assign_cpus(self, now: float) -> None:
         """Give CPUs to computations."""
         tables = self._tables
-        comps = tables.comps.values()
-        ready = [comp for comp in comps if comp.stage is Stage.READY]
+        ready = []
+        for comp in tables.comps.values():
+            if comp.stage is Stage.READY:
+                ready.append(comp)
         crowded = len(ready) > 1 and self._share_between(ready, now)
         for comp in ready:
             if comp.waiting:
                 tables.guarded(comp.comp, self._dispatch, comp, now, crowded)
-            else:
+            elif comp.refillable:
                 comp.refillable.clear()
 
     def _share_between(self, ready: List[_Computation], now: float) -> bool:
@@ -11846,14 +12012,15 @@ class CpuScheduler:
         """Work for one more worker, if there is a CPU."""
         if not comp.waiting:
             return False
-        if comp.waiting[0].cpus > self._cpus.free:
+        head = comp.waiting[0]
+        if head.cpus > self._cpus.free:
             return False
-        if self._is_limited(comp, comp.waiting[0].cpus):
+        if comp.limit and self._is_limited(comp, head.cpus):
             return False
         worker: Optional[_Worker] = None
-        if comp.waiting[0].resources:
+        if head.resources:
             may_make = now >= self.pool.start_at
-            worker = self.pool.special.worker_for(comp, comp.waiting[0].resources, may_make)
+            worker = self.pool.special.worker_for(comp, head.resources, may_make)
         elif comp.idle:
             worker = comp.idle.pop()
         elif comp.initializer:
@@ -11864,8 +12031,10 @@ class CpuScheduler:
             return False
         worker.since = now
         comp.served = next(self._served)
-        self._cpus.free -= comp.waiting[0].cpus
-        count = 1 + min(ahead, len(comp.waiting) // max(1, self._cpus.total))
+        self._cpus.free -= head.cpus
+        count = 1
+        if ahead:
+            count += min(ahead, len(comp.waiting) // max(1, self._cpus.total))
         self._feed(comp, worker, count, now)
         return True
 
@@ -11876,9 +12045,10 @@ class CpuScheduler:
         while comp.waiting and self._start_on_worker(comp, ahead, now):
             continue
         # It came when there were more
-        if comp.waiting and comp.waiting[0].cpus > min(self._cpus.total, comp.limit
-                                                       or self._cpus.total):
-            self._attempts.return_waiting(comp)
+        if comp.waiting:
+            most = min(self._cpus.total, comp.limit or self._cpus.total)
+            if comp.waiting[0].cpus > most:
+                self._attempts.return_waiting(comp)
         if ahead and comp.waiting and not crowded:
             for worker in list(comp.refillable.values()):
                 room = ahead + 1 - len(worker.queue)
@@ -11943,7 +12113,8 @@ class CpuScheduler:
         if head.timeout:
             when = now + head.timeout
             self._interruptions.set_timeout(worker, when)
-        self._watch(worker, head)
+        if head.memory or head.timeout:
+            self._watch(worker, head)
         if head.ending is not None:   # cancelled while it stood behind another
             self._interruptions.interrupt(worker, head, now)
 
@@ -12000,9 +12171,10 @@ class CpuScheduler:
         if ended is None:   # nothing but provisional results
             return
         comp.estimate.add(durations)
-        total_durations = sum(durations)
-        comp.cpu_seconds += total_durations * ended.cpus
-        seconds = sum(durations[worker.pardoned:]) * ended.cpus
+        seconds = sum(durations) * ended.cpus
+        comp.cpu_seconds += seconds
+        if worker.pardoned:
+            seconds -= durations[0] * ended.cpus
         self._share.charge(comp, seconds)
         worker.pardoned = False
         comp.handed.ended(len(durations), len(comp.attempts) - len(comp.waiting), len(comp.workers))
@@ -12819,6 +12991,7 @@ class NodeService:
 
     paused - for each authority, why no new jobs are taken
     stopping - the node is about to end
+    is_ending - the node ends when nothing is left to do
     """
 
     def __init__(self, tables: NodeTables, timers: Timers, cpus: Cpus,
@@ -12836,7 +13009,7 @@ class NodeService:
         self._inquiries = inquiries
         self.paused: Dict[str, str] = {}
         self.stopping = False
-        self._finishing = False   # the node ends when its jobs have ended
+        self.is_ending = False
         self._leaving = False     # running jobs were killed and have not ended yet
 
     def refusal(self, comp: str) -> Optional[Refused]:
@@ -12859,6 +13032,7 @@ class NodeService:
             self._leave(now)
             return
         self.stopping = True
+        self.is_ending = True
         self._attempts.refuses_new = True
         grace = self._interruptions.grace
         logger.info('stopping: jobs that wait are returned to their clients, and running jobs have '
@@ -12871,7 +13045,7 @@ class NodeService:
 
     def finish(self, event: Finish, now: float) -> None:
         """Take no new jobs, and leave when those that are here have ended."""
-        self._finishing = True
+        self.is_ending = True
         pause = Pause('finish', 'the node ends when its jobs have ended')
         self.pause(pause, now)
         self._attempts.take_back_all()
@@ -12886,11 +13060,6 @@ class NodeService:
         """Whether there are jobs here, run or not."""
         comps = self._tables.comps.values()
         return any(comp.attempts for comp in comps)
-
-    @property
-    def is_ending(self) -> bool:
-        """Whether the node ends when nothing is left to do."""
-        return self.stopping or self._finishing
 
     def _leave(self, now: float) -> None:
         """Kill what runs, wait until it is known what of it had begun, and leave."""
@@ -13098,7 +13267,7 @@ class Node:
             tables.guarded(timer.comp, timer.call, *timer.args, now)
         if self.scheduler.look_at <= now:
             self.scheduler.look(now)
-        if self.attempts.values:
+        if self.attempts.values.waiting_for:
             self.attempts.serve_values()
         refuses_new = self.attempts.refuses_new
         if not refuses_new:
@@ -14505,8 +14674,9 @@ class WorkerPipe:
         if count == 0:
             self.at_end()
             os._exit(0)
-        for record in self._intake.records(count):
-            if record.kind == RecordType.FILE_STORED:
+        for head, body in self._intake.buffer_updated(count):
+            record = self._intake.record_of(head, body)
+            if record.kind == _FILE_STORED:
                 answer = bytes(record.bodies[0]).decode('utf-8', 'replace')
                 self.answers.append(answer)
             else:
@@ -14541,25 +14711,27 @@ class WorkerPipe:
         memory segment, if there is room."""
         payload = args[4]
         if type(payload) is bytes or not goes_in_segment(payload):   # nearly always
-            self.send(RecordType.RESULT, *args)
+            self._in_turn(pack_record(_RESULT, *args))
             return
         if not is_read(self._sock):
-            self.send(RecordType.RESULT, *args)
+            self.send(_RESULT, *args)
             return
         with contextlib.closing(MemorySegment(payload)) as segment:
             try:
                 segment.fill(sys.maxsize)
             except OSError as exc:   # no room or no descriptor
                 logger.debug('a value goes through the pipe: %s', exc)
-                self.send(RecordType.RESULT, *args)
+                self.send(_RESULT, *args)
             else:
-                self._in_turn([segment_record(RecordType.RESULT, *args)], segment)
+                self._in_turn([segment_record(_RESULT, *args)], segment)
 
     def _in_turn(self, buffers: List[Buffer], segment: Optional[MemorySegment] = None) -> None:
         with self._sending:
             if self._shared:
                 with self._turn:
                     self._write(buffers, segment)
+            elif segment is None and len(buffers) == 1 and len(buffers[0]) <= WRITE_MOST:
+                self._sock.sendall(buffers[0])   # nearly always
             else:
                 self._write(buffers, segment)
 
@@ -14623,30 +14795,38 @@ class JobOutput:
 
     def collect(self) -> Tuple[bytes, bytes]:
         """What the job printed. Puts descriptors and streams back in the same breath."""
-        lost = self._flush(1) + self._flush(2)
+        lost = b''
+        for index in (1, 2):
+            try:
+                self._streams[index].flush()
+            except ValueError:   # the job closed it; it is put back below
+                continue
+            except OSError as exc:
+                lost += self._not_written(index, exc)
         if not self._has_own_streams():
             self._flush_strangers()
         if self._libc is not None:
             self._libc.fflush(None)   # printf of C code into a file is held back until then
-        out = self._collect_one(1, self._out)
-        err = self._collect_one(2, self._err)
-        return out, err + lost
+        printed = []
+        for index, output in ((1, self._out), (2, self._err)):
+            handle = output.handle
+            os.dup2(handle, index)   # this takes less time than to look where it leads
+            size = os.lseek(handle, 0, os.SEEK_END)
+            if size:
+                printed.append(output.take(size))
+            else:
+                printed.append(b'')
+        return printed[0], printed[1] + lost
 
-    def _flush(self, index: int) -> bytes:
-        """Write down what a job has printed. What finds no room would stay in the stream and be
-        taken for the next job's: it is thrown away, and a line for the job's stderr says so."""
-        stream = self._streams[index]
-        try:
-            stream.flush()
-        except ValueError:   # the job closed it; it is put back below
+    def _not_written(self, index: int, exc: OSError) -> bytes:
+        """What finds no room would stay in the stream and be taken for the next job's: it is thrown
+        away. Returns a line for the job's stderr that says so."""
+        if exc.errno == errno.EBADF:   # the job closed the descriptor
             return b''
-        except OSError as exc:
-            if exc.errno != errno.EBADF:   # otherwise it closed the descriptor
-                self._throw_away(stream, index)
-                text = 'dispy: a part of what the job wrote to %s is lost: %s\n' % (
-                    'stdout' if index == 1 else 'stderr', exc)
-                return text.encode()
-        return b''
+        self._throw_away(self._streams[index], index)
+        text = 'dispy: a part of what the job wrote to %s is lost: %s\n' % (
+            'stdout' if index == 1 else 'stderr', exc)
+        return text.encode()
 
     def _throw_away(self, stream: Any, index: int) -> None:
         with contextlib.suppress(OSError, ValueError):
@@ -14666,14 +14846,6 @@ class JobOutput:
             if self._streams[index].closed:
                 self._streams[index] = output_stream(index, 1)
         sys.stdin, sys.stdout, sys.stderr = self._streams
-
-    @staticmethod
-    def _collect_one(number: int, output: CapturedOutput) -> bytes:
-        os.dup2(output.handle, number)   # this takes less time than to look where it leads
-        size = os.lseek(output.handle, 0, os.SEEK_END)
-        if size:
-            return output.take(size)
-        return b''
 
 
 class JobInterrupts:
@@ -15173,8 +15345,8 @@ class Worker:
             return Outcome.RAISED, cut_error(failure, 1)
         try:
             payload, plain, _, _ = dumps(value)
-            if is_over_limit(size_of(payload)):
-                size = size_of(payload)
+            size = len(payload) if type(payload) is bytes else size_of(payload)
+            if (size > LAZY or size > VALUE_MOST) and is_over_limit(size):
                 return Outcome.RAISED, pack_error(over_limit('the result', size), None)
             return (Outcome.RETURNED if plain else Outcome.RETURNED_CODE), payload
         except BaseException as exc:  # __reduce__ and its kin are the user's code
@@ -15261,7 +15433,7 @@ def _is_of_library(frame: Any) -> bool:
 
 
 # Names of files of joblib and loky, which contain the PID of the process that has made them
-_JOBLIB_NAME = re.compile(r'(?:joblib_memmapping_folder_|sem\.loky-|loky-)(\d+)[_-]')
+_JOBLIB_NAME = LazyPattern(r'(?:joblib_memmapping_folder_|sem\.loky-|loky-)(\d+)[_-]')
 
 
 def remove_joblib_remains(pids: Set[int], since: float) -> None:
@@ -15633,7 +15805,7 @@ class StackFile:
     TIME = 0.3      # s that this may take: the runner is blocked in the meantime
     STEP = 0.002
     # The frames that have called the job, which follow its own lines
-    OURS = re.compile(r'  File "[^"\n]*dispynode\.py", line \d+ in _run\n(?:  File .*\n)*')
+    OURS = LazyPattern(r'  File "[^"\n]*dispynode\.py", line \d+ in _run\n(?:  File .*\n)*')
     SILENT = 'the process has not written its stacks: it is stopped, or waits for its disk'
 
     def __init__(self, private: str, pid: int) -> None:
@@ -18209,7 +18381,10 @@ class RunnerProcess:
     programs share: a Ctrl-C that is typed for the node does not reach them, and the node can ask
     programs to end.
     """
-    CODE = 'import sys; sys.path%s = %r; import dispynode; dispynode.runner_start(%d)'
+    # What is imported stays: the garbage collector need not look through it meanwhile (3 ms), nor
+    # later
+    CODE = ('import gc, sys; gc.disable(); sys.path%s = %r; import dispynode; gc.freeze(); '
+            'gc.enable(); dispynode.runner_start(%d)')
 
     def __init__(self, control: socket.socket, user: Optional[User], python: str,
                  home: str = '') -> None:
@@ -18539,11 +18714,14 @@ class ComputationProcesses:
 
 class HeldPipes:
     """Pipes of workers that are not read for a while, because files or results come faster than the
-    client takes them. The loop's thread."""
+    client takes them. The loop's thread.
+
+    pipes - those that are not read until links have room
+    """
 
     def __init__(self, host: 'NodeHost') -> None:
         self._host = host
-        self._held: Set[Pipe] = set()     # not read until links have room
+        self.pipes: Set[Pipe] = set()
 
     def hold_back(self, pipe: Pipe) -> None:
         """Files or results come faster than the client takes them: the worker's pipe is not read
@@ -18558,7 +18736,7 @@ class HeldPipes:
         if not self._must_wait(pipe, BACKPRESSURE_BYTES):
             return
         pipe.paused = True
-        self._held.add(pipe)
+        self.pipes.add(pipe)
         self._host.interest(pipe)
 
     def _must_wait(self, pipe: Pipe, most: int) -> bool:
@@ -18574,15 +18752,15 @@ class HeldPipes:
     def let_go(self) -> None:
         """Read again those for which links have room."""
         for pipe in [
-                pipe for pipe in self._held if not self._must_wait(pipe, BACKPRESSURE_BYTES // 2)
+                pipe for pipe in self.pipes if not self._must_wait(pipe, BACKPRESSURE_BYTES // 2)
         ]:
             pipe.paused = False
             self._host.interest(pipe)
-            self._held.remove(pipe)
+            self.pipes.remove(pipe)
 
     def may_let_go(self) -> bool:
         """Return whether any pipe is held back."""
-        for pipe in self._held:
+        for pipe in self.pipes:
             if not self._must_wait(pipe, BACKPRESSURE_BYTES // 2):
                 return True
         return False
@@ -18599,7 +18777,7 @@ class WorkerReader:
         """Tell the node what has come. Returns the number of records. Raises LinkBroken, PeerError,
         OSError."""
         rows = []
-        units = pipe.read(self._host.now)
+        units = pipe.read(self._host.loop.now)
         if pipe.pid and pipe.worker not in run.pids:
             run.known(pipe.worker, pipe.pid)
         for head, body in units:
@@ -18660,10 +18838,6 @@ class WorkerReader:
                 raise PeerError('a list of returned jobs with a wrong size of %d bytes' % len(body))
             layout = '>%dQ' % (len(body) // 8)
             self._host.tell(WorkerReturnedJobs(pipe.worker, list(struct.unpack(layout, body))))
-
-
-_JOB = int(RecordType.JOB)        # a local variable is faster than the member
-_RESULT = int(RecordType.RESULT)
 
 
 class WorkerPipes:
@@ -18890,7 +19064,7 @@ class ProcessHost:
 
     def _look_soon(self) -> None:
         """A runner that may have been idle has work: it is to answer from now on."""
-        soon = self._host.now + min(RUNNER_ASKED, RunnerWatch.OFTEN)
+        soon = self._host.loop.now + min(RUNNER_ASKED, RunnerWatch.OFTEN)
         if soon < self.look_at:
             self.look_at = soon
 
@@ -19157,7 +19331,7 @@ class Uplink:
     def __init__(self, host: str, port: int, most: float) -> None:
         self.host = host
         self.port = port
-        self.dialling = Reconnector(min(1.0, most), most)
+        self.reconnector = Reconnector(min(1.0, most), most)
         self.link = 0
         self.since = 0.0
         self.told: Any = None     # the last failure that was logged
@@ -19201,18 +19375,18 @@ class Uplinks:
         """Begin the attempts that are due."""
         daemon = self._daemon
         for uplink in self._uplinks:
-            if uplink.dialling.due is None:
+            if uplink.reconnector.due is None:
                 continue
-            if not uplink.dialling.due <= daemon.now:
+            if not uplink.reconnector.due <= daemon.now:
                 continue
             if not daemon.node.service.stopping:
-                patience = uplink.dialling.patience(daemon.now, PULSE)
+                patience = uplink.reconnector.patience(daemon.now, PULSE)
                 reach = self._reach(uplink, patience)
-                uplink.dialling.start(daemon.post, uplink, reach)
+                uplink.reconnector.start(daemon.post, uplink, reach)
 
     def connected(self, uplink: Uplink, link: Link) -> None:
         """Note that an attempt has led to a link."""
-        uplink.dialling.ended()
+        uplink.reconnector.ended()
         uplink.link = link.number
         uplink.since = self._daemon.now
         uplink.told = None
@@ -19227,8 +19401,8 @@ class Uplinks:
             link = daemon.links.get(uplink.peer.link)
             daemon.second_failed(uplink, link)
             return
-        uplink.dialling.ended()
-        uplink.dialling.again(daemon.now)
+        uplink.reconnector.ended()
+        uplink.reconnector.again(daemon.now)
         about: Any = event.failing
         # A peer that closes at once refuses this node for a while, for the reason that was logged.
         if about is Failing.CLOSED and uplink.told is not None:
@@ -19247,7 +19421,7 @@ class Uplinks:
         for uplink in self._uplinks:
             if uplink.link == link.number:
                 uplink.link = 0
-                uplink.dialling.again(daemon.now, daemon.now - uplink.since)
+                uplink.reconnector.again(daemon.now, daemon.now - uplink.since)
 
     def link_silent(self, link: Link) -> None:
         """Try a second connection to a scheduler that this node has dialled and that is silent. For
@@ -19274,18 +19448,18 @@ class Uplinks:
         text = ('nothing was received for %.0f s, and a new connection was '
                 'made') % (daemon.now - old.heard)
         self._break_link(old, text)
-        uplink.dialling.due = None
+        uplink.reconnector.due = None
         return event._replace(peer=uplink)
 
     def times(self) -> Iterator[Optional[float]]:
         """Return the times at which something is to be done."""
         for uplink in self._uplinks:
-            yield uplink.dialling.due
+            yield uplink.reconnector.due
 
     def close(self) -> None:
         """End all attempts."""
         for uplink in self._uplinks:
-            uplink.dialling.abort()
+            uplink.reconnector.abort()
             uplink.second.abort()
 
 
@@ -19304,6 +19478,7 @@ class NodeDiscovery:
 
     def start(self, port: int) -> None:
         """Announce once that the node serves at this port, and answer from now on."""
+        import ipaddress
         options = self._options
         addresses = options.ext_hosts or tuple(host for host in options.hosts if host)
         reach = options.reach
@@ -19316,7 +19491,7 @@ class NodeDiscovery:
         # It listens at its own port for clients that list it, and at the usual one so that it is
         # found whatever its own port is.
         ports = {options.port or NODE_PORT, NODE_PORT}
-        self._sockets = DiscoverySockets(self._daemon, reach, ports, ports, self._hear,
+        self._sockets = DiscoverySockets(self._daemon, reach, ports, ports, self._on_datagram,
                                          options.multicast)
         if self._sockets.error:
             logger.warning('%s: clients cannot discover this node, and have to list its address',
@@ -19332,7 +19507,7 @@ class NodeDiscovery:
         else:
             self.hello_at = None
 
-    def _hear(self, data: bytes, source: str, reply: Callable[[bytes], None]) -> None:
+    def _on_datagram(self, data: bytes, source: str, reply: Callable[[bytes], None]) -> None:
         daemon = self._daemon
         heard, answer = self._discovery.parse(data, source, daemon.now)
         if answer is not None:
@@ -19543,7 +19718,7 @@ class NodeHost:
     def _flush(self) -> None:
         """Let the state have its turn, and do what it decides."""
         try:
-            actions = self.node.flush(self.now)
+            actions = self.node.flush(self.loop.now)
         except BaseException:
             self._act(self.node.decided())   # as above
             raise
@@ -19634,18 +19809,23 @@ class NodeHost:
         self._stirred = False
         if self._posted:
             self.take_posted()
-        if self.loop.now >= self.processes.look_at:
-            self.processes.see_to_runners()
-        self.guard(None, self._flush)
+        processes = self.processes
+        if self.loop.now >= processes.look_at:
+            processes.see_to_runners()
+        try:
+            self._flush()
+        except Exception as exc:  # as in `guard`
+            self.loop.fault(None, exc, self)
         if self.results.read_later:
             self.results.read_again()
         if self.files.remains:
             self.guard(None, self.files.remove_again)
         if self.results.backlog.waiting:
             self.guard(None, self._send_waiting)
-        if self.processes.held.may_let_go():
-            self.processes.held.let_go()
-        full = self.node.attempts.is_full()
+        if processes.held.pipes:
+            processes.held.let_go()
+        attempts = self.node.attempts
+        full = attempts.held_bytes > RECEIVE_BUDGET and attempts.is_full()
         for link in self.links.values():
             if link.paused != full:
                 link.paused = full
@@ -19660,6 +19840,9 @@ class NodeHost:
             return
         message = action.message
         if type(message) is not Results:
+            self.loop.send(link, message)
+            return
+        if not self.results.refused and are_small(message.rows):
             self.loop.send(link, message)
             return
         rows: Iterable[tuple] = message.rows
@@ -19733,8 +19916,8 @@ class Daemon(Loop):
         except BaseException:
             self.close()
             raise
-        for gate in self._acceptors:
-            self.add_reader(gate.socket, gate.on_readable)
+        for acceptor in self._acceptors:
+            self.add_reader(acceptor.socket, acceptor.on_readable)
         self.discovery.start(port)
         return port
 
@@ -19763,10 +19946,10 @@ class Daemon(Loop):
 
     def close(self) -> None:
         """End all processes, remove what is to be removed. Does nothing the second time."""
-        for gate in self._acceptors:
+        for acceptor in self._acceptors:
             with contextlib.suppress(KeyError, ValueError):   # not watched yet
-                self.remove_reader(gate.socket)
-            gate.server_close()
+                self.remove_reader(acceptor.socket)
+            acceptor.server_close()
         self._acceptors = []
         self.discovery.close()
         self.uplinks.close()
@@ -20682,6 +20865,7 @@ def set_up_log(name: str, debug: bool, log_file: Optional[str]) -> None:
 
 def host_and_port(text: str, port: int) -> Tuple[str, int]:
     """Parse HOST, HOST:PORT or [IPv6]:PORT. Raises ValueError, naming what is wrong."""
+    import ipaddress
     host, colon, given = text.rpartition(':')
     if not colon or (':' in host and not host.endswith(']')):   # no port, or bare IPv6
         host = text
@@ -20719,6 +20903,7 @@ def own_hosts(words: Sequence[str]) -> Tuple[str, ...]:
     """Return the addresses to listen at, each once. A wildcard address means all addresses of both
     families, as does an empty list; it is not advertised, because a peer that dials it reaches
     itself. Raises StartError."""
+    import ipaddress
     addresses = dict.fromkeys(own_host(word) if word else '' for word in words)
     if any(not address or ipaddress.ip_address(address).is_unspecified for address in addresses):
         return ('',)

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tracemalloc
 
+import cloudpickle
 import pytest
 
 import dispynode
@@ -280,6 +281,16 @@ def test_frames_are_these_bytes():
 def test_the_recorded_bytes_are_these_messages():
     messages = feed(FrameDecoder(KEY), b''.join(bytes.fromhex(golden) for _, golden in GOLDEN))
     assert flat(messages) == flat([message for message, _ in GOLDEN])
+
+
+@pytest.mark.parametrize('size', [0, 1, 32, 64])
+def test_codes_of_frames_are_hmac(size):
+    key = bytes(range(size))
+    for parts in ((), (b'one', ), (b'one', memoryview(b'two'), bytes(1000))):
+        code = hmac.new(key, b''.join(parts), 'sha256').digest()
+        assert dispynode.FrameMac(key).of(*parts) == code
+    with pytest.raises(ValueError):
+        dispynode.FrameMac(bytes(65))
 
 
 def test_a_frame_is_header_tag_payload_tag():
@@ -718,7 +729,16 @@ def test_what_cannot_be_pickled_raises():
         dumps([Stubborn()])
 
 
-def test_a_sealed_value_tells_the_modules_that_opening_it_imports():
+@pytest.fixture
+def by_name():
+    """What is defined here goes by its name, unlike what other tests send."""
+    module = sys.modules[__name__]
+    cloudpickle.unregister_pickle_by_value(module)
+    yield
+    cloudpickle.register_pickle_by_value(module)
+
+
+def test_a_sealed_value_tells_the_modules_that_opening_it_imports(by_name):
     found = dumps([collections.OrderedDict(), Matrix, os.path])
     assert {'collections', __name__,
             'posixpath' if os.name == 'posix' else 'ntpath'} <= found.modules and found.portable
