@@ -10329,7 +10329,7 @@ class NodeConnection:
         self.unreached = Unreached.UNREACHABLE     # the result of the last attempt that failed
         # Limit in bytes of packets; 0: that of the system
         self.segment = 0
-        self.dialling = Reconnector(REDIAL_FIRST, redial)
+        self.reconnector = Reconnector(REDIAL_FIRST, redial)
         self.failures = 0                          # in a row
         self.heard = 0.0                           # when it was last found by UDP
         # Bytes of earlier links
@@ -11851,8 +11851,8 @@ class JournalRecovery:
 class DiscoveryProbe:
     """The search for nodes at one UDP port."""
 
-    def __init__(self, ears: DiscoverySockets) -> None:
-        self.ears = ears
+    def __init__(self, sockets: DiscoverySockets) -> None:
+        self.sockets = sockets
         self.due = 0.0
         self.wait = ASK_FIRST
         self.last = 0.0
@@ -12139,23 +12139,23 @@ class NodeSearch:
         self.reach = discovery_reach()               # the range of the search for nodes
         self._discovery = Discovery(psk, Role.CLIENT, driver.instance)
         # (UDP port, multicast) -> the probe there
-        self._ears: Dict[Tuple[int, bool], DiscoveryProbe] = {}
+        self._probes: Dict[Tuple[int, bool], DiscoveryProbe] = {}
 
     def begin(self, port: int, multicast: bool) -> None:
         """Ask for nodes at a UDP port, often at first, then every ping_interval."""
-        asker = self._ears.get((port, multicast))
-        if asker is None:
+        probe = self._probes.get((port, multicast))
+        if probe is None:
             # Answers come to an own port; at the nodes' port, this program hears nodes that start
             # later.
-            sockets = DiscoverySockets(self._driver, self.reach, (port, ), (0, port), self._hear,
-                                       multicast)
-            asker = self._ears[port, multicast] = DiscoveryProbe(sockets)
-        asker.due = self._driver.now
-        asker.wait = ASK_FIRST
+            sockets = DiscoverySockets(self._driver, self.reach, (port, ), (0, port),
+                                       self._on_datagram, multicast)
+            probe = self._probes[port, multicast] = DiscoveryProbe(sockets)
+        probe.due = self._driver.now
+        probe.wait = ASK_FIRST
 
     def is_at(self, port: int) -> bool:
         """Return whether nodes are asked for at a UDP port."""
-        for asked, _ in self._ears:
+        for asked, _ in self._probes:
             if asked == port:
                 return True
         return False
@@ -12168,20 +12168,20 @@ class NodeSearch:
             for spec in other.specs:
                 if spec.wild:
                     wanted.add((spec.port, other.multicast))
-        for key in set(self._ears) - wanted:
-            self._ears.pop(key).ears.close()
+        for key in set(self._probes) - wanted:
+            self._probes.pop(key).sockets.close()
 
     def ask_when_due(self, due: List[float]) -> None:
         """Ask for nodes if it is time; appends to a list when to do so next."""
-        for asker in self._ears.values():
-            if self._driver.now >= asker.due:
-                asker.ears.broadcast(lambda: self._discovery.build(DatagramType.QUESTION))
-                asker.last = self._driver.now
-                asker.due = self._driver.now + asker.wait
-                asker.wait = min(2 * asker.wait, self._driver.access.redial)
-            due.append(asker.due)
+        for probe in self._probes.values():
+            if self._driver.now >= probe.due:
+                probe.sockets.broadcast(lambda: self._discovery.build(DatagramType.QUESTION))
+                probe.last = self._driver.now
+                probe.due = self._driver.now + probe.wait
+                probe.wait = min(2 * probe.wait, self._driver.access.redial)
+            due.append(probe.due)
 
-    def _hear(self, data: bytes, source: str, reply: Callable[[bytes], None]) -> None:
+    def _on_datagram(self, data: bytes, source: str, reply: Callable[[bytes], None]) -> None:
         """Take a datagram. Its contents are only a hint: the node is dialled, and the handshake
         authenticates it."""
         heard, _ = self._discovery.parse(data, source, self._driver.now)
@@ -12207,8 +12207,8 @@ class NodeSearch:
     def _ask_soon(self) -> None:
         """Ask soon, because a node has started. Which of its addresses is best depends on who
         asks."""
-        for asker in self._ears.values():
-            asker.due = min(asker.due, max(self._driver.now, asker.last + ASK_FIRST))
+        for probe in self._probes.values():
+            probe.due = min(probe.due, max(self._driver.now, probe.last + ASK_FIRST))
         self._driver.soon()
 
     def _use_found(self, comp: str, spec: NodeSpec, heard: Datagram, host: str) -> None:
@@ -12220,34 +12220,33 @@ class NodeSearch:
         if known is None:
             known = self._driver.selection.use_address(comp, host, port, spec, False)
             if ':' in host:
-                known.dialling.due = now + IPV6_LATER
+                known.reconnector.due = now + IPV6_LATER
             else:
-                known.dialling.due = now
+                known.reconnector.due = now
         elif known.link is not None:
             self._driver.selection.consider(known, comp)
         else:
             if known.is_better_called(host):
                 self._nodes.move(known, host, port)
-                known.dialling.due = now
+                known.reconnector.due = now
             is_back = known.instance != instance or known.state is NodeState.LOST
-            if is_back and not known.dialling.busy:
-                known.dialling.due = now
+            if is_back and not known.reconnector.busy:
+                known.reconnector.due = now
             self._driver.selection.take(known, comp, spec)
         known.instance = instance
         known.heard = now
 
     def close(self) -> None:
         """Stop asking everywhere."""
-        for asker in self._ears.values():
-            asker.ears.close()
+        for probe in self._probes.values():
+            probe.sockets.close()
 
     def sockets(self) -> List[Any]:
         """Return the sockets with which nodes are asked for."""
-        ears = self._ears.values()
         sockets: List[Any] = []
-        for asker in ears:
-            for ear in asker.ears.ears:
-                sockets.append(ear.socket)
+        for probe in self._probes.values():
+            for listener in probe.sockets.listeners:
+                sockets.append(listener.socket)
         return sockets
 
 
@@ -12266,7 +12265,7 @@ class Connector:
         self._dials: Set[NodeConnection] = set()               # nodes that a thread is dialling
 
     def _on_rejected(self, address: str, text: str) -> None:
-        """Note that a node which dialled this program was refused. A gate's thread."""
+        """Note that a node which dialled this program was refused. A connection's thread."""
         message = 'its connection was rejected: ' + text
         self._driver.call_soon(self._nodes.add_unusable, address, address, message)
 
@@ -12276,10 +12275,10 @@ class Connector:
         if (host, port) not in self._acceptors:
             access = self._driver.access
             try:
-                gate = Acceptor((host, port), self._psk, Role.SCHEDULER, (Role.NODE, ),
-                                self._driver.instance, self._driver.post,
-                                access.certfile, access.keyfile, access.cafile,
-                                refused=self._on_rejected)
+                acceptor = Acceptor((host, port), self._psk, Role.SCHEDULER, (Role.NODE, ),
+                                    self._driver.instance, self._driver.post,
+                                    access.certfile, access.keyfile, access.cafile,
+                                    refused=self._on_rejected)
             except OSError as exc:
                 taken = exc.errno == errno.EADDRINUSE
                 if not taken or not may_fail:
@@ -12295,8 +12294,8 @@ class Connector:
                     'one, which still connects to nodes (host=%r; ADDRESS:PORT gives '
                     'another port)', port, host)
                 return
-            self._acceptors[host, port] = gate
-            self._driver.add_reader(gate.socket, gate.on_readable)
+            self._acceptors[host, port] = acceptor
+            self._driver.add_reader(acceptor.socket, acceptor.on_readable)
 
     def listens_at(self, host: str, port: int) -> bool:
         """Return whether nodes can connect to this address."""
@@ -12308,15 +12307,15 @@ class Connector:
             clusters = self._clusters.values()
             if any(where in other.hosts for other in clusters):
                 continue
-            gate = self._acceptors.pop(where, None)
-            if gate is not None:   # otherwise its port was in use
-                self._driver.remove_reader(gate.socket)
-                gate.server_close()
+            acceptor = self._acceptors.pop(where, None)
+            if acceptor is not None:   # otherwise its port was in use
+                self._driver.remove_reader(acceptor.socket)
+                acceptor.server_close()
 
     def dial_when_due(self, due: List[float]) -> None:
         """Dial nodes if it is time; appends to a list when to do so next."""
         for peer in self._nodes.by_key.values():
-            when = peer.dialling.due
+            when = peer.reconnector.due
             if when is not None and when <= self._driver.now and peer.state in _MAY_DIAL:
                 # Each one needs a thread and a descriptor; those that end make room for others
                 if len(self._dials) < DIALS_MOST:
@@ -12331,15 +12330,15 @@ class Connector:
             self._start_local(peer)
             return
         self._dials.add(peer)
-        patience = peer.dialling.patience(self._driver.now, self._driver.access.pulse, peer.trip)
+        patience = peer.reconnector.patience(self._driver.now, self._driver.access.pulse, peer.trip)
         self._tried(peer, TRY_TIMES * patience)
         reach = functools.partial(self._reach_peer, peer, patience=patience)
-        peer.dialling.start(self._driver.post, peer, reach, self._driver.parts.attempt)
+        peer.reconnector.start(self._driver.post, peer, reach, self._driver.parts.attempt)
 
     def _start_local(self, peer: NodeConnection) -> None:
         """Start the embedded node of this program. This needs no thread, because it does not
         wait."""
-        peer.dialling.due = None
+        peer.reconnector.due = None
         try:
             peer.end_process()
             peer.local = EmbeddedNode(self._driver)
@@ -12388,7 +12387,7 @@ class Connector:
             return
         self._dials.discard(peer)
         self._driver.soon()   # others may be waiting to be dialled
-        peer.dialling.ended()
+        peer.reconnector.ended()
         self._tried(peer, 0.0)
         if peer.state is not NodeState.DIALLING:
             event.sock.close()
@@ -12427,7 +12426,7 @@ class Connector:
         if peer.listed and not twin.port and not twin.embedded:
             peer.move('fail')
             peer.reason = 'it has connected by itself'
-            peer.dialling.again(self._driver.now)
+            peer.reconnector.again(self._driver.now)
             self._driver.soon()
             return
         twin.listed = twin.listed or peer.listed
@@ -12486,7 +12485,7 @@ class Connector:
         if peer is None:
             peer = NodeConnection(event.address, 0)
             peer.key = instance.hex()
-            peer.dialling.due = None
+            peer.reconnector.due = None
             self._nodes.by_key[peer.key] = peer
         self._connected(peer, self._link_of(event))
 
@@ -12543,7 +12542,7 @@ class Connector:
             event.sock.close()
             return
         peer.move('dial')
-        peer.dialling.due = None
+        peer.reconnector.due = None
         self._connected(peer, self._link_of(event))
 
     def dial_failed(self, event: ConnectFailed) -> None:
@@ -12553,7 +12552,7 @@ class Connector:
             return
         self._dials.discard(peer)
         self._driver.soon()   # as above
-        peer.dialling.ended()
+        peer.reconnector.ended()
         self._tried(peer, 0.0)
         if peer.state is not NodeState.DIALLING:
             return
@@ -12617,13 +12616,13 @@ class Connector:
         # logged
         if failing is not Failing.CLOSED or not peer.told:
             self._tell_not_reached(peer, text, line, failing)
-        peer.dialling.again(self._driver.now, lived, self._driver.access.pulse)
+        peer.reconnector.again(self._driver.now, lived, self._driver.access.pulse)
         lost = self._driver.schedule.lost_at(peer.key)
         last = lost - LAST_TRY
-        due = peer.dialling.due
+        due = peer.reconnector.due
         if due is not None:
             if self._driver.now < last < due:
-                peer.dialling.due = last
+                peer.reconnector.due = last
         self._driver.soon()
 
     def _tell_not_reached(self, peer: NodeConnection, text: str, line: str,
@@ -12652,20 +12651,20 @@ class Connector:
 
     def close(self) -> None:
         """End all searches, attempts and processes of nodes."""
-        for gate in self._acceptors.values():
-            gate.server_close()
+        for acceptor in self._acceptors.values():
+            acceptor.server_close()
         self.searches.close()
         # This includes nodes that no cluster uses any more
         for peer in {*self._dials, *self._nodes.by_key.values()}:
-            peer.dialling.abort(peer.embedded)
+            peer.reconnector.abort(peer.embedded)
             peer.second.abort()
             peer.end_process()
 
     def sockets(self) -> List[Any]:
         """Return all sockets that listen."""
         sockets = []
-        for gate in self._acceptors.values():
-            sockets.append(gate.socket)
+        for acceptor in self._acceptors.values():
+            sockets.append(acceptor.socket)
         return sockets + self.searches.sockets()
 
 
@@ -14910,7 +14909,7 @@ class LostNodes:
             lived = driver.now - peer.linked_at
             driver.connector.not_reached(peer, reason, lived, line)
             if not lost and not peer.wrong:
-                peer.dialling.due = driver.now
+                peer.reconnector.due = driver.now
             peer.wrong = False
         else:   # it dials this program
             peer.reason = reason
@@ -15741,7 +15740,9 @@ def _start_embedded(peer: NodeConnection) -> Tuple['subprocess.Popen[bytes]', in
     import dispynode
     python = own_python()
     secret = os.urandom(32).hex().encode()
-    code = 'import sys; sys.path.insert(0, %r); import dispynode; sys.exit(dispynode.main())'
+    # What is imported stays. The garbage collector would look through it again and again meanwhile.
+    code = ('import gc, sys; gc.disable(); sys.path.insert(0, %r); import dispynode; gc.freeze(); '
+            'gc.enable(); sys.exit(dispynode.main())')
     prefix = peer.directory = tempfile.mkdtemp(prefix='dispy-')
     module = os.path.abspath(dispynode.__file__)
     directory = os.path.dirname(module)
@@ -23334,8 +23335,14 @@ deployment(source, *%a)
 def program_of_host() -> str:
     """Return the source of the program that runs on a host: it uses dispynode, and no other module
     of dispy."""
-    parts: Tuple[Any, ...] = (Deployment, _since, deployment)
-    return '\n\n'.join([HOST_IMPORTS, *map(inspect.getsource, parts)])
+    lines, _ = inspect.findsource(deployment)
+    # Before Python 3.13, inspect parses the whole of this file for the source of a class.
+    first = lines.index('class Deployment:\n')
+    parts = [HOST_IMPORTS, ''.join(inspect.getblock(lines[first:]))]
+    for function in (_since, deployment):
+        source = inspect.getsource(function)
+        parts.append(source)
+    return '\n\n'.join(parts)
 
 
 SSH_OPTIONS = [

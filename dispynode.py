@@ -4449,7 +4449,8 @@ class ModuleLoader:
         if frame is None:
             return False
         importer = frame.f_globals.get('__name__')
-        return importer not in self._first
+        # A function that has come by value may have the name of a module that is not here.
+        return importer in sys.modules and importer not in self._first
 
     @staticmethod
     def _importing_frame() -> Any:
@@ -7302,20 +7303,20 @@ def nearest_address(addresses: Sequence[str], to: str) -> str:
         return ''
     try:
         if to:
-            asker: Any = ipaddress.ip_address(to.partition('%')[0])
+            target: Any = ipaddress.ip_address(to.partition('%')[0])
         else:
-            asker = None
+            target = None
         known = [ipaddress.ip_address(address) for address in addresses]
     except ValueError:   # a source address of an unknown family; others were checked before
         return ''
-    if asker is None:
+    if target is None:
         return str(known[0])
     fit = [
         address for address in known
-        if address.version == asker.version and address.is_loopback <= asker.is_loopback
+        if address.version == target.version and address.is_loopback <= target.is_loopback
     ]
     if fit:
-        lowest_fit = min(fit, key=lambda address: int(address) ^ int(asker))
+        lowest_fit = min(fit, key=lambda address: int(address) ^ int(target))
         return str(lowest_fit)
     return ''
 
@@ -9761,16 +9762,16 @@ def discovery_reach() -> str:
 
 class UdpListener(socketserver.UDPServer):
     """A UDP socket. A loop watches it and calls `on_readable`; each datagram is passed to
-    `hear(data, source, reply)`."""
+    `on_datagram(data, source, reply)`."""
     allow_reuse_address = True   # several nodes and clients of one host receive the same broadcasts
     timeout = 0
     max_packet_size = DATAGRAM + 1
 
     def __init__(self, family: int, host: str, port: int,
-                 hear: Callable[[bytes, str, Callable[[bytes], None]],
-                                None], multicast: bool) -> None:
+                 on_datagram: Callable[[bytes, str, Callable[[bytes], None]], None],
+                 multicast: bool) -> None:
         self.address_family = family
-        self._hear = hear
+        self._on_datagram = on_datagram
         self._multicast = multicast
         self.speaks = True
         super().__init__((host, port), None)  # type: ignore[arg-type]
@@ -9815,7 +9816,7 @@ class UdpListener(socketserver.UDPServer):
             source = address_in(client_address)
         except OSError:   # no descriptor is left: the peer will ask again
             return
-        self._hear(data, source, reply)
+        self._on_datagram(data, source, reply)
 
     def on_readable(self) -> None:
         """Receive a datagram. The loop's thread calls this."""
@@ -9869,13 +9870,13 @@ class DiscoverySockets:
                  reach: str,
                  there: Iterable[int],
                  ports: Iterable[int],
-                 hear: Callable[[bytes, str, Callable[[bytes], None]], None],
+                 on_datagram: Callable[[bytes, str, Callable[[bytes], None]], None],
                  multicast: bool = False) -> None:
         self._loop: Loop = loop
         self._reach: str = reach
         self._there: List[int] = sorted(set(there))
         self._multicast: bool = multicast
-        self.ears: List[UdpListener] = []
+        self.listeners: List[UdpListener] = []
         self.error = ''
         self._first = min(ports)
         for number in self._heard(reach, ports) if reach != 'off' else ():
@@ -9892,16 +9893,16 @@ class DiscoverySockets:
                 hosts.append((socket.AF_INET6, '::'))
             for family, host in hosts:
                 try:
-                    ear = UdpListener(family, host, number, hear, multicast)
+                    listener = UdpListener(family, host, number, on_datagram, multicast)
                 except OSError as exc:
                     # The port is used by a program that does not share it, or there is no such
                     # family here
                     if family == socket.AF_INET:
                         self.error = 'UDP port %d cannot be used: %s' % (number, exc.strerror)
                     continue
-                ear.speaks = number == self._first
-                self.ears.append(ear)
-                loop.add_reader(ear.socket, ear.on_readable)
+                listener.speaks = number == self._first
+                self.listeners.append(listener)
+                loop.add_reader(listener.socket, listener.on_readable)
 
     @staticmethod
     def _heard(reach: str, ports: Iterable[int]) -> List[int]:
@@ -9913,17 +9914,17 @@ class DiscoverySockets:
             return [0]
         return numbers
 
-    def broadcast(self, say: Callable[[], bytes]) -> None:
-        """Send the datagram that `say` returns to all hosts within reach, by IPv4 and IPv6. Each
+    def broadcast(self, build: Callable[[], bytes]) -> None:
+        """Send the datagram that `build` returns to all hosts within reach, by IPv4 and IPv6. Each
         family gets a new datagram, so that a host with both answers by both."""
-        for ear in self.ears:
-            if ear.speaks:
-                data = say()
+        for listener in self.listeners:
+            if listener.speaks:
+                data = build()
                 for port in self._there:
-                    self._shout(ear, data, port)
+                    self._send_everywhere(listener, data, port)
 
-    def _shout(self, ear: UdpListener, data: bytes, port: int) -> None:
-        if ear.address_family == socket.AF_INET6:
+    def _send_everywhere(self, listener: UdpListener, data: bytes, port: int) -> None:
+        if listener.address_family == socket.AF_INET6:
             targets: List[tuple] = [(GROUP6, port, 0, index) for index in interfaces()]
         else:
             hosts = {LOOPBACK}
@@ -9937,23 +9938,23 @@ class DiscoverySockets:
             targets = [(host, port) for host in in_order]
         for target in targets:
             with contextlib.suppress(OSError):   # the interface is down, or does not support it
-                ear.socket.sendto(data, target)
+                listener.socket.sendto(data, target)
         if not self._multicast:
             return
-        if ear.address_family != socket.AF_INET:
+        if listener.address_family != socket.AF_INET:
             return
         for address in own_addresses() or ('0.0.0.0',):
             with contextlib.suppress(OSError):   # as above
-                ear.socket.setsockopt(socket.IPPROTO_IP, socket.IP_MULTICAST_IF,
-                                      socket.inet_aton(address))
-                ear.socket.sendto(data, (GROUP4, port))
+                listener.socket.setsockopt(socket.IPPROTO_IP, socket.IP_MULTICAST_IF,
+                                           socket.inet_aton(address))
+                listener.socket.sendto(data, (GROUP4, port))
 
     def close(self) -> None:
         """Stop listening. Does nothing the second time."""
-        for ear in self.ears:
-            self._loop.remove_reader(ear.socket)
-            ear.server_close()
-        self.ears = []
+        for listener in self.listeners:
+            self._loop.remove_reader(listener.socket)
+            listener.server_close()
+        self.listeners = []
 
 
 # ==================================================================================================
@@ -18381,9 +18382,9 @@ class RunnerProcess:
     programs share: a Ctrl-C that is typed for the node does not reach them, and the node can ask
     programs to end.
     """
-    # Nothing of this module becomes garbage. To look for it here and in workers would take 8 ms of
-    # the start.
-    CODE = ('import gc; gc.disable(); import sys; sys.path%s = %r; import dispynode; gc.freeze(); '
+    # What is imported stays: the garbage collector need not look through it meanwhile (3 ms), nor
+    # later
+    CODE = ('import gc, sys; gc.disable(); sys.path%s = %r; import dispynode; gc.freeze(); '
             'gc.enable(); dispynode.runner_start(%d)')
 
     def __init__(self, control: socket.socket, user: Optional[User], python: str,
@@ -19331,7 +19332,7 @@ class Uplink:
     def __init__(self, host: str, port: int, most: float) -> None:
         self.host = host
         self.port = port
-        self.dialling = Reconnector(min(1.0, most), most)
+        self.reconnector = Reconnector(min(1.0, most), most)
         self.link = 0
         self.since = 0.0
         self.told: Any = None     # the last failure that was logged
@@ -19375,18 +19376,18 @@ class Uplinks:
         """Begin the attempts that are due."""
         daemon = self._daemon
         for uplink in self._uplinks:
-            if uplink.dialling.due is None:
+            if uplink.reconnector.due is None:
                 continue
-            if not uplink.dialling.due <= daemon.now:
+            if not uplink.reconnector.due <= daemon.now:
                 continue
             if not daemon.node.service.stopping:
-                patience = uplink.dialling.patience(daemon.now, PULSE)
+                patience = uplink.reconnector.patience(daemon.now, PULSE)
                 reach = self._reach(uplink, patience)
-                uplink.dialling.start(daemon.post, uplink, reach)
+                uplink.reconnector.start(daemon.post, uplink, reach)
 
     def connected(self, uplink: Uplink, link: Link) -> None:
         """Note that an attempt has led to a link."""
-        uplink.dialling.ended()
+        uplink.reconnector.ended()
         uplink.link = link.number
         uplink.since = self._daemon.now
         uplink.told = None
@@ -19401,8 +19402,8 @@ class Uplinks:
             link = daemon.links.get(uplink.peer.link)
             daemon.second_failed(uplink, link)
             return
-        uplink.dialling.ended()
-        uplink.dialling.again(daemon.now)
+        uplink.reconnector.ended()
+        uplink.reconnector.again(daemon.now)
         about: Any = event.failing
         # A peer that closes at once refuses this node for a while, for the reason that was logged.
         if about is Failing.CLOSED and uplink.told is not None:
@@ -19421,7 +19422,7 @@ class Uplinks:
         for uplink in self._uplinks:
             if uplink.link == link.number:
                 uplink.link = 0
-                uplink.dialling.again(daemon.now, daemon.now - uplink.since)
+                uplink.reconnector.again(daemon.now, daemon.now - uplink.since)
 
     def link_silent(self, link: Link) -> None:
         """Try a second connection to a scheduler that this node has dialled and that is silent. For
@@ -19448,18 +19449,18 @@ class Uplinks:
         text = ('nothing was received for %.0f s, and a new connection was '
                 'made') % (daemon.now - old.heard)
         self._break_link(old, text)
-        uplink.dialling.due = None
+        uplink.reconnector.due = None
         return event._replace(peer=uplink)
 
     def times(self) -> Iterator[Optional[float]]:
         """Return the times at which something is to be done."""
         for uplink in self._uplinks:
-            yield uplink.dialling.due
+            yield uplink.reconnector.due
 
     def close(self) -> None:
         """End all attempts."""
         for uplink in self._uplinks:
-            uplink.dialling.abort()
+            uplink.reconnector.abort()
             uplink.second.abort()
 
 
@@ -19491,7 +19492,7 @@ class NodeDiscovery:
         # It listens at its own port for clients that list it, and at the usual one so that it is
         # found whatever its own port is.
         ports = {options.port or NODE_PORT, NODE_PORT}
-        self._sockets = DiscoverySockets(self._daemon, reach, ports, ports, self._hear,
+        self._sockets = DiscoverySockets(self._daemon, reach, ports, ports, self._on_datagram,
                                          options.multicast)
         if self._sockets.error:
             logger.warning('%s: clients cannot discover this node, and have to list its address',
@@ -19507,7 +19508,7 @@ class NodeDiscovery:
         else:
             self.hello_at = None
 
-    def _hear(self, data: bytes, source: str, reply: Callable[[bytes], None]) -> None:
+    def _on_datagram(self, data: bytes, source: str, reply: Callable[[bytes], None]) -> None:
         daemon = self._daemon
         heard, answer = self._discovery.parse(data, source, daemon.now)
         if answer is not None:
@@ -19916,8 +19917,8 @@ class Daemon(Loop):
         except BaseException:
             self.close()
             raise
-        for gate in self._acceptors:
-            self.add_reader(gate.socket, gate.on_readable)
+        for acceptor in self._acceptors:
+            self.add_reader(acceptor.socket, acceptor.on_readable)
         self.discovery.start(port)
         return port
 
@@ -19946,10 +19947,10 @@ class Daemon(Loop):
 
     def close(self) -> None:
         """End all processes, remove what is to be removed. Does nothing the second time."""
-        for gate in self._acceptors:
+        for acceptor in self._acceptors:
             with contextlib.suppress(KeyError, ValueError):   # not watched yet
-                self.remove_reader(gate.socket)
-            gate.server_close()
+                self.remove_reader(acceptor.socket)
+            acceptor.server_close()
         self._acceptors = []
         self.discovery.close()
         self.uplinks.close()

@@ -4473,7 +4473,7 @@ class Restoration(Part):
             peer.name = name
             scheduler.nodes.by_key[key] = peer
             if not port:   # it dials us
-                peer.dialling.due = None
+                peer.reconnector.due = None
                 peer.move('dial')
                 peer.move('fail')
             scheduler.selection.take(peer, KeepConnected.comp, NodeSpec(host, port))

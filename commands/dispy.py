@@ -5,6 +5,7 @@ This file has the name of a module. Python looks for modules first in the direct
 that it runs, so that an import of this name by any command beside it finds this file: it then makes
 way for the module that is installed. The files in this directory are equal.
 """
+import gc
 import importlib
 import os
 import sys
@@ -21,7 +22,11 @@ def elsewhere():
 if __name__ == '__main__':
     del __file__   # multiprocessing would run this file again in the processes that a node starts
     sys.path[:] = elsewhere()
-    sys.exit(importlib.import_module(NAME).main())
+    gc.disable()   # it would look through what is imported again and again, which stays
+    main = importlib.import_module(NAME).main
+    gc.freeze()
+    gc.enable()
+    sys.exit(main())
 elif __name__ == NAME:
     before = list(sys.path)
     sys.path[:] = elsewhere()

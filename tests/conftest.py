@@ -105,8 +105,19 @@ def pytest_collection_modifyitems(config, items):
 def pytest_collection_finish():
     """What has been collected stays until the end. The garbage collector need not look at it again
     and again."""
+    pickle_by_value()
     gc.collect()
     gc.freeze()
+
+
+def pickle_by_value():
+    """Functions of the tests travel to nodes by value. By their names each runner would import the
+    module of the test, and with it pytest, which takes more CPU time than most tests do."""
+    import cloudpickle
+    for module in list(sys.modules.values()):
+        path = getattr(module, '__file__', None) or ''
+        if path.startswith(os.path.join(ROOT, 'tests', '')):
+            cloudpickle.register_pickle_by_value(module)
 
 
 def compiled_code():

@@ -13,8 +13,6 @@ from typing import NamedTuple
 
 import psutil
 
-from conftest import eventually
-
 
 def enter(path, job):
     """One attempt of a job: a line with job, host and process ID, by one write, so that lines never
@@ -94,6 +92,8 @@ def nothing_left(*pids, seconds=20.0):
     """At its end these processes have, within so many seconds, no more children and descriptors
     than at its beginning. Begin when a node has served a client: it has a helper of
     multiprocessing's and a pipe to it from then on."""
+    from conftest import eventually   # with pytest, which jobs that call `enter` need not import
+
     def held(pid):
         return len(psutil.Process(pid).children(recursive=True)), len(open_files(pid))
     before = {pid: held(pid) for pid in pids}

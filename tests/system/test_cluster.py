@@ -29,6 +29,10 @@ def cluster(make_cluster):
         yield cluster
 
 
+def packages():
+    return set(sys.modules)
+
+
 def script(text, *args, **kwargs):
     """Run a program of a user's in a process of its own; (exit code, stdout, stderr)."""
     done = subprocess.run([sys.executable, '-c', textwrap.dedent(text), *args],
@@ -62,6 +66,12 @@ def test_many_jobs(cluster):
     assert cluster.wait(0) and cluster.status().jobs_pending == 0
     node, = cluster.status().nodes
     assert (node.state, node.jobs_done, node.busy) == ('ready', 5000, 0)
+
+
+def test_a_job_imports_nothing_of_the_tests(make_cluster):
+    """Each runner would take more CPU time for pytest than for most jobs of the tests."""
+    with make_cluster(packages, nodes='local') as cluster:
+        assert {'pytest', 'conftest', 'test_cluster'} & cluster.submit()(20) == set()
 
 
 def test_ids_are_the_users(cluster):

@@ -14,7 +14,6 @@ import sys
 import tempfile
 import time
 
-import cloudpickle
 import psutil
 import pytest
 
@@ -29,9 +28,6 @@ from dispynode import (
     make_parser, parse_arguments, size_option, available_cpus, parse_command, find_hours)
 from nodes import NodeProcess, run_node, script_of
 from scenes import Gate, hold, square
-
-# Nodes without pytest run the functions of this module: by its name it could not be imported there.
-cloudpickle.register_pickle_by_value(sys.modules[__name__])
 
 root_only = pytest.mark.skipif(not hasattr(os, 'geteuid') or os.geteuid() != 0,
                                reason='only root may become another user')

@@ -13,16 +13,12 @@ import socket
 import subprocess
 import sys
 
-import cloudpickle
 import psutil
 import pytest
 
 import dispy
 from conftest import ROOT, eventually, lives
 from nodes import SSHD, NodeProcess, needs_sshd
-
-# By its name a node would import this module, and with it what the tests do at their start.
-cloudpickle.register_pickle_by_value(sys.modules[__name__])
 
 pytestmark = needs_sshd
 SECRET = os.environ['DISPY_SECRET']

@@ -1,6 +1,7 @@
 """What dispynode.py does not have: the program that `dispy deploy` sends beside it, and messages
 that no node knows."""
 
+import ast
 import builtins
 import subprocess
 import sys
@@ -42,6 +43,15 @@ def test_the_program_of_a_host_is_whole():
     of_classes = {'__module__', '__qualname__'} | set(vars(space['Deployment']))
     assert used - set(space) - set(vars(builtins)) <= of_classes
     assert 'dispy' not in names_used(compile(source, 'program', 'exec'))
+
+
+def test_nothing_is_parsed_for_the_program_of_a_host(monkeypatch):
+    """For the source of a class, inspect parses the whole file before Python 3.13, which takes most
+    of a second."""
+    def parse(*_):
+        raise AssertionError('a file is parsed')
+    monkeypatch.setattr(ast, 'parse', parse)
+    assert 'class Deployment:' in dispy.program_of_host()
 
 
 def test_a_node_alone_does_not_know_what_only_schedulers_say():

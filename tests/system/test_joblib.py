@@ -147,15 +147,12 @@ def test_what_calls_print_and_warn_appears(capsys):
                 and 'call %d warns' % n in err)
 
 
-marks = []
-
-
 def mark(word):
-    marks.append(word)
+    sys.marks = [*getattr(sys, 'marks', ()), word]   # two functions by value share no variable
 
 
 def marked(n):
-    return (os.getpid(), list(marks), os.environ.get('OMP_NUM_THREADS'),
+    return (os.getpid(), sys.marks, os.environ.get('OMP_NUM_THREADS'),
             os.environ.get('NUMBA_NUM_THREADS'))
 
 

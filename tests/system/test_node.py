@@ -11,7 +11,6 @@ import sys
 import textwrap
 import time
 
-import cloudpickle
 import psutil
 import pytest
 
@@ -20,9 +19,6 @@ from conftest import ROOT, eventually
 from dispy import DispyJob
 from nodes import NodeProcess, run_node
 from scenes import Gate, hold, square, where
-
-# Nodes without pytest run the functions of this module: by its name it could not be imported there.
-cloudpickle.register_pickle_by_value(sys.modules[__name__])
 
 SECRET = os.environ['DISPY_SECRET']
 

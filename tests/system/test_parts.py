@@ -77,9 +77,6 @@ def make_large(request, tmp_path, monkeypatch, small_frames):
 
 def work(data, kind, size):
     """Returns a digest of `data`, and lets `size` bytes come back in one of the ways."""
-    import hashlib
-    from scenes import pattern
-    from test_parts import Fat
     digest = hashlib.sha256(data).digest()
     if kind == 'provisional':
         for seed in (b'a', b'b'):
@@ -163,8 +160,6 @@ def test_a_cluster_that_closes_while_values_are_on_their_way(make_large):
 
 def counted(path, data, size):
     """Notes that it has begun."""
-    import os
-    from scenes import pattern
     with open(path, 'ab') as file:
         file.write(b'.')
     os.path.getsize(path)

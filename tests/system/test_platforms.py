@@ -537,11 +537,11 @@ def test_a_link_does_without_options_that_are_not_known(old_system, tmp_path):
 def test_a_daemon_does_without_options_that_are_not_known(old_system, monkeypatch, tmp_path):
     monkeypatch.setattr(sys, 'platform', 'freebsd')   # where SO_REUSEPORT would be set
     loop = Loop()
-    ears = dispynode.DiscoverySockets(loop, 'loopback', [1], [0], lambda *data: None)
+    sockets = dispynode.DiscoverySockets(loop, 'loopback', [1], [0], lambda *data: None)
     try:
-        assert ears.ears and ears.error == ''
+        assert sockets.listeners and sockets.error == ''
     finally:
-        ears.close()
+        sockets.close()
         loop.close()
 
 

@@ -136,11 +136,11 @@ def test_map_keeps_order_and_is_lazy(make_cluster):
 
 @pytest.mark.long
 def test_map_over_very_many_inputs_keeps_memory_flat(make_cluster, pytestconfig):
-    """Ten times as many inputs, the same peak: 5,000 and 50,000, with --long 100,000 and a
+    """Ten times as many inputs, the same peak: 2,500 and 25,000, with --long 100,000 and a
     million."""
     process, alive, peaks = psutil.Process(), [], []
     with make_cluster(square, nodes='local') as cluster:
-        for count in (100000, 1000000) if pytestconfig.getoption('long') else (5000, 50000):
+        for count in (100000, 1000000) if pytestconfig.getoption('long') else (2500, 25000):
             peak = total = 0
             for n, result in enumerate(cluster.map(k for k in range(count))):
                 total += result

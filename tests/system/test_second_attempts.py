@@ -328,9 +328,12 @@ def test_one_node_never_does(make_cluster, tmp_path):
 KILLED = '''
 import os, signal, sys
 sys.path[:0] = {paths!r}
+import cloudpickle
 import dispy
+import test_second_attempts
 from test_second_attempts import Attempts, attempt
 
+cloudpickle.register_pickle_by_value(test_second_attempts)   # nodes import no pytest
 kind, directory, options, *ports = sys.argv[1:]
 options = eval(options)
 if kind == 'JobCluster':

@@ -33,9 +33,6 @@ try:
 except ImportError:
     absent = None
 
-# The functions of this file travel by value: nodes without pytest cannot import the file.
-cloudpickle.register_pickle_by_value(sys.modules[__name__])
-
 FACTOR, TABLE = 3, {'a': [1, 2], 'b': (None, b'x')}
 nameless = lambda n: n   # noqa: E731
 loaded = None

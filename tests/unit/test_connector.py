@@ -68,7 +68,7 @@ class Driver(FakeDriver):
         """A cluster that names these nodes."""
         user = self.open(User(*[NodeSpec(name, 9701) for name in names]))
         for peer in self.nodes.by_key.values():
-            peer.dialling = Dialling()
+            peer.reconnector = Dialling()
         return user
 
     def dial(self):
@@ -105,13 +105,13 @@ def driver():
 def test_a_node_is_dialled_when_it_is_due_and_once(driver):
     driver.use('10.0.0.1', '10.0.0.2')
     first, second = driver.nodes.of('c')
-    second.dialling.due = driver.now + 3.0
+    second.reconnector.due = driver.now + 3.0
     assert driver.dial() == [driver.now + 3.0]
     assert driver.dial() == [driver.now + 3.0]
-    assert first.dialling.attempts == [first] and first.state is NodeState.DIALLING
-    assert second.dialling.attempts == []
+    assert first.reconnector.attempts == [first] and first.state is NodeState.DIALLING
+    assert second.reconnector.attempts == []
     driver.now += 3.0
-    assert driver.dial() == [] and second.dialling.attempts == [second]
+    assert driver.dial() == [] and second.reconnector.attempts == [second]
 
 
 def test_so_many_are_dialled_at_a_time_and_each_end_makes_place(driver):
@@ -119,7 +119,7 @@ def test_so_many_are_dialled_at_a_time_and_each_end_makes_place(driver):
     peers = driver.nodes.of('c')
 
     def begun():
-        return [peer for peer in peers if peer.dialling.attempts]
+        return [peer for peer in peers if peer.reconnector.attempts]
     driver.dial()
     driver.dial()
     assert len(begun()) == DIALS_MOST
@@ -136,9 +136,9 @@ def test_who_cannot_be_reached_is_tried_again_after_longer_and_longer_waits(driv
     for _ in range(9):
         driver.dial()
         driver.fail(peer)
-        waits.append(peer.dialling.due - driver.now)
+        waits.append(peer.reconnector.due - driver.now)
         assert peer.state is NodeState.UNREACHED and peer.reason == 'no way leads there'
-        driver.now = peer.dialling.due
+        driver.now = peer.reconnector.due
     assert waits == [0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 30.0, 30.0, 30.0]
     assert user.unreachable == [(peer, 'no way leads there')]   # each reason once
     driver.dial()
@@ -155,7 +155,7 @@ def test_a_node_that_was_found_and_does_not_answer_is_forgotten(driver, named):
     for _ in range(FOUND_FAILURES + 1):
         driver.dial()
         driver.fail(peer)
-        driver.now = peer.dialling.due
+        driver.now = peer.reconnector.due
     assert driver.nodes.has(peer)           # it has answered by UDP lately
     driver.now += 3 * driver.access.redial
     driver.dial()
@@ -187,7 +187,7 @@ def test_a_node_that_was_started_anew_is_known_by_its_instance(driver):
         driver.reach(peer, instance)
         assert peer.restarted is restarted
         peer.move('fail')
-        peer.link, peer.dialling.due = None, driver.now
+        peer.link, peer.reconnector.due = None, driver.now
 
 
 def test_a_connection_that_nobody_wants_any_more_is_closed(driver):
