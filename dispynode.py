@@ -442,6 +442,10 @@ class ClosedAtOnce(HandshakeError):
     """The peer closed the connection before it had sent anything."""
 
 
+class WrongDigest(ValueError):
+    """The content of a file is not what was announced."""
+
+
 class TooLarge(ValueError):
     """A message is larger than a frame may be."""
 
@@ -6792,9 +6796,8 @@ class IncomingFile:
             return False
         digest = self._hash.digest()
         if digest != self._digest:
-            text = ('its content is not what was announced: it was changed after the cluster was '
-                    'made. Make a new cluster')
-            raise ValueError(text)
+            text = 'the digest is wrong: the file was changed after it had been announced'
+            raise WrongDigest(text)
         if self._sync:
             os.fsync(self._file)
         handle = self._file
@@ -6986,6 +6989,8 @@ class FileReceiver:
             self.code = reason_of(exc)
             if piece.purpose in FOR_CODE:   # useless without the others
                 error = 'file %.100r cannot be stored: %s' % (row[0], error)
+                if isinstance(exc, WrongDigest):
+                    error += ' with the cluster. Make a new cluster'
                 for purpose in FOR_CODE:
                     self.abort(purpose)
             else:

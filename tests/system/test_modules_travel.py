@@ -530,7 +530,7 @@ def test_a_node_that_comes_after_an_edit_gets_what_the_others_have(tmp_path, mon
         eventually(lambda: 'data.txt' in caplog.text)
         text, = [record.getMessage() for record in caplog.records
                  if 'data.txt' in record.getMessage()]
-        assert 'was changed after the cluster was made' in text and 'b' in text
+        assert 'was changed' in text and 'Make a new cluster' in text and 'node b' in text
         assert other.submit()() == ('old', 'a')
 
 
