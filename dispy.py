@@ -481,10 +481,15 @@ def next_of(ended: 'queue.SimpleQueue[Any]', timeout: Optional[float] = None) ->
     """Return the next item of a queue. Raises queue.Empty after `timeout` seconds (None: no
     limit)."""
     def get(seconds: float) -> Tuple[Any, ...]:
-        with contextlib.suppress(queue.Empty):
+        try:
             return (ended.get(timeout=seconds),)
-        return ()
-    found = in_slices(get, timeout)
+        except queue.Empty:
+            return ()
+    found: Tuple[Any, ...] = ()
+    if timeout is None:   # nearly always: the first slice is enough
+        found = get(FOREVER)
+    if not found:
+        found = in_slices(get, timeout)
     if not found:
         raise queue.Empty
     return found[0]

@@ -15206,6 +15206,7 @@ class Worker:
         self._slots = slots
         self._function = function
         self._spec = spec
+        self._libc = libc
         self._pipe = WorkerPipe(sock, spec['private'])
         self._output = JobOutput(out, err, libc)
         self._interrupts = JobInterrupts(self._pipe, slots, function)
@@ -15422,6 +15423,11 @@ class Worker:
         if self._own_children:   # whose exit statuses belong to the user's code
             others = set(children_here()) - self._own_children
             return any(not has_ended(pid) for pid in others)
+        if self._libc is not None:   # without an exception, which takes longer than the call
+            pid = 1
+            while pid > 0:
+                pid = self._libc.waitpid(-1, None, os.WNOHANG)
+            return pid == 0
         try:
             while os.waitpid(-1, os.WNOHANG)[0]:
                 pass
