@@ -481,10 +481,15 @@ def next_of(ended: 'queue.SimpleQueue[Any]', timeout: Optional[float] = None) ->
     """Return the next item of a queue. Raises queue.Empty after `timeout` seconds (None: no
     limit)."""
     def get(seconds: float) -> Tuple[Any, ...]:
-        with contextlib.suppress(queue.Empty):
+        try:
             return (ended.get(timeout=seconds),)
-        return ()
-    found = in_slices(get, timeout)
+        except queue.Empty:
+            return ()
+    found: Tuple[Any, ...] = ()
+    if timeout is None:   # nearly always: the first slice is enough
+        found = get(FOREVER)
+    if not found:
+        found = in_slices(get, timeout)
     if not found:
         raise queue.Empty
     return found[0]
@@ -8512,11 +8517,18 @@ def _may_have_become(code: types.CodeType, running: types.CodeType) -> bool:
     names = set(code.co_names)
     if not names <= set(running.co_names):
         return False
-    constants = set()
-    for const in code.co_consts:
-        if not isinstance(const, types.CodeType):
-            constants.add(const)
-    return constants <= set(running.co_consts)
+    return _constants_used(code) <= _constants_used(running) | set(running.co_consts)
+
+
+def _constants_used(code: types.CodeType) -> Set[Any]:
+    """Return the constants that the instructions use. Since Python 3.14 a small integer stands in
+    its instruction, and `co_consts` may have constants that are not used."""
+    used = set()
+    for step in dis.get_instructions(code):
+        if step.opcode in dis.hasconst or step.opname == 'LOAD_SMALL_INT':
+            if not isinstance(step.argval, types.CodeType):
+                used.add(step.argval)
+    return used
 
 
 def pack_source(computation: Any, setup: Any, cleanup: Any, objects: Dict[str, Any],

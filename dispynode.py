@@ -2863,7 +2863,12 @@ class _Absent:
 # Functions and classes that came by value from another minor version of Python, and are here by
 # their names
 found_by_name: 'weakref.WeakSet[Any]' = weakref.WeakSet()
+_FOUND_KINDS = (type, types.FunctionType)
 _PythonUnpickler: Any = getattr(pickle, '_Unpickler')   # pickle's own, written in Python
+
+
+def _sets_state(function: Any) -> bool:
+    return function is fill_class or function is fill_function
 
 
 class ForeignUnpickler(_PythonUnpickler):  # type: ignore[misc]
@@ -2891,7 +2896,7 @@ class ForeignUnpickler(_PythonUnpickler):  # type: ignore[misc]
         return found
 
     def _begin(self, found: Any) -> None:
-        if found in (fill_class, fill_function):   # its arguments follow: an object and its state
+        if _sets_state(found):   # its arguments follow: an object and its state
             self._states.append([])
 
     def _note(self, obj: Any, exc: Exception) -> Any:
@@ -2901,14 +2906,16 @@ class ForeignUnpickler(_PythonUnpickler):  # type: ignore[misc]
 
     def reduce(self) -> None:
         """Call something, which may be what sets a state."""
-        *_, function, args = self.stack
-        if function in (fill_class, fill_function):
+        function = self.stack[-2]
+        args = self.stack[-1]
+        if _sets_state(function):
             failures = self._states.pop()
-            if failures and args[0] not in found_by_name:
+            is_here = isinstance(args[0], _FOUND_KINDS) and args[0] in found_by_name
+            if failures and not is_here:
                 if not self._states:
                     raise failures[0]
                 self._note(args[0], failures[0])
-            if failures or args[0] in found_by_name:
+            if failures or is_here:
                 self.stack[-2:] = [None]
                 return
         try:
@@ -3031,7 +3038,8 @@ def _by_name_here(version: tuple, module: str, name: str, kind: str) -> Any:
     source that was sent along with it."""
     try:
         found = find_named(module, name)
-        found_by_name.add(found)
+        if isinstance(found, _FOUND_KINDS):
+            found_by_name.add(found)
         return found
     except (ImportError, AttributeError):
         why = _left_out.get((
@@ -15198,6 +15206,7 @@ class Worker:
         self._slots = slots
         self._function = function
         self._spec = spec
+        self._libc = libc
         self._pipe = WorkerPipe(sock, spec['private'])
         self._output = JobOutput(out, err, libc)
         self._interrupts = JobInterrupts(self._pipe, slots, function)
@@ -15414,6 +15423,11 @@ class Worker:
         if self._own_children:   # whose exit statuses belong to the user's code
             others = set(children_here()) - self._own_children
             return any(not has_ended(pid) for pid in others)
+        if self._libc is not None:   # without an exception, which takes longer than the call
+            pid = 1
+            while pid > 0:
+                pid = self._libc.waitpid(-1, None, os.WNOHANG)
+            return pid == 0
         try:
             while os.waitpid(-1, os.WNOHANG)[0]:
                 pass
