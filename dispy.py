@@ -793,7 +793,7 @@ class DispyJob(ProgramJob):
         return loads(in_one_piece(self.payload))[1]
 
     def status_text(self) -> str:
-        """The status as a word."""
+        """Return the status as a word."""
         return JobState(self.status).name.lower()
 
     _args = args       # their names in dispy 4
@@ -4720,7 +4720,8 @@ class Schedule:
             self._books.do(NodeGone(node.key))
 
     def is_behind(self, now: float) -> None:
-        """Events come faster than they are handled: nodes that are away may have connected again.
+        """Note that events come faster than they are handled: nodes that are away may have
+        connected again.
         """
         self._books.returned_at = now
 
@@ -7090,7 +7091,7 @@ class Bundle(NamedTuple):
 
     @property
     def texts_name(self) -> str:
-        """The name of the file with the texts of its modules on the embedded node."""
+        """Return the name of the file with the texts of its modules on the embedded node."""
         return BUNDLES + TEXTS % self.number
 
     @property
@@ -7101,8 +7102,8 @@ class Bundle(NamedTuple):
 
 class SentFiles:
     """Files of modules as they were when a computation first sent them: a node that comes later
-    gets the same. The text of modules is kept in memory. Of the other files of packages the digest
-    is kept, and a node refuses one that has changed since. Any thread."""
+    gets the same ones. The text of modules is kept in memory. For other files of packages the
+    digest is kept, and a node refuses a file that has changed since. Any thread."""
 
     def __init__(self) -> None:
         # By the name on the node
@@ -7111,8 +7112,8 @@ class SentFiles:
         self._texts: Dict[str, bytes] = {}
 
     def keep_texts(self, closure: Sequence[ModuleFile]) -> None:
-        """Read the texts of these modules. One that cannot be read is left out: whoever sends it
-        says so."""
+        """Read the texts of these modules. A file that cannot be read is left out: sending it will
+        report that."""
         for module in closure:
             if module.source is None or module.target in self._rows:
                 continue
@@ -8521,8 +8522,8 @@ def _may_have_become(code: types.CodeType, running: types.CodeType) -> bool:
 
 
 def _constants_used(code: types.CodeType) -> Set[Any]:
-    """Return the constants that the instructions use. Since Python 3.14 a small integer stands in
-    its instruction, and `co_consts` may have constants that are not used."""
+    """Return the constants that the instructions use. Since Python 3.14 a small integer is part of
+    its instruction, and `co_consts` may contain constants that are not used."""
     used = set()
     for step in dis.get_instructions(code):
         if step.opcode in dis.hasconst or step.opname == 'LOAD_SMALL_INT':
@@ -15692,7 +15693,7 @@ def job_row(work: Any, payload: Any, names: Sequence[str]) -> Tuple[tuple, int]:
 
 
 def job_frames(comp: str, works: Sequence[Any], to_scheduler: bool) -> Iterable[Any]:
-    """Jobs, as messages, with what a node or a scheduler has to know of their options."""
+    """Return jobs as messages, with the options that a node or a scheduler must know."""
     rows = []
     size = 0
     for work in works:
@@ -17524,7 +17525,8 @@ class ProgramCluster(ComputationUser):
         self.book.answered(jobs)
 
     def _comes_in_order(self, pair: Tuple[DispyJob, tuple], peer: NodeConnection) -> bool:
-        """Note that a job has ended. Whether its result has its place behind others of the job."""
+        """Note that a job has ended. Returns whether its result must come after others of the
+        job."""
         goes_on = pair[1][1] in PROVISIONAL
         if not goes_on:
             if self.live_output.on_output is not None:
@@ -17597,7 +17599,7 @@ def has_exception(row: tuple) -> bool:
 
 
 def has_code(row: tuple) -> bool:
-    """Return whether to open what is in a row of Results may run the user's code."""
+    """Return whether opening the contents of a row of Results may run the user's code."""
     if row[1] == Outcome.RETURNED_CODE:
         return True
     return row[1] == Outcome.RAISED and has_exception(row)
