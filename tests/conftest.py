@@ -369,10 +369,13 @@ def _children():
         if pid not in _of_session:
             try:
                 child = psutil.Process(pid)
-                # Lives as long as this process
-                if 'multiprocessing.resource_tracker' in ' '.join(child.cmdline()):
+                words = ' '.join(child.cmdline())
+                # These two live as long as this process
+                if 'multiprocessing.resource_tracker' in words:
                     continue
-                found += [child, *child.children(recursive=True)]
+                if 'multiprocessing.forkserver' not in words:
+                    found.append(child)
+                found += child.children(recursive=True)
             except psutil.NoSuchProcess:   # it has ended meanwhile
                 continue
     return found
