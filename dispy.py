@@ -793,7 +793,7 @@ class DispyJob(ProgramJob):
         return loads(in_one_piece(self.payload))[1]
 
     def status_text(self) -> str:
-        """The status as a word."""
+        """Return the status as a word."""
         return JobState(self.status).name.lower()
 
     _args = args       # their names in dispy 4
@@ -2397,9 +2397,9 @@ def lack_at(nodes: Sequence['NodeLoad'], comp: 'ComputationLoad', cpus: int,
     for node in nodes:
         if cpus <= node.limits[comp.comp] and node.stock.has(needs):
             return ''
-    widest = max(node.limits[comp.comp] for node in nodes)
-    if cpus > widest:
-        return 'it needs %d CPUs (dispy_cpus), and no node has more than %d' % (cpus, widest)
+    largest = max(node.limits[comp.comp] for node in nodes)
+    if cpus > largest:
+        return 'it needs %d CPUs (dispy_cpus), and no node has more than %d' % (cpus, largest)
     if comp.remote:
         return 'it needs resources (dispy_resources), and the scheduler is of an earlier release ' \
             'of dispy, which does not know of them: update the scheduler and its nodes'
@@ -2794,9 +2794,9 @@ class UserLoads:
                 continue
             user.take(comp.cpus_in_flight, len(comp.running))
             for node in comp.nodes.values():
-                flight = node.in_flight[comp.comp]
+                in_flight = node.in_flight[comp.comp]
                 begun = node.begun[comp.comp]
-                running = sum(cpus_of(flight[serial]) for serial in begun)
+                running = sum(cpus_of(in_flight[serial]) for serial in begun)
                 self.ran(user, running, now)
 
 
@@ -2928,8 +2928,8 @@ class ComputationLoad:
         """Return all jobs that wait, and those on nodes that are not known to have begun."""
         found = self.waiting()
         for node in self.nodes.values():
-            flight = node.in_flight[self.comp].values()
-            for work in flight:
+            in_flight = node.in_flight[self.comp].values()
+            for work in in_flight:
                 if work.state is JobState.SENT:
                     found.append(work)
         return found
@@ -3031,11 +3031,11 @@ class NodeLoad:
             return self.limits[comp]
         # The same sum as for the timer: a difference would be rounded
         horizon = self.horizon
-        flight = self.in_flight[comp]
+        in_flight = self.in_flight[comp]
         cpus = []
         for serial, since in begun.items():
             if since + horizon <= now:
-                cpus.append(cpus_of(flight[serial]))
+                cpus.append(cpus_of(in_flight[serial]))
         stuck = sum(cpus)
         return max(0, self.limits[comp] - stuck)
 
@@ -3085,13 +3085,13 @@ class NodeLoad:
                        for comp, part in self.parts.items() if part)
         left = self.cpus or self.offers or sum(want for want, _ in wants)
         for index, (want, comp) in enumerate(wants):
-            flight = self.in_flight[comp]
+            in_flight = self.in_flight[comp]
             begun = self.begun[comp]
             serials = list(begun)
-            cpus = [cpus_of(flight[serial]) for serial in begun]
+            cpus = [cpus_of(in_flight[serial]) for serial in begun]
             used = sum(cpus)
             most = max(min(want, -(-left // (len(wants) - index))), used)
-            for serial, work in flight.items() if used < most else ():
+            for serial, work in in_flight.items() if used < most else ():
                 if serial not in begun:
                     used += cpus_of(work)
                     if used > most:
@@ -3348,7 +3348,7 @@ class Books:
         """Take attempts off a node. Attempts that are not there are left out: results that come
         twice or too late."""
         landed: Dict[int, ScheduledJob] = {}
-        flight = node.in_flight[comp.comp]
+        in_flight = node.in_flight[comp.comp]
         cpus = 0
         size = 0
         if comp.user is not None:
@@ -3356,7 +3356,7 @@ class Books:
         begun = node.begun[comp.comp]
         recalled = node.recalled[comp.comp]
         for serial in serials:
-            work = flight.pop(serial, None)
+            work = in_flight.pop(serial, None)
             if work is not None:
                 landed[serial] = work
                 size += _bytes_of(work)
@@ -3388,11 +3388,11 @@ class Books:
         """Note that attempts are taken off a node: their user does not use the CPUs of the running
         ones any more."""
         begun = node.begun[comp.comp]
-        flight = node.in_flight[comp.comp]
+        in_flight = node.in_flight[comp.comp]
         user: Any = comp.user
         for serial in set(serials):
             if serial in begun:
-                cpus = cpus_of(flight[serial])
+                cpus = cpus_of(in_flight[serial])
                 self.users.ran(user, -cpus, self.now)
 
     def tell_drained(self, node: NodeLoad, comp: str) -> None:
@@ -4146,9 +4146,9 @@ class Speculation:
             return
         late = []
         for node in comp.nodes.values():
-            flight = node.in_flight[comp.comp]
+            in_flight = node.in_flight[comp.comp]
             for serial, since in node.begun[comp.comp].items():
-                work = flight[serial]
+                work = in_flight[serial]
                 if not self._may_be_started(comp, work):
                     continue
                 due = since + SPECULATE_TIMES * median
@@ -4720,7 +4720,8 @@ class Schedule:
             self._books.do(NodeGone(node.key))
 
     def is_behind(self, now: float) -> None:
-        """Events come faster than they are handled: nodes that are away may have connected again.
+        """Note that events come faster than they are handled: nodes that are away may have
+        connected again.
         """
         self._books.returned_at = now
 
@@ -4828,14 +4829,15 @@ class Schedule:
         node.recalled[event.comp].clear()   # recalls may not have arrived
         node.draining.discard(event.comp)
         held = set(event.held)
-        flight = node.in_flight[event.comp]
+        in_flight = node.in_flight[event.comp]
         account = Account(frozenset(held), event.past, event.whole)
         self._losses.settle(node, comp, account, Occasion.CONNECTED)
         limits.limit(node, comp, event.cpus)
         limits.unpark(comp, node)
         held -= self.speculation.held(node, comp, account)
-        unwanted = [serial for serial, work in flight.items() if work.state is JobState.CANCELLING]
-        unwanted += sorted(held - set(flight))   # jobs that were given up while the node was away
+        unwanted = [serial for serial, work in in_flight.items()
+                    if work.state is JobState.CANCELLING]
+        unwanted += sorted(held - set(in_flight))   # jobs given up while the node was away
         if unwanted:
             action = SendCancel(node.key, comp.comp, unwanted)
             books.do(action)
@@ -4888,11 +4890,11 @@ class Schedule:
         if pair is None:
             return
         node, comp = pair
-        flight = node.in_flight[event.comp]
+        in_flight = node.in_flight[event.comp]
         begun = node.begun[event.comp]
         pairs = []
         for serial, ran in event.rows:
-            work = flight.get(serial)
+            work = in_flight.get(serial)
             if work is None:
                 self.speculation.started(node, comp, serial, ran)
                 continue
@@ -4959,16 +4961,16 @@ class Schedule:
         """Charge the user of jobs that have ended before it was known that they had begun."""
         if comp.user is None:
             return
-        flight = node.in_flight[comp.comp]
+        in_flight = node.in_flight[comp.comp]
         begun = node.begun[comp.comp]
         seconds = 0.0
         for row in rows:
             serial = row[0]
-            if serial not in flight or serial in begun:
+            if serial not in in_flight or serial in begun:
                 continue
             if row[1] not in PROVISIONAL:
                 took = max(0.0, row[3] - row[2])
-                seconds += took * cpus_of(flight[serial])
+                seconds += took * cpus_of(in_flight[serial])
         if seconds:
             self.users.charge(comp.user, seconds, self._books.now)
 
@@ -7089,7 +7091,7 @@ class Bundle(NamedTuple):
 
     @property
     def texts_name(self) -> str:
-        """The name of the file with the texts of its modules on the embedded node."""
+        """Return the name of the file with the texts of its modules on the embedded node."""
         return BUNDLES + TEXTS % self.number
 
     @property
@@ -7100,8 +7102,8 @@ class Bundle(NamedTuple):
 
 class SentFiles:
     """Files of modules as they were when a computation first sent them: a node that comes later
-    gets the same. The text of modules is kept in memory. Of the other files of packages the digest
-    is kept, and a node refuses one that has changed since. Any thread."""
+    gets the same ones. The text of modules is kept in memory. For other files of packages the
+    digest is kept, and a node refuses a file that has changed since. Any thread."""
 
     def __init__(self) -> None:
         # By the name on the node
@@ -7110,8 +7112,8 @@ class SentFiles:
         self._texts: Dict[str, bytes] = {}
 
     def keep_texts(self, closure: Sequence[ModuleFile]) -> None:
-        """Read the texts of these modules. One that cannot be read is left out: whoever sends it
-        says so."""
+        """Read the texts of these modules. A file that cannot be read is left out: sending it will
+        report that."""
         for module in closure:
             if module.source is None or module.target in self._rows:
                 continue
@@ -7973,7 +7975,7 @@ def pack_computation(computation: Any, depends: Sequence[Any], setup: Any, clean
     return PackedComputation(spec, paths, is_program, source)
 
 
-def check_cargo(spec: dict) -> None:
+def check_packed(spec: dict) -> None:
     """Raise ValueError for a computation that is too large for a message."""
     size = len(spec['code'])
     if size > WHOLE_MOST:
@@ -8520,8 +8522,8 @@ def _may_have_become(code: types.CodeType, running: types.CodeType) -> bool:
 
 
 def _constants_used(code: types.CodeType) -> Set[Any]:
-    """Return the constants that the instructions use. Since Python 3.14 a small integer stands in
-    its instruction, and `co_consts` may have constants that are not used."""
+    """Return the constants that the instructions use. Since Python 3.14 a small integer is part of
+    its instruction, and `co_consts` may contain constants that are not used."""
     used = set()
     for step in dis.get_instructions(code):
         if step.opcode in dis.hasconst or step.opname == 'LOAD_SMALL_INT':
@@ -10673,7 +10675,7 @@ class NodeUser:
     user_name = ''   # the user whose limits and share apply, for a scheduler
     program = ''                                # its owner, for people, if a scheduler knows that
     key = b''                                   # it authorizes to take the results
-    cargo: Optional[PackedComputation] = None   # the computation; None: it only observes
+    packed: Optional[PackedComputation] = None   # the computation; None: it only observes
     source: Optional[Tuple[bytes, str]] = None  # what pack_source returned
     specs: List[NodeSpec] = []                  # the matching nodes, replaced as a whole
     port = NODE_PORT                            # the port of nodes for which none is given
@@ -10692,9 +10694,9 @@ class NodeUser:
 
     def cpus_in_all(self) -> Optional[int]:
         """Return how many CPUs it may use over all nodes; a scheduler enforces this itself."""
-        if self.remote or self.cargo is None:
+        if self.remote or self.packed is None:
             return None
-        return self.cargo.spec.get('most') or None
+        return self.packed.spec.get('most') or None
 
     def spec_of(self, peer: 'NodeConnection') -> Optional[NodeSpec]:
         """Return the element of `specs` that matches a node, or None. A node that has dialled this
@@ -12453,7 +12455,7 @@ class Connector:
             self._driver.selection.take(twin, comp, use.spec)
             if not known or not twin.name:
                 continue
-            if self._clusters[comp].cargo is None:
+            if self._clusters[comp].packed is None:
                 # Other code may look for it by this name.
                 self._clusters[comp].node_connected(twin)
         # It has dialled this program; when that link ends, this program dials it
@@ -13020,7 +13022,7 @@ class ComputationSetup:
         peer.memory = memory
         node = self._driver.schedule.nodes.get(peer.key)
         if node is not None:
-            sent = [comp for comp, flight in node.in_flight.items() if flight]
+            sent = [comp for comp, in_flight in node.in_flight.items() if in_flight]
         else:
             sent = []
         if peer.restarted and not peer.whole:
@@ -13035,7 +13037,7 @@ class ComputationSetup:
                 self._driver.say_to(peer, Done(comp))
         # Recoveries first
         for comp, cluster in sorted(self._clusters.items(),
-                                    key=lambda item: item[1].cargo is not None):
+                                    key=lambda item: item[1].packed is not None):
             self._set_up_named(peer, comp, cluster)
         self._driver.selection.drop_unused(peer)
         if peer.key in self._nodes.by_key:
@@ -13091,7 +13093,7 @@ class ComputationSetup:
             return
         if use.state not in _MAY_OFFER:
             return
-        if cluster.cargo is None:   # it only observes
+        if cluster.packed is None:   # it only observes
             cluster.node_connected(peer)
             return
         if use.spec.allocator is not None and use.allocation is None:
@@ -13132,7 +13134,7 @@ class ComputationSetup:
     def _code_for(self, peer: NodeConnection, comp: str, cluster: NodeUser) -> Optional[dict]:
         """Return a computation in a form that this node can load; None if there is none, or if it
         is being determined."""
-        spec = cluster.cargo.spec  # type: ignore[union-attr]
+        spec = cluster.packed.spec  # type: ignore[union-attr]
         wanted = spec.get('interpreter', '')
         if wanted and not peer.scheduler:
             python = python_at(peer.facts, wanted)
@@ -13150,7 +13152,7 @@ class ComputationSetup:
         if peer.scheduler and spec.get('speculate') and 'speculates' not in peer.facts:
             cluster.warn('%s is of an earlier release of dispy, which does not know of speculate='
                          'True: no job is started a second time. Update the scheduler' % peer)
-        if not _needs_source(cluster.cargo.spec, peer):  # type: ignore[union-attr]
+        if not _needs_source(cluster.packed.spec, peer):  # type: ignore[union-attr]
             return spec
         use = peer.uses[comp]
         if cluster.source is None:
@@ -13329,8 +13331,8 @@ class ComputationSetup:
             return ''
         if not all(use.unloadable for use in uses):
             return ''
-        if cluster.cargo is not None:
-            if cluster.cargo.spec.get('initializer'):
+        if cluster.packed is not None:
+            if cluster.packed.spec.get('initializer'):
                 return '%s: %s' % (NO_INITIALIZER, uses[0].reason)
         if others:
             return ''
@@ -13392,7 +13394,7 @@ class FileTransfers:
         cluster = self._clusters.get(comp)
         if cluster is None:
             return
-        if cluster.cargo is None:
+        if cluster.packed is None:
             return
         if peer.link is None:
             return
@@ -13401,9 +13403,9 @@ class FileTransfers:
         else:
             allocation = None
         if allocation is not None:
-            paths = dict(cluster.cargo.paths, **allocation.paths)
+            paths = dict(cluster.packed.paths, **allocation.paths)
         else:
-            paths = cluster.cargo.paths
+            paths = cluster.packed.paths
         for purpose, key, row in message.files:
             name = row[0]
             depends = purpose == Purpose.DEPENDS
@@ -13873,7 +13875,7 @@ class JobExchange:
         """Decide whether a job is repeated. A thread that opens results."""
         delay: Optional[float] = None
         try:
-            failure = failure_of(row, cluster.cargo.is_program)  # type: ignore[union-attr]
+            failure = failure_of(row, cluster.packed.is_program)  # type: ignore[union-attr]
             delay = job.options['repeats'].next_delay(failure)  # type: ignore[index]
         except Exception as exc:  # of the user's code
             logger.warning('job %r is not repeated: dispy_retry_on: %s',
@@ -14198,11 +14200,11 @@ class SchedulerCalls:
         cluster = self._clusters.get(comp)
         node = self._driver.schedule.nodes.get(peer.key)
         if node is not None:
-            flight = node.in_flight.get(comp, {})
+            in_flight = node.in_flight.get(comp, {})
         else:
-            flight = {}
-        for job in [flight[serial] for serial in message.serials
-                    if serial in flight] if cluster is not None else ():
+            in_flight = {}
+        for job in [in_flight[serial] for serial in message.serials
+                    if serial in in_flight] if cluster is not None else ():
             if self._driver.files.incoming:
                 self._driver.files.abort_attempt((comp, job.serial))
             cluster.job_moved(job, message.node)  # type: ignore[union-attr]
@@ -15691,7 +15693,7 @@ def job_row(work: Any, payload: Any, names: Sequence[str]) -> Tuple[tuple, int]:
 
 
 def job_frames(comp: str, works: Sequence[Any], to_scheduler: bool) -> Iterable[Any]:
-    """Jobs, as messages, with what a node or a scheduler has to know of their options."""
+    """Return jobs as messages, with the options that a node or a scheduler must know."""
     rows = []
     size = 0
     for work in works:
@@ -16333,11 +16335,11 @@ class LiveOutput:
     """
     driver: 'Driver'
 
-    def __init__(self, on_output: Any, name: str, cargo: PackedComputation) -> None:
+    def __init__(self, on_output: Any, name: str, packed: PackedComputation) -> None:
         self.on_output = on_output
         self.monitors: Tuple[Monitor, ...] = ()
         self._name = name
-        self._cargo = cargo
+        self._packed = packed
         self._shown: Dict[DispyJob, List[int]] = {}   # bytes of stdout and stderr that were shown
         self._told_of_files = False   # whether it was logged that jobs leave files behind
 
@@ -16345,7 +16347,7 @@ class LiveOutput:
         """Tell a monitor of jobs from now on. It gets what jobs print only from nodes that are set
         up later."""
         self.monitors += (monitor,)
-        self._cargo.spec['live'] = True
+        self._packed.spec['live'] = True
 
     def remove_monitor(self, monitor: Monitor) -> None:
         """Stop telling a monitor of jobs."""
@@ -16354,7 +16356,7 @@ class LiveOutput:
             if other is not monitor:
                 monitors.append(other)
         self.monitors = tuple(monitors)
-        self._cargo.spec['live'] = bool(self.monitors) or self.on_output is not None
+        self._packed.spec['live'] = bool(self.monitors) or self.on_output is not None
 
     def watched(self, pairs: List[Tuple[DispyJob, tuple]]) -> List[Tuple[DispyJob, Any]]:
         """Return the jobs that are about to get results, with their packed arguments, which the
@@ -16405,7 +16407,7 @@ class LiveOutput:
             return
         if self.on_output is None:
             return
-        if self._cargo.is_program:
+        if self._packed.is_program:
             text: Union[bytes, str] = bytes(data)
         else:
             text = str(data, 'utf-8', 'replace')
@@ -16419,7 +16421,7 @@ class LiveOutput:
                            extra={'job_id': job.id, 'job_logger': name})
             elif not self._told_of_files:
                 self._told_of_files = True
-                if self._cargo.spec['program']:
+                if self._packed.spec['program']:
                     remedy = ('Call the program in a function, by subprocess, which then calls '
                               'dispy_send_file(name)')
                 else:
@@ -16614,12 +16616,12 @@ class Submitter:
     own_directory = False     # each job has a directory of its own
     wanted: WantedOutput      # which files of jobs are returned
 
-    def __init__(self, comp: str, name: str, cargo: PackedComputation, bundles: ModuleBundles,
+    def __init__(self, comp: str, name: str, packed: PackedComputation, bundles: ModuleBundles,
                  book: JobBook, callbacks: UserCallbacks, is_executor: bool) -> None:
         self.numbers = itertools.count(1)
         self._comp = comp
         self._name = name
-        self._is_program = cargo.is_program
+        self._is_program = packed.is_program
         self._bundles = bundles
         self._book = book
         self._callbacks = callbacks
@@ -16951,7 +16953,7 @@ class ComputationUser(NodeUser):
     """
     wanted: WantedOutput
     driver: 'Driver'
-    cargo: PackedComputation
+    packed: PackedComputation
     cluster: Any
     directory: str
     bundles: ModuleBundles
@@ -16979,7 +16981,7 @@ class ComputationUser(NodeUser):
         """Collect the source for a node with another version of Python. An opener: files are read,
         and objects of the user are examined."""
         try:
-            source = self.cargo.source()
+            source = self.packed.source()
         except Exception as exc:  # of those objects
             reason = describe_exception(exc, 1)
             source = b'', 'its source could not be collected: ' + reason
@@ -16988,9 +16990,9 @@ class ComputationUser(NodeUser):
     def support_for(self, peer: NodeConnection) -> Dict[str, bytes]:
         """Return the files of cloudpickle, if the node does not have the same version. They are
         also sent to a scheduler, since it is not known which of its nodes need them."""
-        cargo_kind = self.cargo.spec['kind']
-        python = python_at(peer.facts, self.cargo.spec.get('interpreter', ''))
-        needs = cargo_kind != 'program' and (
+        kind_of_code = self.packed.spec['kind']
+        python = python_at(peer.facts, self.packed.spec.get('interpreter', ''))
+        needs = kind_of_code != 'program' and (
             peer.scheduler or python is None or python.cloudpickle != cloudpickle.__version__)
         if needs:
             return _support_files()
@@ -17160,11 +17162,11 @@ class ProgramCluster(ComputationUser):
         self.directory = os.getcwd()
         self.function = _whereabouts_of(computation)
         self.bundles = ModuleBundles(self.name)
-        self.cargo = pack_computation(computation, options.depends, options.setup, options.cleanup,
-                                      options.dest_path, options.jobs_per_worker, self.name,
-                                      self.bundles)
-        self._complete_cargo(computation)
-        if options.returns and not self.cargo.is_program:
+        self.packed = pack_computation(computation, options.depends, options.setup,
+                                       options.cleanup, options.dest_path,
+                                       options.jobs_per_worker, self.name, self.bundles)
+        self._complete_packed(computation)
+        if options.returns and not self.packed.is_program:
             raise ValueError('returns=%r is for programs; a function sends its files by '
                              'dispy_send_file' % (list(options.returns),))
         self.wanted = WantedOutput(options.returns, options.dest, self.directory)
@@ -17178,10 +17180,10 @@ class ProgramCluster(ComputationUser):
         head = weakref.WeakMethod(self._describe_for_trail)
         return ComputationNotes(head, self.name, self.comp)
 
-    def _complete_cargo(self, computation: Any) -> None:
+    def _complete_packed(self, computation: Any) -> None:
         """Add to the computation what nodes are told besides it. Raises ValueError."""
         options = self.options
-        check_cargo(self.cargo.spec)
+        check_packed(self.packed.spec)
         for spec in self.specs:
             # It may choose other values later, which are checked then
             if spec.allocator is None:
@@ -17191,27 +17193,27 @@ class ProgramCluster(ComputationUser):
             setup_args = tuple(spec.allocator.setup_args)
             packed = self.bundles.packed((setup_args, []), [])
             check_setup_args(size_of(packed), self.remote)
-        self.cargo.spec['key'] = digest_of(self.key)
+        self.packed.spec['key'] = digest_of(self.key)
         if isinstance(computation, (Calls, CommandLines)):
-            self.cargo.spec.update(computation.spec)
+            self.packed.spec.update(computation.spec)
         if options.forward_logs:
             logs = logger.getEffectiveLevel()
         else:
             logs = -1
-        self.cargo.spec.update(live=options.on_output is not None, logs=logs,
-                               start_method=options.start_method)
+        self.packed.spec.update(live=options.on_output is not None, logs=logs,
+                                start_method=options.start_method)
         if options.python:
-            self.cargo.spec['interpreter'] = options.python
+            self.packed.spec['interpreter'] = options.python
 
     def _make_parts(self, is_executor: bool) -> None:
         options = self.options
-        is_program = self.cargo.is_program
-        self.failures = Failures(self.directory, self.cargo.paths, options.counts_failures)
+        is_program = self.packed.is_program
+        self.failures = Failures(self.directory, self.packed.paths, options.counts_failures)
         self.callbacks = UserCallbacks(options, self.comp, self.name, self.book)
-        self.live_output = LiveOutput(options.on_output, self.name, self.cargo)
+        self.live_output = LiveOutput(options.on_output, self.name, self.packed)
         self.delivery = self._make_delivery(self.book, self.callbacks, self.live_output,
                                             self.failures, is_program)
-        self.submitter = Submitter(self.comp, self.name, self.cargo, self.bundles, self.book,
+        self.submitter = Submitter(self.comp, self.name, self.packed, self.bundles, self.book,
                                    self.callbacks, is_executor)
         self.submitter.resources = options.resources
         self.submitter.own_directory = options.job_dir or bool(options.returns)
@@ -17255,7 +17257,7 @@ class ProgramCluster(ComputationUser):
         self.cluster = cluster
         try:
             if self.journal is not None:
-                self.journal.begin(self.comp, self.name, self.reentrant, self.cargo.is_program,
+                self.journal.begin(self.comp, self.name, self.reentrant, self.packed.is_program,
                                    self._first_host(), self.key)
             driver.ask(lambda: driver.open(self, self.probes))
         except BaseException:
@@ -17288,10 +17290,10 @@ class ProgramCluster(ComputationUser):
 
     def _describe_for_trail(self) -> Dict[str, Any]:
         """Return what another process needs to collect the results. The driver's thread."""
-        code = in_one_piece(self.cargo.spec['code'])
+        code = in_one_piece(self.packed.spec['code'])
         row: Dict[str, Any] = {'dispy': 1, 'comp': self.comp, 'name': self.name}
         row.update(key=self.key.hex(), files=self.wanted.root)
-        row['program'] = self.cargo.is_program
+        row['program'] = self.packed.is_program
         row['code'] = hashlib.sha256(code).hexdigest()
         row['host'] = socket.gethostname()
         row['pid'] = os.getpid()
@@ -17523,7 +17525,8 @@ class ProgramCluster(ComputationUser):
         self.book.answered(jobs)
 
     def _comes_in_order(self, pair: Tuple[DispyJob, tuple], peer: NodeConnection) -> bool:
-        """Note that a job has ended. Whether its result has its place behind others of the job."""
+        """Note that a job has ended. Returns whether its result must come after others of the
+        job."""
         goes_on = pair[1][1] in PROVISIONAL
         if not goes_on:
             if self.live_output.on_output is not None:
@@ -17596,7 +17599,7 @@ def has_exception(row: tuple) -> bool:
 
 
 def has_code(row: tuple) -> bool:
-    """Return whether to open what is in a row of Results may run the user's code."""
+    """Return whether opening the contents of a row of Results may run the user's code."""
     if row[1] == Outcome.RETURNED_CODE:
         return True
     return row[1] == Outcome.RAISED and has_exception(row)
@@ -18189,8 +18192,8 @@ class JobCluster(OldCluster):
         """Set a node up again, with files as they are now: cleanup runs, changed files of `depends`
         are sent, and setup runs. The time and the effect on its jobs are as in `close_node`.
         Returns 0 at once. Raises ValueError for an unknown node. Any thread."""
-        cargo = self._core.cargo
-        cargo.spec['files'] = _file_rows(cargo.paths, cargo.spec['program'])
+        packed = self._core.packed
+        packed.spec['files'] = _file_rows(packed.paths, packed.spec['program'])
         self._core.nodes.ask('leave', node, 'open', bool(terminate_pending))
         return 0
 
@@ -18432,11 +18435,11 @@ class SchedulerCommands(NodeCommands):
     """
 
     def __init__(self, comp: str, book: JobBook, scheduler: NodeSpec,
-                 cargo: PackedComputation) -> None:
+                 packed: PackedComputation) -> None:
         super().__init__(comp, book)
         self.allocators: List[NodeAllocate] = []
         self._scheduler = scheduler
-        self._cargo = cargo
+        self._packed = packed
 
     def plain(self, specs: Sequence[NodeSpec]) -> List[tuple]:
         """Return specs in the form in which they are sent to the scheduler; allocators are not
@@ -18461,7 +18464,7 @@ class SchedulerCommands(NodeCommands):
             args = (self.plain(args[0]),)
         elif name == 'leave':
             if args[1] == 'open':
-                args = (*args, self._cargo.spec['files'])
+                args = (*args, self._packed.spec['files'])
         args = tuple((arg.ip_addr, arg.port) if isinstance(arg, DispyNode) else arg for arg in args)
         return self._call(name, *args)
 
@@ -18609,15 +18612,15 @@ class SharedProgramCluster(ProgramCluster):
         shared['reentrant'] = self.reentrant
         shared['exclusive'] = self._shared.exclusive
         shared['cloudpickle'] = cloudpickle.__version__
-        self.cargo.spec['shared'] = shared
+        self.packed.spec['shared'] = shared
         if self.speculate:
-            self.cargo.spec['speculate'] = True
+            self.packed.spec['speculate'] = True
 
     def _make_delivery(self, *parts: Any) -> ResultDelivery:
         return SharedDelivery(*parts)
 
     def _make_commands(self) -> NodeCommands:
-        return SchedulerCommands(self.comp, self.book, self._shared.scheduler, self.cargo)
+        return SchedulerCommands(self.comp, self.book, self._shared.scheduler, self.packed)
 
     def left_behind(self) -> Dict[Any, int]:
         """Return the nodes that outlive this program, with the number of jobs that run on there.
@@ -18658,13 +18661,13 @@ class SharedProgramCluster(ProgramCluster):
         """Return the answer to a question of a scheduler, which also asks for the source and for
         the decisions of the program's allocators."""
         if name == 'source':
-            return self.cargo.source()
+            return self.packed.source()
         if name == 'allocate':
             number = args[0]
             row = NodeInfo(*args[1])
             allocator = self.nodes.allocators[number - 1]
             found = ask_allocator(allocator, self.cluster, row)
-            self.cargo.paths.update(found.paths)
+            self.packed.paths.update(found.paths)
             return (found.cpus, found.setup_args, found.files, self.bundles.rows(False))
         return super().answer_to(name, args)
 

@@ -1176,7 +1176,7 @@ class ClusterView(Monitor):
     @property
     def looks_only(self) -> bool:
         """Return whether this stands for nodes that are observed and not for a cluster."""
-        return self.cluster.cargo is None
+        return self.cluster.packed is None
 
     def failed(self, job: DispyJob, payload: Any) -> None:
         """Note a job that has failed."""
@@ -1236,7 +1236,7 @@ class ClusterView(Monitor):
         cluster = self.cluster
         if self.looks_only:
             return
-        if not cluster.cargo.spec['live']:
+        if not cluster.packed.spec['live']:
             for peer in self._peers():
                 if peer.uses[cluster.comp].offered:
                     self.live_from[peer.key] = peer.link

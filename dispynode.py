@@ -357,7 +357,7 @@ else:
     # `typing` compiles a function for each class, which was a fifth of the time of `import dispy`.
     # What is made for each job is of that kind all the same: it is made a little faster.
     class _TupleMaker(type):
-        """Makes of the body of a class what `typing.NamedTuple` makes of it."""
+        """Makes from the body of a class what `typing.NamedTuple` makes of it."""
 
         def __new__(mcs, name, bases, body):
             if not bases:   # NamedTuple itself
@@ -371,10 +371,10 @@ else:
             return type(name, (_NamedFields, ), body)
 
     class NamedTuple(metaclass=_TupleMaker):
-        """Base of tuples whose items have names, with types and perhaps defaults."""
+        """The base of tuples whose items have names, with types and possibly defaults."""
 
     class _NamedFields(tuple):
-        """What all of them can do."""
+        """The methods that all of these tuples have."""
         __slots__ = ()
         _fields = ()
         _field_defaults = {}
@@ -386,7 +386,8 @@ else:
 
         @classmethod
         def _complete(cls, args, kwargs):
-            """The items in order, some of which are given by their names or have defaults."""
+            """Return the items in order, from those that are given by position, by name or by
+            default."""
             given = dict(zip(cls._fields, args))
             items = {**cls._field_defaults, **given, **kwargs}
             if len(args) > len(cls._fields) or set(items) != set(cls._fields) or \
@@ -443,7 +444,7 @@ class ClosedAtOnce(HandshakeError):
 
 
 class WrongDigest(ValueError):
-    """The content of a file is not what was announced."""
+    """The content of a file is not the announced one."""
 
 
 class TooLarge(ValueError):
@@ -2514,7 +2515,8 @@ def loads(payload: Buffer, once: bool = False) -> Any:
 
 
 def _open(pickled: Any, buffers: List[Any]) -> Any:
-    """Open a pickle. One of another Python a second time, if it fails: leniently."""
+    """Open a pickle. If opening one of another version of Python fails, try a second time,
+    leniently."""
     try:
         return pickle.loads(pickled, buffers=buffers)
     except Exception:
@@ -2847,17 +2849,18 @@ def variables_of_module(name: str) -> Dict[str, Any]:
 
 
 class _Absent:
-    """Stands for a class or function of a library that is not here, and for what was made of it."""
+    """Represents a class or function of a library that does not exist here, and what was made of
+    it."""
 
     def __new__(cls, *args: Any, **options: Any) -> Any:
-        """Whatever the missing one would take."""
+        """Accept all arguments that the missing class would accept."""
         return super().__new__(cls)
 
     def __init__(self, *args: Any, **options: Any) -> None:
         pass
 
     def __setstate__(self, state: Any) -> None:
-        """Nothing is kept of it."""
+        """Ignore the state."""
 
 
 # Functions and classes that came by value from another minor version of Python, and are here by
@@ -2872,10 +2875,11 @@ def _sets_state(function: Any) -> bool:
 
 
 class ForeignUnpickler(_PythonUnpickler):  # type: ignore[misc]
-    """Opens what came from another minor version of Python. What a function or class is here by
-    its name is not changed by what it came with: that is read over, and need not be possible here.
-    A dataclass, say, comes with objects of private classes of its Python's `dataclasses`. Where
-    something that cannot be opened is used elsewhere as well, it is raised why."""
+    """Opens pickles of another minor version of Python. A function or class that is found here by
+    its name is not changed by the state that comes with it: the state is skipped, and need not be
+    possible here. For example, a dataclass comes with objects of private classes of its Python's
+    `dataclasses`. If an object that cannot be opened is used elsewhere as well, the reason is
+    raised."""
     dispatch = dict(_PythonUnpickler.dispatch)
 
     def __init__(self, file: Any, buffers: Any) -> None:
@@ -2885,7 +2889,8 @@ class ForeignUnpickler(_PythonUnpickler):  # type: ignore[misc]
         self._of_states: Dict[int, Any] = {}       # id -> an object that was made for a state
 
     def find_class(self, module: str, name: str) -> Any:
-        """What a module has under a name; a class that stands for it, if there is none."""
+        """Return what a module has under a name; if there is nothing, a class that represents
+        it."""
         try:
             found = super().find_class(module, name)
         except (ImportError, AttributeError) as exc:
@@ -2905,7 +2910,7 @@ class ForeignUnpickler(_PythonUnpickler):  # type: ignore[misc]
         return obj
 
     def reduce(self) -> None:
-        """Call something, which may be what sets a state."""
+        """Call a function, which may be one that sets a state."""
         function = self.stack[-2]
         args = self.stack[-1]
         if _sets_state(function):
@@ -2926,7 +2931,7 @@ class ForeignUnpickler(_PythonUnpickler):  # type: ignore[misc]
             self.stack[-2:] = [self._note(_Absent(), exc)]
 
     def again(self, load: Callable[[Any], None]) -> None:
-        """Take an object that was there before."""
+        """Take an object from the memo."""
         load(self)
         found = self.stack[-1]
         if type(found) is types.FunctionType:
@@ -2935,7 +2940,7 @@ class ForeignUnpickler(_PythonUnpickler):  # type: ignore[misc]
             self._check(found)
 
     def _check(self, found: Any) -> None:
-        """Raise why something that was made for a state is not whole."""
+        """Raise the reason why an object that was made for a state is not complete."""
         waiting = [found] if id(found) in self._of_states or id(found) in self._failed else []
         seen: Set[int] = set()
         while waiting and self._failed:
@@ -3336,14 +3341,16 @@ def _reduce_typed(variable: Any) -> tuple:
 
 
 def _reduce_partialmethod(method: Any) -> tuple:
-    """By its constructor, which cannot be called without arguments since Python 3.14."""
+    """Reduce a partialmethod by its constructor, which cannot be called without arguments since
+    Python 3.14."""
     again: Any = functools.partial(functools.partialmethod, method.func, *method.args,
                                    **method.keywords)
     return again, ()
 
 
 def _reduce_forward_reference(reference: Any) -> tuple:
-    """Without the global variables that it would look into, which are those of its module."""
+    """Reduce a forward reference without the global variables in which it would be evaluated, which
+    are those of its module."""
     owner = getattr(reference, '__owner__', None)
     module = reference.__forward_module__ or getattr(owner, '__module__', None)
     is_class = reference.__forward_is_class__
@@ -3353,9 +3360,9 @@ def _reduce_forward_reference(reference: Any) -> tuple:
 
 
 def annotations_of(obj: Any) -> Dict[str, Any]:
-    """The annotations that a function or class has of its own. Since Python 3.14 they are evaluated
-    when they are asked for: where that fails, as for names that only a type checker imports, all of
-    them are text, as with `from __future__ import annotations`."""
+    """Return the annotations that a function or class has of its own. Since Python 3.14 they are
+    evaluated when they are requested: if that fails, as for names that only a type checker imports,
+    all of them are text, as with `from __future__ import annotations`."""
     try:
         return dict(obj.__annotations__)
     except Exception:  # whatever the user's expressions raise
@@ -3365,7 +3372,7 @@ def annotations_of(obj: Any) -> Dict[str, Any]:
 
 
 def _with_annotations(function: types.FunctionType) -> types.FunctionType:
-    """A function whose annotations can be read as an attribute: this one or a copy."""
+    """Return a function whose annotations can be read as an attribute: this one or a copy."""
     with contextlib.suppress(Exception):  # as above
         dict(function.__annotations__)
         return function
@@ -3379,8 +3386,8 @@ def _with_annotations(function: types.FunctionType) -> types.FunctionType:
 
 
 def _keep_annotations(cls: type, attributes: Dict[str, Any]) -> None:
-    """Put the annotations of a class among the attributes that travel, where the class has a
-    function that computes them: cloudpickle leaves that out, since it refers to the class."""
+    """Put the annotations of a class among the attributes that travel, if the class has a function
+    that computes them: cloudpickle leaves this function out, since it refers to the class."""
     own = vars(cls)
     if own.get('__annotate_func__') is None and '__annotations_cache__' not in own:
         return
@@ -4051,7 +4058,7 @@ class _StateUnpickler(pickle.Unpickler):
         self.absent: List[str] = []
 
     def find_class(self, module: str, name: str) -> Any:
-        """What a module has under a name."""
+        """Return what a module has under a name."""
         try:
             return super().find_class(module, name)
         except (ImportError, AttributeError):
@@ -4067,14 +4074,16 @@ class _StateUnpickler(pickle.Unpickler):
 
 
 def _pickler_of_whole(targets: List[Any]) -> Any:
-    """A pickler that can write what was opened as a whole. It does not look into the targets."""
+    """Return a pickler that can write a state that was opened as a whole. It does not descend into
+    the targets."""
     numbers = {id(target): number for number, target in enumerate(targets)}
 
     class WholePickler(pickle.Pickler):
-        """Writes what is opened as the contents of a target, or as a value."""
+        """Writes an object that is opened as the contents of a target, or as a value."""
 
         def persistent_id(self, obj: Any) -> Optional[int]:
-            """Called by the pickler for every object."""
+            """Return the identifier of a target, or None. The pickler calls this for every
+            object."""
             return numbers.get(id(obj))
     return WholePickler
 
@@ -4176,8 +4185,9 @@ class ModuleState:
 
     @staticmethod
     def _can_be_set(row: StateRow, value: Any, whole: Any, absent: List[str]) -> bool:
-        """Return whether this Python has all that a value is made of. If not, what the module has
-        computed here stays; ImportError, if it has not."""
+        """Return whether this version of Python has everything of which a value is made. If not,
+        the value that the module has computed here remains; raises ImportError if it has computed
+        none."""
         if _digest_of_pickle(whole, value, sys.maxsize) is not None:
             return True
         if row.computed:
@@ -4268,7 +4278,7 @@ class ValueFiles:
 
 
 class KeptSource(importlib.machinery.SourceFileLoader):
-    """Loads a module from a text that its file does not have any more."""
+    """Loads a module from a text that its file does not contain any more."""
 
     def __init__(self, name: str, path: str, text: bytes) -> None:
         super().__init__(name, path)
@@ -4281,14 +4291,13 @@ class KeptSource(importlib.machinery.SourceFileLoader):
         return super().get_data(path)
 
     def path_stats(self, path: str) -> Any:  # type: ignore[override]
-        """Raise OSError: compiled code that there may be is that of the file."""
+        """Raise OSError, because compiled code that may exist belongs to the file."""
         raise OSError('the file has changed')
 
 
 class KeptTexts:
-    """A finder that stands before all others where the node is a part of the program. A module
-    whose file has changed or gone since the computation began gets the text that it had then, as it
-    does on other nodes."""
+    """A finder that precedes all others on an embedded node. A module whose file has changed or was
+    removed since the computation began gets the text of that time, as on other nodes."""
 
     def __init__(self) -> None:
         self._texts: Dict[str, Tuple[str, bytes]] = {}    # module -> path, text
@@ -4300,7 +4309,7 @@ class KeptTexts:
             sys.meta_path.insert(0, self)
 
     def find_spec(self, name: str, path: Any = None, target: Any = None) -> Any:
-        """Leave a module to other finders whose file is as it was."""
+        """Find a module, unless its file is unchanged: other finders find that."""
         if name not in self._texts:
             return None
         file_path, text = self._texts[name]
@@ -5900,7 +5909,7 @@ class ReceiveBuffer:
         raise NotImplementedError
 
     def large_came(self) -> None:
-        """More of a large unit has come."""
+        """Note that more of a large unit has come."""
 
     def get_buffer(self) -> memoryview:
         """Return the buffer for the next bytes; it is never empty."""
@@ -6014,12 +6023,12 @@ class PayloadTag:
     __slots__ = ('_mac', '_place')
 
     def __init__(self, mac: 'hmac.HMAC') -> None:
-        """`mac` has taken what precedes the payload."""
+        """`mac` has processed what precedes the payload."""
         self._mac = mac
         self._place = memoryview(bytearray(TAIL_TAG))
 
     def follows(self, pieces: List[Buffer]) -> Iterator[Tuple[memoryview, 'PayloadTag']]:
-        """Return what is to be sent, in order: each is told to `reached` before it is sent."""
+        """Return what is to be sent, in order: `reached` is called for each before it is sent."""
         for piece in pieces:
             view = memoryview(piece).cast('B')
             for start in range(0, len(view), HASHED_AT_ONCE):
@@ -6027,20 +6036,20 @@ class PayloadTag:
         yield self._place, self
 
     def reached(self, view: memoryview) -> None:
-        """Hash what is sent next; behind the payload this is the tag itself."""
+        """Hash what is sent next; after the payload this is the tag itself."""
         if view is self._place:
             view[:] = self._mac.digest()
         else:
             self._mac.update(view)
 
     def close(self) -> None:
-        """The channel was closed before all was sent."""
+        """Note that the channel was closed before everything was sent."""
 
 
 class FrameMac:
-    """HMAC-SHA256 (RFC 2104) with one key, of many short messages: the blocks that hold the key are
-    hashed once. `hmac.digest` hashes them for each message and looks for the algorithm each time,
-    which takes four times as long as the rest."""
+    """HMAC-SHA256 (RFC 2104) with one key, for many short messages: the blocks that contain the key
+    are hashed once. `hmac.digest` hashes them for each message and looks up the algorithm each
+    time, which takes four times as long as the rest."""
     BLOCK = 64    # bytes of a block of SHA-256; keys have less
 
     def __init__(self, key: bytes) -> None:
@@ -6051,7 +6060,7 @@ class FrameMac:
         self._outer = hashlib.sha256(bytes(byte ^ 0x5c for byte in padded))
 
     def of(self, *parts: Buffer) -> bytes:
-        """The code of what these parts are together."""
+        """Return the code of the concatenation of these parts."""
         inner = self._inner.copy()
         inner.update(b''.join(parts))
         outer = self._outer.copy()
@@ -6094,8 +6103,8 @@ class FrameEncoder:
         return [buffers[0], *views]
 
     def begin(self, message: Any) -> Tuple[List[Buffer], Optional[PayloadTag]]:
-        """As `seal`, but a large payload is not hashed yet: the buffers of its frame are the head
-        and the payload, and the tag tells what follows the head."""
+        """Do as `seal`, except that a large payload is not hashed yet: the buffers of its frame are
+        the head and the payload, and the tag yields what follows the head."""
         op, encoding, pieces = self._encode(message)
         size = sum(map(len, pieces))
         bounds = BOUNDS_OF.get(type(message), BOUNDS)
@@ -6253,7 +6262,7 @@ class RecordType(enum.IntEnum):
     WORKER_EXITED = 19
     MEMORY_EXCEEDED = 21    # number: worker, serial: it is being killed
     OVERDUE = 25    # number: worker, serial: exceeded its time limit, is being ended
-    UNBORN = 22     # number: worker, body: text that says why it cannot be made
+    START_FAILED = 22     # number: worker, body: text that says why it cannot be made
     ALIVE = 23      # answers ASK
     END_NODE = 24   # the cleanup of the computation asks for the end of the node
     # Number: worker, serial: the job, bodies: text of its stacks, ends of its stdout and stderr
@@ -6289,7 +6298,7 @@ FROM_RUNNER = {
     RecordType.READY: (8 * TEXT_MOST, 0, 0), RecordType.FAILED: (8 * TEXT_MOST, 0, 0),
     RecordType.WORKER_STARTED: (0, 0, 0), RecordType.WORKER_EXITED: (0, OUTPUT_MOST, OUTPUT_MOST),
     RecordType.MEMORY_EXCEEDED: (0, 0, 0), RecordType.OVERDUE: (0, 0, 0),
-    RecordType.PRINTED: (OUTPUT_KEPT, 0, 0), RecordType.UNBORN: (8 * TEXT_MOST, 0, 0),
+    RecordType.PRINTED: (OUTPUT_KEPT, 0, 0), RecordType.START_FAILED: (8 * TEXT_MOST, 0, 0),
     RecordType.ALIVE: (0, 0, 0), RecordType.END_NODE: (0, 0, 0),
     RecordType.SEEN: (STACKS_MOST, OUTPUT_SEEN, OUTPUT_SEEN)
 }
@@ -7536,7 +7545,7 @@ class Channel:
                     return
 
     def _pass_on(self) -> int:
-        """Send what stands first, and a descriptor with it; what goes into a tag is hashed."""
+        """Send the first buffer with its descriptor; if it belongs to a tag, it is hashed."""
         view, passing = self._out[0]
         if type(passing) is PayloadTag:
             passing.reached(view)
@@ -8128,7 +8137,7 @@ class MemoryLink(Link):
 
     @staticmethod
     def _check_size(message: Any, size: int) -> None:
-        """Raises TooLarge for a message with so many bytes that no link would take."""
+        """Raise TooLarge for a message of so many bytes that no link would carry it."""
         kind = type(message)
         if kind in (Jobs, Results) and len(message.rows) == 1:
             most = VALUE_MOST
@@ -14854,8 +14863,8 @@ class JobOutput:
         return printed[0], printed[1] + lost
 
     def _not_written(self, index: int, exc: OSError) -> bytes:
-        """What finds no room would stay in the stream and be taken for the next job's: it is thrown
-        away. Returns a line for the job's stderr that says so."""
+        """Discard output for which there is no room on the disk: it would remain in the stream and
+        be taken for that of the next job. Returns a line for the job's stderr that says so."""
         if exc.errno == errno.EBADF:   # the job closed the descriptor
             return b''
         self._throw_away(self._streams[index], index)
@@ -16006,7 +16015,7 @@ class WorkerProcesses:
                 process = self._start(record.number, sock)
         except (OSError, MemoryError) as exc:
             reason = shortage(exc).encode('utf-8', 'replace')
-            self._send(RecordType.UNBORN, record.number, 0, 0.0, 0.0, reason)
+            self._send(RecordType.START_FAILED, record.number, 0, 0.0, 0.0, reason)
         else:
             self._send(RecordType.WORKER_STARTED, record.number, process.pid)
 
@@ -16031,12 +16040,11 @@ class WorkerProcesses:
     def _make_child(self, made: contextlib.ExitStack, *names: str) -> _Child:
         """Return what a worker shares with the runner; `made` frees it if there will be no worker.
         `names`: the names of the files for its output, which it opens itself."""
-        catches = []
+        outputs = []
         for name in names or ('', ''):
             output = CapturedOutput(self._spec['private'], name)
-            catches.append(output)
-            catch = catches[-1]
-            made.callback(catch.close)
+            outputs.append(output)
+            made.callback(output.close)
         if not self._slots:
             number = next(self._slot_files)
             slots = Slots.make(self._spec['private'], number, bool(names))
@@ -16047,7 +16055,7 @@ class WorkerProcesses:
             self._slots += slot_places
         place = self._slots.pop()
         made.callback(self._slots.append, place)
-        out, err = catches
+        out, err = outputs
         return _Child(None, place, out, err)
 
     def _work(self, sock: socket.socket, child: _Child, variables: Dict[str, str],
@@ -16204,15 +16212,15 @@ class WorkerProcesses:
         and their end comes with the result."""
         for key, child in self._children.items():
             serial = child.slots[0]
-            for stream, catch in ((1, child.out), (2, child.err)):
-                if catch.shown[0] != serial:
-                    catch.shown = (serial, 0)
-                status = os.fstat(catch.handle)
+            for stream, output in ((1, child.out), (2, child.err)):
+                if output.shown[0] != serial:
+                    output.shown = (serial, 0)
+                status = os.fstat(output.handle)
                 size = status.st_size
                 # The middle of very long output is not shown
-                at = max(catch.shown[1], size - 2 * OUTPUT_KEPT)
+                at = max(output.shown[1], size - 2 * OUTPUT_KEPT)
                 if serial and size > at:
-                    data = catch.since(at)
+                    data = output.since(at)
                 else:
                     data = b''
                 # Or it belonged to the next job
@@ -16220,7 +16228,7 @@ class WorkerProcesses:
                     continue
                 if child.slots[0] != serial:
                     continue
-                catch.shown = (serial, at + len(data))
+                output.shown = (serial, at + len(data))
                 self._send(RecordType.PRINTED, key, serial, float(stream), float(at), data)
 
     def _check_limits(self) -> None:
@@ -19034,7 +19042,7 @@ class ProcessHost:
         self._of_workers: Dict[int, Callable[[ComputationProcesses, Record], None]] = {
             RecordType.WORKER_STARTED: self._on_worker_started,
             RecordType.WORKER_EXITED: self._on_worker_exited,
-            RecordType.UNBORN: self._on_worker_start_failed,
+            RecordType.START_FAILED: self._on_worker_start_failed,
             RecordType.MEMORY_EXCEEDED: self._on_memory_exceeded,
             RecordType.OVERDUE: self._on_overdue,
             RecordType.SEEN: self._on_seen,

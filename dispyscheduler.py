@@ -659,7 +659,7 @@ class State(SecondsDatabase):
         if place is None:
             place = next(self._newest)
             self._comps[computation.comp] = place
-        spec = dict(computation.cargo.spec, key=computation.digest, user=tuple(computation.user))
+        spec = dict(computation.packed.spec, key=computation.digest, user=tuple(computation.user))
         self.note(self.COMP, place, computation.comp, computation.instance, pickle.dumps(spec, 5))
 
     def over(self, comp: str) -> None:
@@ -1405,7 +1405,7 @@ class ClientSeconds(SecondsOfUser):
 class ClientComputation(NodeUser):
     """A computation of a program; the scheduler uses it as a client uses a JobCluster. The loop's
     thread uses this class."""
-    cargo: PackedComputation
+    packed: PackedComputation
 
     def __init__(self,
                  scheduler: 'Scheduler',
@@ -1497,7 +1497,7 @@ class ClientComputation(NodeUser):
         spec['support'] = {name: bytes(source) for name, source in support}
         paths = self.paths_of(spec['files'])
         is_program = spec['kind'] == 'program'
-        self.cargo = PackedComputation(spec, paths, is_program, _no_source)
+        self.packed = PackedComputation(spec, paths, is_program, _no_source)
 
     def path_of(self, name: str) -> str:
         """Return the path of a file of the program."""
@@ -1585,10 +1585,10 @@ class ClientComputation(NodeUser):
 
     def support_for(self, peer: NodeConnection) -> Dict[str, bytes]:
         """Return cloudpickle, which the program has sent, for a node that has another version."""
-        python = python_at(peer.facts, self.cargo.spec.get('interpreter', ''))
+        python = python_at(peer.facts, self.packed.spec.get('interpreter', ''))
         if python is not None and python.cloudpickle == self.cloudpickle:
             return {}
-        return self.cargo.spec['support']  # type: ignore[no-any-return]
+        return self.packed.spec['support']  # type: ignore[no-any-return]
 
     def module_source(self, name: str) -> Any:
         """Return the path of a file of a module, which is here."""
@@ -2399,7 +2399,7 @@ class ProgramOverview(Overview):
         exit_status = 0
         text = ''
         status = JobState.FINISHED
-        if outcome in RETURNED and computation.cargo.is_program:
+        if outcome in RETURNED and computation.packed.is_program:
             exit_status = _exit_status(row)
         if node is not None:
             seconds = row[3] - row[2]
@@ -3266,7 +3266,7 @@ class ProgramComputations(Part):
         elif self._go_on(computation, link):
             return
         if computation is not None:
-            spec = computation.cargo.spec
+            spec = computation.packed.spec
             then = functools.partial(self._complete, computation)
             self._scheduler.program_files.want(computation, spec['files'], spec['modules'], then)
 
@@ -3798,7 +3798,7 @@ class ProgramFiles(Part):
     def bring_modules(self, computation: ClientComputation, rows: list) -> None:
         """Add files of modules that the arguments of later jobs need: nodes that are set up from
         now on get them immediately."""
-        spec = computation.cargo.spec
+        spec = computation.packed.spec
         known = {row[0] for row in spec['modules']}
         more = []
         for row in rows:
@@ -3815,7 +3815,7 @@ class ProgramFiles(Part):
         empty text."""
         def complete(error: str, code: str = '') -> None:
             if not error:
-                computation.take_spec(dict(computation.cargo.spec, files=rows))
+                computation.take_spec(dict(computation.packed.spec, files=rows))
                 self._state.began(computation)
             then(error)
         self.want(computation, rows, [], complete)
@@ -4304,7 +4304,7 @@ class ProgramCalls(Part):
         answer = functools.partial(self._answer_node, peer, message)
         files = self._files
         bundle = self._bundle_of(message)
-        modules = computation.cargo.spec['modules']
+        modules = computation.packed.spec['modules']
         if any(row[0] == bundle for row in modules):
             answer((), modules)
             return

@@ -56,7 +56,7 @@ class Cluster(NodeUser):
     def __init__(self, comp='c', specs=(), **spec):
         self.comp = self.name = comp
         self.specs = list(specs)
-        self.cargo = PackedComputation(dict(SPEC, **spec), {}, False, lambda: (b'', ''))
+        self.packed = PackedComputation(dict(SPEC, **spec), {}, False, lambda: (b'', ''))
         self.warnings, self.asked_source, self.asked_allocators, self.ready = [], [], [], []
         self.values, self.modules, self.pieces = {}, {}, []
 

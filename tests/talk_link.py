@@ -46,8 +46,8 @@ class Talk:
 def spec(**changes):
     """A computation as a client of this version sends it."""
     cluster = dispy.SharedJobCluster(answer, scheduler_port=1, loglevel=logging.CRITICAL)
-    made = dict(dispy.core_of(cluster).cargo.spec, modules=[],
-                code=bytes(dispy.core_of(cluster).cargo.spec['code']), files=[])
+    made = dict(dispy.core_of(cluster).packed.spec, modules=[],
+                code=bytes(dispy.core_of(cluster).packed.spec['code']), files=[])
     made['shared'] = dict(made['shared'])
     cluster.close(terminate=True)
     return dict(made, **changes)

@@ -121,7 +121,7 @@ def test_files_to_depend_on(tmp_path):
     os.symlink('nobody@host.1234', directory / '.#file')
     with dispy.JobCluster(square, nodes=[('127.0.0.1', 1)], depends=[str(directory)],
                           loglevel=logging.CRITICAL) as cluster:
-        assert [row[0] for row in dispy.core_of(cluster).cargo.spec['files']] == ['directory/file']
+        assert [row[0] for row in dispy.core_of(cluster).packed.spec['files']] == ['directory/file']
     os.mkfifo(directory / 'fifo')
     for path in (directory, directory / 'fifo', '/dev/null'):
         with pytest.raises(ValueError, match='depends: .* is not a regular file'):

@@ -184,7 +184,7 @@ def test_what_was_before_the_server_was_made_is_counted(make_cluster):
             assert (row['done'], row['failed'], row['state']) == (5, 5, 'idle')
             assert site.rows('/api/failures') == []
         assert (dispy.core_of(cluster).live_output.monitors == ()
-                and dispy.core_of(cluster).cargo.spec['live'] is False)
+                and dispy.core_of(cluster).packed.spec['live'] is False)
 
 
 def test_several_clusters_one_server(tmp_path):

@@ -96,7 +96,7 @@ def test_the_program_says_it_or_else_the_node(tmp_path, monkeypatch):
 def test_an_executor_takes_it_from_its_context():
     for context in (multiprocessing.get_context('spawn'), 'spawn', 'forkserver'):
         with dispy.DispyExecutor(mp_context=context, nodes=[('127.0.0.1', 9)]) as executor:
-            assert dispy.core_of(executor.cluster).cargo.spec['start_method'] == 'spawn'
+            assert dispy.core_of(executor.cluster).packed.spec['start_method'] == 'spawn'
 
 
 # -- setup and cleanup -----------------------------------------------------------------------------

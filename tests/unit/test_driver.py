@@ -289,7 +289,7 @@ def test_a_file_that_was_offered_is_sent(driver, tmp_path):
     path = tmp_path / 'a.txt'
     path.write_bytes(b'abc')
     cluster, _ = driver.connected()
-    cluster.cargo.paths['a.txt'] = str(path)
+    cluster.packed.paths['a.txt'] = str(path)
     driver.said()
     need(driver, Purpose.DEPENDS)
     assert [message.offset for message in driver.said(FilePiece)] == [0]
@@ -316,7 +316,7 @@ def test_a_file_that_was_not_offered_ends_the_link(driver):
 
 def test_a_file_that_is_gone_ends_the_link_of_a_node_that_waits_for_it(driver, tmp_path):
     cluster, _ = driver.connected()
-    cluster.cargo.paths['a.txt'] = str(tmp_path / 'gone')
+    cluster.packed.paths['a.txt'] = str(tmp_path / 'gone')
     need(driver, Purpose.DEPENDS)
     (number, text), = driver.broken
     assert number == 1 and 'cannot be read' in text

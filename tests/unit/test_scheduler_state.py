@@ -20,9 +20,9 @@ def root(tmp_path):
 
 
 def begin(state, comp='c'):
-    cargo = types.SimpleNamespace(spec={'name': comp})
+    packed = types.SimpleNamespace(spec={'name': comp})
     state.began(types.SimpleNamespace(comp=comp, instance=b'i' * 16, digest=bytes(32),
-                                      user=ProgramUser(), cargo=cargo))
+                                      user=ProgramUser(), packed=packed))
     peer = NodeConnection(*KEY)
     peer.name, peer.instance = 'node', b'n' * 16
     state.met(peer)
