@@ -2292,7 +2292,7 @@ class _Queue:
         return level
 
     def push(self, work: ScheduledJob) -> None:
-        """Behind those of its priority."""
+        """Add a job after the others of its priority."""
         self.length += 1
         if work.options or 0 not in self._levels:
             self._level(work).append(work)
@@ -2300,12 +2300,12 @@ class _Queue:
             self._levels[0].append(work)
 
     def push_front(self, work: ScheduledJob) -> None:
-        """Before those of its priority: it has waited already."""
+        """Add a job before the others of its priority, because it has waited already."""
         self._level(work).appendleft(work)
         self.length += 1
 
     def head(self) -> Optional[ScheduledJob]:
-        """The next one, left where it is."""
+        """Return the next job without removing it."""
         while self._order:
             level = self._levels[self._order[-1]]
             while level and level[0].state not in _WAITING:
@@ -2316,17 +2316,17 @@ class _Queue:
         return None
 
     def pop(self) -> ScheduledJob:
-        """Take what `head` returned."""
+        """Remove the job that `head` returned."""
         self.length -= 1
         level = self._levels[self._order[-1]]
         return level.popleft()
 
     def forget(self) -> None:
-        """One that is in here was cancelled; it is dropped when it comes to the front."""
+        """Note that a job in the queue was cancelled; it is dropped when it comes to the front."""
         self.length -= 1
 
     def take_out(self, is_meant: Callable[[ScheduledJob], bool]) -> List[ScheduledJob]:
-        """Take out all jobs for which this is true."""
+        """Remove and return all jobs for which this is true."""
         taken: List[ScheduledJob] = []
         for level in self._levels.values():
             works = list(level)
@@ -2350,7 +2350,8 @@ ALL_KINDS = '*'     # the resources of a scheduler, which itself counts those of
 
 
 def needs_of(work: ScheduledJob) -> Request:
-    """What a job needs of its node beside CPUs: memory, and what it has asked for by name."""
+    """Return what a job needs of its node besides CPUs: memory, and the resources that it has
+    requested by name."""
     options = work.options
     if not options:
         return ()
@@ -2362,7 +2363,7 @@ def needs_of(work: ScheduledJob) -> Request:
 
 
 class Stock:
-    """What a node has of resources beside CPUs, and what its jobs take of it."""
+    """What a node has of resources besides CPUs, and what its jobs use of it."""
     __slots__ = ('counts', 'used')
 
     def __init__(self) -> None:
@@ -2370,29 +2371,29 @@ class Stock:
         self.used: Dict[str, int] = collections.Counter()
 
     def has(self, needs: Request) -> bool:
-        """Whether the node has this when nothing runs there."""
+        """Return whether the node has this when no job runs there."""
         return all(count <= self.most(name) for name, count in needs)
 
     def has_free(self, needs: Request) -> bool:
-        """Whether it has this beside what its jobs take."""
+        """Return whether the node has this besides what its jobs use."""
         return all(count + self.used[name] <= self.most(name) for name, count in needs)
 
     def most(self, name: str) -> float:
-        """How much of this it has: any number where that is not known."""
+        """Return how much of this resource the node has: infinity if this is not known."""
         if ALL_KINDS in self.counts:
             return math.inf
         return self.counts.get(name, math.inf if name == MEMORY else 0)
 
     def take(self, work: ScheduledJob, sign: int = 1) -> None:
-        """A job comes; with -1 it goes."""
+        """Note that a job comes; with -1, that a job goes."""
         for name, count in needs_of(work):
             self.used[name] += sign * count
 
 
 def lack_at(nodes: Sequence['NodeLoad'], comp: 'ComputationLoad', cpus: int,
             needs: Request) -> str:
-    """Why none of these nodes can give a job of a computation what it needs, for people; empty if
-    one can."""
+    """Return why none of these nodes can give a job of a computation what it needs, for people;
+    empty if one can."""
     for node in nodes:
         if cpus <= node.limits[comp.comp] and node.stock.has(needs):
             return ''
@@ -2417,16 +2418,16 @@ def lack_at(nodes: Sequence['NodeLoad'], comp: 'ComputationLoad', cpus: int,
 
 
 class ScarceJobs:
-    """Jobs of one computation that wait for resources which nodes name: a queue for each set of
-    names, so that who waits for a device keeps nobody else waiting."""
+    """Jobs of one computation that wait for resources which nodes name: there is a queue for each
+    set of names, so that a job which waits for a device does not make other jobs wait."""
 
     def __init__(self) -> None:
         self.queues: Dict[Tuple[str, ...], _Queue] = {}
-        # The heads of queues for which no idle node has what they need
+        # The heads of queues that find no idle node with what they need
         self._blocked: Dict[Tuple[str, ...], ScheduledJob] = {}
 
     def queue_of(self, request: Request) -> _Queue:
-        """Where jobs that ask for these wait."""
+        """Return the queue for jobs that request these resources."""
         key = tuple(name for name, _ in request)
         line = self.queues.get(key)
         if line is None:
@@ -2434,8 +2435,7 @@ class ScarceJobs:
         return line
 
     def look_everywhere(self) -> None:
-        """Look at all idle nodes the next time, not only at those that something has happened
-        to."""
+        """Examine all idle nodes the next time, not only those to which something has happened."""
         self._blocked.clear()
 
     def length(self) -> int:
@@ -2445,9 +2445,9 @@ class ScarceJobs:
     def next(self, before: Optional[ScheduledJob], idle: Dict[Any, 'NodeLoad'],
              changed: Dict[Any, 'NodeLoad'],
              comp: str) -> Optional[Tuple['NodeLoad', _Queue, ScheduledJob]]:
-        """An idle node for the head of a queue, that queue, and its head; None if there is none.
-        `before` is the first of the jobs that wait for a CPU alone: those that come after it are
-        left out."""
+        """Return an idle node for the head of a queue, that queue, and its head; None if there is
+        none. `before` is the first of the jobs that wait for a CPU alone: jobs that come after it
+        are left out."""
         for key, line in self.queues.items():
             work = line.head()
             if work is None or (before is not None and not _comes_before(work, before)):
@@ -2464,7 +2464,7 @@ class ScarceJobs:
 
 
 def _comes_before(work: ScheduledJob, other: ScheduledJob) -> bool:
-    """Return whether a job has a CPU before another: by priority, then in order."""
+    """Return whether a job gets a CPU before another: by priority, then in order."""
     rank = (-priority_of(work), work.serial >> 16)
     return rank < (-priority_of(other), other.serial >> 16)
 
@@ -2491,14 +2491,14 @@ class SecondAttempt(ScheduledJob):
 
 
 class MedianDuration:
-    """The median of how long the jobs of a computation took that have ended last."""
+    """The median duration of those jobs of a computation that ended last."""
 
     def __init__(self) -> None:
         self._last: Deque[float] = collections.deque()
         self._sorted: List[float] = []
 
     def add(self, durations: Sequence[float]) -> None:
-        """Jobs have ended; how long they took."""
+        """Note the durations of jobs that have ended, in seconds."""
         for seconds in durations:
             self._last.append(seconds)
             bisect.insort(self._sorted, seconds)
@@ -2508,7 +2508,7 @@ class MedianDuration:
 
     @property
     def seconds(self) -> Optional[float]:
-        """The median; None before enough have ended."""
+        """The median; None before enough jobs have ended."""
         count = len(self._sorted)
         if count < SPECULATE_AFTER:
             return None
@@ -2524,13 +2524,13 @@ class SecondAttempts:
         self.median = MedianDuration()
         self.by_serial: Dict[int, SecondAttempt] = {}
         self.of_job: Dict[ScheduledJob, SecondAttempt] = {}
-        # Serials of attempts beside or before which another has failed: there is no third
+        # Serials of attempts of jobs of which another attempt has failed: there is no third one
         self.tried: Set[int] = set()
         # Number of a job -> the last of the serials that second attempts of it have had
         self._serials: Dict[int, int] = {}
 
     def new(self, work: ScheduledJob, node: Any, serial: int = 0) -> SecondAttempt:
-        """A second attempt of a job at a node; its serial is new, or given."""
+        """Return a second attempt of a job on a node; its serial is new, or given."""
         number = job_number(work.serial)
         last = self._serials.get(number, 0)
         serial = serial or max(last, work.serial) + 1
@@ -2541,22 +2541,22 @@ class SecondAttempts:
         return second
 
     def remove(self, second: SecondAttempt) -> None:
-        """It counts no more, or it is that of its job."""
+        """Remove an attempt that is discarded, or that is that of its job now."""
         del self.by_serial[second.serial]
         del self.of_job[second.first]
 
     def pass_over(self, work: ScheduledJob) -> None:
-        """The next attempt of a job has a serial that none before had."""
+        """Make the next attempt of a job have a serial that no earlier one had."""
         last = self._serials.pop(job_number(work.serial), 0)
         work.serial = max(work.serial, last)
 
     def forget(self, work: ScheduledJob) -> None:
-        """A job has ended."""
+        """Forget a job that has ended."""
         self._serials.pop(job_number(work.serial), None)
         self.tried.discard(work.serial)
 
     def at(self, key: Any) -> List[SecondAttempt]:
-        """Those that are at a node."""
+        """Return those that are on a node."""
         return [second for second in self.by_serial.values() if second.node == key]
 
 
@@ -2807,52 +2807,54 @@ class ComputationLoad:
         self.comp, self.client, self.reentrant, self.remote, self.most, speculates, user = opened
         self.seconds = SecondAttempts() if speculates and not self.remote else None
         self.user_name = user
-        # Its user, if he has limits or a share
+        # Its user, if that has limits or a share
         self.user: Optional[UserLoad] = None
-        # Whether jobs wait because of a limit of the user, and of which of them that was told
+        # Whether jobs wait because of a limit of the user, and for which of them that was reported
         self.held = False
         self.told: Set[str] = set()
-        # Node -> CPUs that it may use there, if `most` were more
+        # Node -> CPUs that it could use there, if `most` were higher
         self.offers: Dict[Any, int] = {}
         self.order = order
         self.queue = _Queue()
         self.pinned: Dict[Any, _Queue] = {}   # by node: jobs for that one alone
         self.scarce = ScarceJobs()
-        self.too_wide: List[ScheduledJob] = []          # wanting more than any node has
-        # CPUs and needs of jobs, to why no node has them, as far as `largest_node` is known
+        self.too_wide: List[ScheduledJob] = []          # jobs that need more than any node has
+        # CPUs and needs of jobs -> why no node has them, as far as `largest_node` is known
         self.lacks: Dict[Tuple[int, Request], str] = {}
-        # Those of jobs that came when no node was there
+        # Those of jobs that came when there was no node
         self.unchecked: Set[Tuple[int, Request]] = set()
         self.estimate = DurationEstimate()    # of a job
         # Number of a job -> times that it was called back by the schedule
         self.called: Dict[int, int] = {}
-        # Jobs that have failed and may be repeated -> when; infinite until the program has said
+        # Jobs that have failed and may be repeated -> when; infinite until the program has decided
         self.resting: Dict[ScheduledJob, float] = {}
-        self.withdrawn: Set[ScheduledJob] = set()   # on nodes, and cancelled if they have not begun
+        # Jobs on nodes that are cancelled if they have not begun
+        self.withdrawn: Set[ScheduledJob] = set()
         self.ranked = False                   # some jobs have a priority
-        # When a job of it was sent last, in numbers of the schedule
+        # When a job of it was last sent, as a counter of the schedule
         self.served = 0
         self.cpus_in_flight = 0                       # CPUs of jobs on nodes
         self.running: Dict[int, 'NodeLoad'] = {}   # serial -> where
         self.nodes: Dict[Any, 'NodeLoad'] = {}     # where it is set up; of these:
         self.idle: Dict[Any, 'NodeLoad'] = {}      # those with a CPU for it
-        # Those that hold more of its jobs than they have CPUs
+        # Nodes that hold more of its jobs than they have CPUs
         self.overloaded: Dict[Any, 'NodeLoad'] = {}
-        # Head of the queue that no idle node has room for
+        # Head of the queue for which no idle node has room
         self.blocked_head: Optional[ScheduledJob] = None
         self.unloadable = ''                    # why no node can load its code
-        # Most CPUs that a node has for it, None if that is not known now
+        # The largest number of CPUs that a node has for it; None if this is not known now
         self.largest_node: Optional[int] = None
 
     def rank(self) -> None:
-        """One of its jobs has a priority; those before it have none."""
+        """Note that one of its jobs has a priority; the jobs before it have none."""
         self.ranked = True
         for node in self.nodes.values():
             part = node.parts[self.comp]
             node.ranks[self.comp] = collections.Counter({0: part})
 
     def queue_of(self, work: ScheduledJob) -> _Queue:
-        """Where this job waits; which node it is for, a scheduler sees to."""
+        """Return the queue in which this job waits. If the one node is a scheduler, the scheduler
+        handles jobs that are for a single node."""
         if work.options and not self.remote:
             key = work.options.get('node')
             if key is None and 'resources' in work.options:
@@ -2864,13 +2866,13 @@ class ComputationLoad:
         return self.pinned.setdefault(key, _Queue())
 
     def shared_queues(self) -> List[_Queue]:
-        """Where jobs wait that are not for one node alone."""
+        """Return the queues of jobs that are not for one node alone."""
         if self.scarce.queues:
             return [self.queue, *self.scarce.queues.values()]
         return [self.queue]
 
     def source(self, key: Any) -> _Queue:
-        """Where a node's next job comes from: those for it alone go first."""
+        """Return the queue of a node's next job: jobs for it alone come first."""
         if self.pinned:
             pinned = self.pinned.get(key)
         else:
@@ -2880,7 +2882,7 @@ class ComputationLoad:
         return self.queue
 
     def length(self) -> int:
-        """Jobs that wait, parked ones not counted."""
+        """Return the number of jobs that wait, without parked ones."""
         length = self.queue.length
         if self.pinned:
             length += sum(queue.length for queue in self.pinned.values())
@@ -2896,7 +2898,7 @@ class ComputationLoad:
         return queued + self.too_wide + restings
 
     def take_out(self, work: ScheduledJob) -> None:
-        """One of these waits no more."""
+        """Remove a job that waits no more."""
         if work in self.resting:
             del self.resting[work]
         elif work in self.too_wide:
@@ -2905,7 +2907,7 @@ class ComputationLoad:
             self.queue_of(work).forget()
 
     def held_up(self) -> Tuple[int, str]:
-        """How many jobs wait because of a limit of the user, and why, for people."""
+        """Return how many jobs wait because of a limit of the user, and why, for people."""
         user = self.user
         count = 0
         text = ''
@@ -2923,7 +2925,7 @@ class ComputationLoad:
         return count, text
 
     def not_begun(self) -> List[ScheduledJob]:
-        """All that wait, and those on nodes that are not known to have begun."""
+        """Return all jobs that wait, and those on nodes that are not known to have begun."""
         found = self.waiting()
         for node in self.nodes.values():
             flight = node.in_flight[self.comp].values()
@@ -2933,8 +2935,8 @@ class ComputationLoad:
         return found
 
     def may_wait_there(self, work: ScheduledJob, times: int = RECALLS_MOST) -> bool:
-        """Whether a job may be sent to a node that has no idle CPU for it: if it was called back
-        less than so many times."""
+        """Return whether a job may be sent to a node that has no idle CPU for it: it may until it
+        was recalled a number of times."""
         if not self.called:
             return True
         return self.called.get(work.serial >> 16, 0) < times
@@ -2950,39 +2952,40 @@ class NodeLoad:
         self.key = key
         self.name = str(key)
         self.offers = 0     # CPUs that it has
-        self.cpus = 0       # the same, or what a computation may use if that is more
+        self.cpus = 0       # the same, or the number that a computation may use if that is higher
         self.used = 0       # CPUs of jobs there, run or not
-        self.cpus_reserved = 0      # of these, no more of a computation than it may use
+        self.cpus_reserved = 0      # of these, for each computation no more than it may use
         self.bytes = 0      # of their arguments
         self.trip = 0.0     # s that a message to it and its answer take
-        # A job that was sent to an idle CPU, and when: what is over is the trip
+        # A job that was sent to an idle CPU, and when: the time beyond its duration is the round
+        # trip
         self.probe: Optional[Tuple[int, float]] = None
         self.draining: Set[str] = set()
         self.away: Optional[NodeAway] = None
         self.tried_until = -math.inf   # as in NodeTried
         self.stock = Stock()
-        # Second attempts that are here; none is counted among the jobs
+        # Second attempts that are here; they are not counted among the jobs
         self.seconds: List[SecondAttempt] = []
         self.comps: Dict[str, ComputationLoad] = {}              # set up there; of each of them:
         self.in_flight: Dict[str, Dict[int, ScheduledJob]] = {}   # serial -> work
         self.limits: Dict[str, int] = {}               # CPUs it may use there
-        self.parts: Dict[str, int] = {}                # its part of `used`
+        self.parts: Dict[str, int] = {}                # its share of `used`
         # Serial -> since when, of those that are known to run
         self.begun: Dict[str, Dict[int, float]] = {}
-        # Serial -> whether for reasons of the schedule, of those called back
+        # Serial of a recalled attempt -> whether it was for reasons of the schedule
         self.recalled: Dict[str, Dict[int, bool]] = {}
-        self.ahead: Dict[str, Allowance] = {}          # jobs a CPU that may wait there
+        self.ahead: Dict[str, Allowance] = {}          # jobs for each CPU that may wait there
         # Priority -> CPUs, if the computation has priorities
         self.ranks: Dict[str, Dict[int, int]] = {}
 
     def lost_at(self) -> float:
-        """When what is on a node that is away is lost, unless it is reached before."""
+        """Return when the jobs on a node that is away are lost, unless it is reached before."""
         if self.away is None:
             return math.inf
         return max(self.away.until, self.tried_until)
 
     def begin(self, comp: ComputationLoad) -> None:
-        """A computation is set up here, perhaps not for the first time."""
+        """Note that a computation is set up here, perhaps not for the first time."""
         if comp.comp not in self.comps:
             name = comp.comp
             self.comps[name] = comp
@@ -2993,18 +2996,19 @@ class NodeLoad:
 
     @property
     def horizon(self) -> float:
-        """Seconds of work that may wait here: enough for the next to arrive before it is done."""
+        """Return how many seconds of work may wait here: enough for further jobs to arrive before
+        it is done."""
         return max(QUEUED_TIME, 2 * self.trip)
 
     @property
     def rounds(self) -> int:
-        """How many rounds of jobs may end here until it is heard of."""
+        """Return how many rounds of jobs may end here before this is known."""
         return 1 + int(ROUNDS_FAR * self.trip / QUEUED_TIME)
 
     def reserve(self, comp: str, now: float, rivals: int = 1) -> int:
-        """CPUs of jobs of a computation that may wait here, where so many share the node. A CPU
-        whose job has run for as long as that work was to last is not counted: nobody knows when it
-        will be free."""
+        """Return how many CPUs of jobs of a computation may wait here, if so many computations
+        share the node. A CPU whose job has run for as long as that work was to last is not counted:
+        nobody knows when it will be free."""
         jobs = self.ahead[comp].jobs(self.horizon)
         ahead = jobs // rivals
         if ahead:
@@ -3012,20 +3016,20 @@ class NodeLoad:
         return 0
 
     def bearable(self, comp: str, now: float) -> int:
-        """CPUs of jobs that may go on waiting here by the mean of their lengths: what lasts twice
-        as long as what would be sent. The quantile of short jobs goes up and down much on a machine
-        that has other work."""
+        """Return how many CPUs of jobs may continue to wait here, by the mean of their durations:
+        those that last twice as long as what would be sent. The quantile of short jobs fluctuates
+        much on a machine that has other work."""
         mean = self.comps[comp].estimate.mean
         if mean is None:
             return 0
         return min(AHEAD_MOST, int(2 * self.horizon / mean)) * self._prompt(comp, now)
 
     def _prompt(self, comp: str, now: float) -> int:
-        """CPUs of a computation that will be free before the next job can arrive."""
+        """Return how many CPUs of a computation will be free before the next job can arrive."""
         begun = self.begun[comp]
         if not begun:
             return self.limits[comp]
-        # A sum, as the timer's: a difference is rounded
+        # The same sum as for the timer: a difference would be rounded
         horizon = self.horizon
         flight = self.in_flight[comp]
         cpus = []
@@ -3036,10 +3040,11 @@ class NodeLoad:
         return max(0, self.limits[comp] - stuck)
 
     def choice(self, comp: ComputationLoad, sharers: Sequence[ComputationLoad]) -> int:
-        """Jobs of a computation that shall wait here, where these share the node, so that each has
-        some whenever a CPU becomes free: until others can come, however quick those are. When none
-        of any has ended, its client's part of the CPUs and one behind these if all run."""
-        # In whole milliseconds, so that a node finds what was computed for others
+        """Return how many jobs of a computation are to wait here, if these computations share the
+        node, so that each has some whenever a CPU becomes free, until others can come, however
+        short those are. If no job of any has ended, it is the client's share of the CPUs, and one
+        job behind these if all run."""
+        # In whole milliseconds, so that cached results can be used for other nodes
         row = comp.estimate.row(math.ceil(self.trip * 1000) / 1000 + TURN_TIME)
         limit = self.limits[comp.comp]
         if row or any(other.estimate.seconds is not None for other in sharers):
@@ -3059,7 +3064,7 @@ class NodeLoad:
         return int(part <= limit and not any(self.waits(other.comp) for other in there))
 
     def is_shared(self, comp: ComputationLoad) -> bool:
-        """Whether others have jobs here, or jobs that may come here."""
+        """Return whether others have jobs here, or jobs that may come here."""
         if len(self.comps) < 2:
             return False
         for name, other in self.comps.items():
@@ -3070,9 +3075,9 @@ class NodeLoad:
         return False
 
     def runs(self) -> Dict[str, List[int]]:
-        """Computation -> serials of its jobs that run here: those that have said so, then the first
-        of those sent, as far as there are CPUs. Where there is more than the CPUs can take, the
-        node shares them out evenly."""
+        """Return computation -> serials of its jobs that run here: those that have reported it,
+        then the first of those sent, as far as there are CPUs. If more jobs are here than the CPUs
+        can run, the node distributes them evenly."""
         found: Dict[str, List[int]] = {}
         if not self.used:
             return found
@@ -3097,8 +3102,8 @@ class NodeLoad:
         return found
 
     def learn(self, comp: ComputationLoad, ended: List[tuple], now: float) -> None:
-        """Jobs have ended here: how long they took, and how long what they were sent with and told
-        by. Rows of Results, of jobs that were taken off."""
+        """Note how long jobs took that have ended here, and how long sending them and their results
+        took. The rows are those of Results, of jobs that were taken off."""
         durations = []
         for row in ended:
             if row[3] > row[2]:
@@ -3123,11 +3128,11 @@ class NodeLoad:
                     self.probe = None
 
     def waits(self, comp: str) -> int:
-        """Jobs of a computation here that are not known to have begun."""
+        """Return the jobs of a computation here that are not known to have begun."""
         return len(self.in_flight[comp]) - len(self.begun[comp])
 
     def standing_before(self, comp: ComputationLoad, work: ScheduledJob) -> int:
-        """CPUs of jobs here that come before one that would be sent now; they differ in
+        """Return the CPUs of jobs here that come before one that would be sent now; they differ in
         priority."""
         rank = priority_of(work)
         comp_rank = self.ranks[comp.comp]
@@ -3150,7 +3155,8 @@ class NodeLoad:
         self.cpus_reserved = sum(min(part, self.limits[name]) for name, part in self.parts.items())
 
     def take(self, comp: str, cpus: int) -> None:
-        """CPUs of one more job of a computation, negative of one less."""
+        """Add the CPUs of one more job of a computation; a negative number subtracts those of one
+        job."""
         limit = self.limits[comp]
         before = self.parts[comp]
         after = self.parts[comp] = before + cpus
@@ -3161,7 +3167,7 @@ class NodeLoad:
             self.cpus_reserved += min(after, limit) - min(before, limit)
 
     def forget(self, comp: str) -> None:
-        """It is over here; nothing of it is in flight."""
+        """Note that a computation has ended here; no job of it is in flight."""
         for table in (self.in_flight, self.comps, self.limits, self.parts, self.begun,
                       self.recalled, self.ahead, self.ranks):
             table.pop(comp, None)  # type: ignore[attr-defined]
@@ -3169,42 +3175,43 @@ class NodeLoad:
         self._count()
 
     def room(self, comp: str) -> int:
-        """CPUs that a computation would find idle here."""
+        """Return how many idle CPUs a computation would find here."""
         return min(self.cpus - self.cpus_reserved, self.limits[comp] - self.parts[comp])
 
     def fits(self, comp: str, work: ScheduledJob) -> bool:
-        """Whether a job of a computation would find idle CPUs here, and what else it needs."""
+        """Return whether a job of a computation would find idle CPUs here, and what else it
+        needs."""
         room = self.room(comp)
         if not work.options:
             return room > 0
         return cpus_of(work) <= room and self.may_get(work)
 
     def may_get(self, work: ScheduledJob) -> bool:
-        """Whether a job finds here what it needs beside CPUs."""
+        """Return whether a job finds here what it needs besides CPUs."""
         needs = needs_of(work)
         return not needs or self.stock.has_free(needs)
 
 
 def cpus_of(work: ScheduledJob) -> int:
-    """CPUs that a job uses."""
+    """Return how many CPUs a job uses."""
     return work.options.get('cpus', 1) if work.options else 1  # type: ignore[no-any-return]
 
 
 def priority_of(work: ScheduledJob) -> int:
-    """Jobs of higher ones go first."""
+    """Return the priority of a job; jobs with higher ones go first."""
     return work.options.get('priority', 0) if work.options else 0  # type: ignore[no-any-return]
 
 
 def move_job(work: ScheduledJob, event: str) -> JobState:
-    """The one place where a job's state changes."""
+    """Change the state of a job; this is the only place that does so."""
     state = work.state = JOB_TABLE[work.state, event]
     return state
 
 
 class Books:
-    """What the schedule knows: the computations, the nodes, and which jobs are on which node. What
-    is counted over these, such as the CPUs of a client's jobs, is changed here alone, so that the
-    counts stay equal to what they count."""
+    """What the schedule knows: the computations, the nodes, and which jobs are on which node.
+    Totals over these, such as the CPUs of a client's jobs, are changed here only, so that they
+    remain correct."""
 
     def __init__(self, users: UserLoads) -> None:
         self.comps: Dict[str, ComputationLoad] = {}
@@ -3213,37 +3220,37 @@ class Books:
         self.away: Dict[Any, NodeLoad] = {}          # nodes that cannot be reached now
         self.returned_at = -math.inf                 # when one of them was reached again
         self.unfilled: Dict[Any, NodeLoad] = {}      # nodes to which more is sent in the next turn
-        # With jobs that wait, and perhaps some that had
+        # Computations with waiting jobs, and possibly some that had such
         self.waiting: Dict[str, ComputationLoad] = {}
         # Client -> CPUs of its jobs on nodes
         self.client_cpus: Dict[str, int] = collections.Counter()
-        # Nodes that something has happened to since the last flush
+        # Nodes to which something has happened since the last flush
         self.changed: Dict[Any, NodeLoad] = {}
         # (node, computation) -> jobs that were put there in this turn
         self._to_send: Dict[Tuple[Any, str], List[ScheduledJob]] = {}
-        self.numbers = itertools.count()          # they tell what came earlier
+        self.numbers = itertools.count()          # they show what came earlier
         self.now = 0.0
         self._actions: List[Any] = []
 
     def begin(self, now: float) -> List[Any]:
-        """An event or the end of a turn is looked at: the list of what is to be done about it."""
+        """Begin to handle an event or the end of a turn: the list of actions is empty."""
         self.now = now
         self._actions = []
         return self._actions
 
     def do(self, action: Any) -> None:
-        """An action for whoever has called the schedule."""
+        """Add an action for the caller of the schedule."""
         self._actions.append(action)
 
     def node(self, key: Any) -> NodeLoad:
-        """The node with this key, which may be new."""
+        """Return the node with this key, which is created if it is new."""
         node = self.nodes.get(key)
         if node is None:
             node = self.nodes[key] = NodeLoad(key)
         return node
 
     def pair(self, key: Any, name: str) -> Optional[Tuple[NodeLoad, ComputationLoad]]:
-        """The node and the computation of an event, if the one is set up for the other."""
+        """Return the node and the computation of an event, if the one is set up for the other."""
         node = self.nodes.get(key)
         comp = self.comps.get(name)
         if node is None:
@@ -3255,7 +3262,7 @@ class Books:
         return node, comp
 
     def put_on(self, node: NodeLoad, comp: ComputationLoad, work: ScheduledJob) -> None:
-        """A job goes to a node."""
+        """Assign a job to a node."""
         move_job(work, 'send')
         if comp.blocked_head is work:
             comp.blocked_head = None
@@ -3278,7 +3285,7 @@ class Books:
         comp.running[work.serial] = node
         if comp.ranked:
             node.ranks[name][priority_of(work)] += cpus
-        # It will not wait there
+        # This job will not wait there
         if node.probe is None:
             if node.cpus_reserved == node.used:
                 node.probe = (work.serial, self.now)
@@ -3296,15 +3303,16 @@ class Books:
             works.append(work)
 
     def send(self) -> None:
-        """Have those jobs sent that were put on nodes in this turn."""
+        """Have those jobs sent that were assigned to nodes in this turn."""
         to_send = self._to_send
-        self._to_send = {}   # or the last jobs, and their results, would be kept
+        # Otherwise references to the last jobs, and to their results, would remain
+        self._to_send = {}
         for (key, name), works in to_send.items():
             self.do(SendJobs(key, name, works))
             self.look_at(self.nodes[key])
 
     def were_on(self, node: NodeLoad, comp: ComputationLoad, works: Sequence[ScheduledJob]) -> None:
-        """Jobs were sent to a node by the process before this one."""
+        """Note jobs that an earlier process has sent to a node."""
         for work in works:
             move_job(work, 'send')
             self._is_there(node, comp, work)
@@ -3316,7 +3324,7 @@ class Books:
                 there.ranks[comp.comp][priority_of(work)] += cpus_of(work)
 
     def goes_on_at(self, node: NodeLoad, comp: ComputationLoad, work: ScheduledJob) -> None:
-        """An attempt that is at a node counts as that of its job from now on."""
+        """Make an attempt on a node that of its job from now on."""
         self._is_there(node, comp, work)
         node.bytes += _bytes_of(work)
         if comp.ranked:
@@ -3324,8 +3332,8 @@ class Books:
         self.changed[node.key] = node
 
     def _is_there(self, node: NodeLoad, comp: ComputationLoad, work: ScheduledJob) -> None:
-        """Count an attempt that is at a node already. `put_on` counts the same for those that go
-        there, without a call for each job."""
+        """Count an attempt that is on a node already. `put_on` counts in the same way, without a
+        call for each job."""
         cpus = cpus_of(work)
         node.take(comp.comp, cpus)
         node.stock.take(work)
@@ -3338,8 +3346,8 @@ class Books:
 
     def take_off(self, node: NodeLoad, comp: ComputationLoad,
                  serials: Sequence[int]) -> Dict[int, ScheduledJob]:
-        """Take attempts off a node. Those are left out that are not there: results that come twice
-        or too late."""
+        """Take attempts off a node. Attempts that are not there are left out: results that come
+        twice or too late."""
         landed: Dict[int, ScheduledJob] = {}
         flight = node.in_flight[comp.comp]
         cpus = 0
@@ -3378,8 +3386,8 @@ class Books:
         return landed
 
     def _stop(self, node: NodeLoad, comp: ComputationLoad, serials: Sequence[int]) -> None:
-        """Attempts are taken off a node: their user does not use the CPUs of those that run any
-        more."""
+        """Note that attempts are taken off a node: their user does not use the CPUs of the running
+        ones any more."""
         begun = node.begun[comp.comp]
         flight = node.in_flight[comp.comp]
         user: Any = comp.user
@@ -3389,15 +3397,15 @@ class Books:
                 self.users.ran(user, -cpus, self.now)
 
     def tell_drained(self, node: NodeLoad, comp: str) -> None:
-        """Nothing of a computation is on a node any more that was to become free of it."""
+        """Report that no job of a computation is on a node any more that drains."""
         if comp not in node.draining:
             return
         if not node.in_flight[comp]:
             self.do(NodeDrained(node.key, comp))
 
     def look_at(self, node: NodeLoad) -> None:
-        """Note for which computations a node has an idle CPU, and of which it holds more than it
-        runs."""
+        """Note for which computations a node has an idle CPU, and of which it holds more jobs than
+        it runs."""
         key = node.key
         is_here = node.away is None
         surplus = is_here and (node.used > node.cpus or node.used > node.cpus_reserved)
@@ -3413,20 +3421,22 @@ class Books:
                 comp.overloaded.pop(key, None)
 
     def wait_again(self, comp: ComputationLoad, work: ScheduledJob) -> None:
-        """A job waits before the others of its priority."""
+        """Let a job wait before the others of its priority."""
         comp.queue_of(work).push_front(work)
         self.waiting[comp.comp] = comp
         self.do(JobWaits(work))
 
     def answer(self, comp: ComputationLoad, work: ScheduledJob) -> None:
-        """What was to be withdrawn has begun, ended or cannot be asked for."""
+        """Report that a job which was to be withdrawn has begun, has ended or cannot be
+        recalled."""
         if work in comp.withdrawn:
             comp.withdrawn.discard(work)
             gone = work.state is JobState.CANCELLED
             self.do(Withdrawn(work, gone))
 
     def go_on_filling(self) -> None:
-        """More is sent ahead to nodes for which the turn before had no time: these come first."""
+        """Send more jobs ahead to nodes for which the previous turn had no time: these come
+        first."""
         first = {}
         for key, node in self.unfilled.items():
             if self.nodes.get(key) is node:
@@ -3436,10 +3446,9 @@ class Books:
         self.unfilled = {}
 
     def may_return(self, node: NodeLoad) -> bool:
-        """Whether a node that has not come back in its time is waited for a little longer. Many
-        that were lost together, as when this process stood still, are admitted one after the
-        other: while they come, or this process has no time to see whether they do, the last of
-        them have more time."""
+        """Return whether a node that has not come back in its time is waited for a little longer.
+        Many nodes that were lost together, as when this process was stopped, are admitted one after
+        the other: while they come, the last of them have more time."""
         away: Any = node.away
         last = away.until + RETURN_EACH * len(self.nodes)
         if self.now >= last or self.now - self.returned_at >= RETURN_APART:
@@ -3448,7 +3457,7 @@ class Books:
         return True
 
     def reached(self, node: NodeLoad) -> None:
-        """A node can be reached, perhaps again."""
+        """Note that a node can be reached, perhaps again."""
         if node.away is not None:
             self.returned_at = self.now
         node.away = None
@@ -3461,7 +3470,7 @@ _FOR_ONE_NODE = frozenset(('node', 'resources'))
 
 
 class Placement:
-    """Which job goes to which node, and which is called back from there."""
+    """Decides which job goes to which node, and which is recalled from there."""
 
     def __init__(self, books: Books, fifo: bool) -> None:
         self._books = books
@@ -3469,9 +3478,9 @@ class Placement:
         self._left = 0     # jobs that may still be sent ahead in this turn
 
     def distribute(self) -> None:
-        """First to CPUs that are idle; then to queues on the nodes that something has happened to.
-        What this costs depends on how many nodes that are, not on how many there are. No more is
-        sent ahead in one turn than what takes a fraction of a second."""
+        """Send jobs first to idle CPUs, then to queues on those nodes to which something has
+        happened. The cost depends on the number of these nodes, not on the number of all nodes. No
+        more is sent ahead in one turn than what takes a fraction of a second."""
         self._left = AHEAD_A_TURN
         waiting = self._still_waiting()
         while waiting:
@@ -3485,7 +3494,7 @@ class Placement:
         self._books.send()
 
     def _use_idle(self, rivals: List[ComputationLoad]) -> None:
-        """Jobs of these computations go to idle CPUs, as long as there are both."""
+        """Send jobs of these computations to idle CPUs, as long as there are both."""
         for comp in rivals:
             comp.held = False
         while rivals:
@@ -3498,12 +3507,13 @@ class Placement:
                 rivals.remove(comp)
 
     def _fill_queues(self, waiting: List[ComputationLoad]) -> bool:
-        """Jobs of these computations go to queues on nodes. Returns whether any did. While a job
-        waits that may go to idle CPUs only, none is sent, or there would never be an idle one."""
+        """Send jobs of these computations to queues on nodes. Returns whether any were sent. While
+        a job waits that may go to idle CPUs only, none is sent, since otherwise no CPU would ever
+        be idle."""
         changed = self._books.changed
         cpus = [node.cpus for node in changed.values()]
-        total_cpus = sum(cpus)
-        total = max(1, total_cpus)
+        all_cpus = sum(cpus)
+        total = max(1, all_cpus)
         shares = {comp.comp: math.ceil(comp.length() / total) for comp in waiting}
         picky = [comp for comp in waiting if comp.called and not self._may_be_ahead(comp)]
         is_filled = False
@@ -3533,7 +3543,8 @@ class Placement:
         return waiting
 
     def _park(self, comp: ComputationLoad) -> None:
-        """What no node can take shall not stop those behind it."""
+        """Put jobs that no node can take beside the queue, so that they do not stop those behind
+        them."""
         if comp.unchecked:
             self._park_all(comp)
         lines = [comp.queue]
@@ -3546,8 +3557,8 @@ class Placement:
                 work = line.head()
 
     def _park_all(self, comp: ComputationLoad) -> None:
-        """The first node has come: what it cannot give is told, also to jobs that stand behind
-        others."""
+        """Check all jobs because the first node has come: what it cannot give is reported, even for
+        jobs that stand behind others."""
         self._look_for_largest(comp)
         if not comp.largest_node:
             return
@@ -3558,8 +3569,8 @@ class Placement:
                 self.is_parked(comp, work)
 
     def is_parked(self, comp: ComputationLoad, work: ScheduledJob) -> bool:
-        """Whether a job needs more than any node has, for which it waits beside its queue. That is
-        told."""
+        """Return whether a job needs more than any node has, so that it waits beside its queue.
+        This is reported."""
         pinned = None
         if not comp.remote:
             pinned = work.options.get('node')  # type: ignore[union-attr]
@@ -3578,20 +3589,21 @@ class Placement:
         return bool(text)
 
     def _tell_limit(self, comp: ComputationLoad, what: str, text: str) -> None:
-        """Jobs of a computation wait because of a limit of its user, which is told once of each
-        kind of jobs."""
+        """Report that jobs of a computation wait because of a limit of its user, once for each kind
+        of jobs."""
         if what not in comp.told:
             comp.told.add(what)
-            jobs_held = JobsHeld(comp.comp, text)
-            self._books.do(jobs_held)
+            report = JobsHeld(comp.comp, text)
+            self._books.do(report)
 
     def _admits(self, comp: ComputationLoad, cpus: int) -> bool:
-        """Whether the user of a computation may have a job with so many CPUs on a node now."""
+        """Return whether the user of a computation may have a job with so many CPUs on a node
+        now."""
         user = comp.user
         if user is None or user.admits(cpus):
             return True
         comp.held = True
-        # Nodes may change meanwhile that are not looked at for these jobs now
+        # Nodes that are not examined for these jobs now may change in the meantime
         comp.blocked_head = None
         comp.scarce.look_everywhere()
         self._tell_limit(comp, 'held', user.why_not(cpus))
@@ -3599,7 +3611,8 @@ class Placement:
 
     @staticmethod
     def _lack_there(comp: ComputationLoad, work: ScheduledJob, key: Any) -> str:
-        """Why this node alone can never run a job; empty if it can, or cannot be used now."""
+        """Return why this node alone can never run a job; empty if it can, or cannot be used
+        now."""
         node = comp.nodes.get(key)
         if node is None:
             return ''
@@ -3611,7 +3624,7 @@ class Placement:
         return text and '%s; it is for node %s alone' % (text, node.name)
 
     def _lack(self, comp: ComputationLoad, work: ScheduledJob) -> str:
-        """Why no node can ever run a job; empty if one can, or if there is no node now."""
+        """Return why no node can ever run a job; empty if one can, or if there is no node now."""
         cpus = cpus_of(work)
         needs = needs_of(work)
         if cpus == 1 and not needs:
@@ -3624,7 +3637,7 @@ class Placement:
 
     @staticmethod
     def _lack_of(comp: ComputationLoad, cpus: int, needs: Request) -> str:
-        """The same for what a job needs, where there are nodes."""
+        """Return the same for what a job needs, if there are nodes."""
         text = comp.lacks.get((cpus, needs))
         if text is None:
             nodes = [node for node in comp.nodes.values()
@@ -3641,16 +3654,16 @@ class Placement:
 
     @staticmethod
     def _may_be_ahead(comp: ComputationLoad) -> bool:
-        """Whether the next job of a computation may wait on a node."""
+        """Return whether the next job of a computation may wait on a node."""
         work = comp.queue.head()
         if work is None:
             return True
         return comp.may_wait_there(work)
 
     def _rank(self, comp: ComputationLoad) -> Tuple[float, ...]:
-        """Who has least of this is next: the claim of its user where users share, the CPUs of its
-        client, of these its own, and the time when it was served last; or its place in the order
-        of coming."""
+        """Return the sort key of a computation: the lowest is next. It is the claim of its user if
+        users share CPUs, the CPUs of its client, its own CPUs, and the time when it was served
+        last; or its place in the order of arrival."""
         if self._fifo:
             return (comp.order,)
         own = (self._books.client_cpus[comp.client], comp.cpus_in_flight, comp.served)
@@ -3701,9 +3714,10 @@ class Placement:
         return False
 
     def _fill(self, node: NodeLoad, shares: Dict[str, int]) -> bool:
-        """Send ahead what a node will soon come to: by how long jobs take; of long ones no more
-        than a client's even part, so that the node, which gives a CPU to who has fewest, has
-        someone to choose from. Returns whether anything is sent."""
+        """Send jobs ahead that a node will soon start: the number depends on the duration of jobs.
+        Of long ones at most an even share for each client is sent, so that the node, which gives a
+        CPU to the client with the fewest, can alternate between clients. Returns whether anything
+        is sent."""
         books = self._books
         comps = node.comps.values()
         rivals = [comp for comp in comps if comp.comp in shares and comp.source(node.key).length]
@@ -3711,7 +3725,7 @@ class Placement:
             return False
         if len(rivals) > 1:
             rivals.sort(key=self._rank)
-        if self._fifo:   # the node shares its CPUs, and shall not have others to share them with
+        if self._fifo:   # the node shares its CPUs, so that it must not have jobs of others
             del rivals[1:]
         sharers = [comp for comp in node.comps.values() if node.parts[comp.comp] or comp in rivals]
         before = node.used
@@ -3735,8 +3749,9 @@ class Placement:
         return node.used > before
 
     def _is_contended(self, node: NodeLoad) -> bool:
-        """Whether users share CPUs and jobs of several are on a node, or may come there. None is
-        sent ahead then: the node, which shares its CPUs evenly, does not know the users' shares."""
+        """Return whether users share CPUs and jobs of several users are on a node, or may come
+        there. In this case no job is sent ahead: the node, which distributes its CPUs evenly, does
+        not know the users' shares."""
         if not self._books.users.by_user:
             return False
         users = set()
@@ -3748,8 +3763,8 @@ class Placement:
 
     def _may_send(self, node: NodeLoad, comp: ComputationLoad, work: ScheduledJob, reserve: int,
                   choice: int) -> bool:
-        """Whether a job may go to a node that has no idle CPU for it, where jobs for so many CPUs
-        may wait."""
+        """Return whether a job may go to a node that has no idle CPU for it, if jobs for so many
+        CPUs may wait there."""
         limit = node.limits[comp.comp]
         if node.bytes <= AHEAD_BYTES:
             fits = limit
@@ -3762,7 +3777,7 @@ class Placement:
         if work.options and not comp.remote and self._takes_at_once(node, work):
             return False
         if comp.called and not comp.may_wait_there(work):
-            return choice > 0 and not node.waits(comp.comp)   # no CPU is ever idle there
+            return choice > 0 and not node.waits(comp.comp)   # no CPU there is ever idle
         if reserve or node.cpus_reserved < node.cpus:
             if comp.ranked:
                 before = node.standing_before(comp, work)
@@ -3774,13 +3789,13 @@ class Placement:
 
     @staticmethod
     def _takes_at_once(node: NodeLoad, work: ScheduledJob) -> bool:
-        """Whether a job has to find what it needs beside CPUs: what has units of a resource shall
-        use them, and not wait for a CPU."""
+        """Return whether a job must find immediately what it needs besides CPUs: a job that
+        occupies units of a resource is to use them, and not to wait for a CPU."""
         return 'resources' in (work.options or ()) or not node.may_get(work)
 
     def reduce(self, node: NodeLoad) -> None:
-        """Call back what waits on a node far beyond the bound that holds now: jobs turn out to be
-        longer than those before them, or some run that will not end soon."""
+        """Recall jobs that wait on a node far beyond the present bound, because jobs turn out to be
+        longer than those before them, or because some run that will not end soon."""
         books = self._books
         for name, comp in node.comps.items() if node.away is None else ():
             spare = node.parts[name] - node.limits[name]
@@ -3789,7 +3804,7 @@ class Placement:
             if name in node.draining:
                 continue
             reserve = node.reserve(name, books.now)
-            if spare <= 2 * reserve:   # estimates go up and down a little
+            if spare <= 2 * reserve:   # estimates fluctuate slightly
                 continue
             shared = node.is_shared(comp)
             if not shared and spare <= node.bearable(name, books.now):
@@ -3799,7 +3814,7 @@ class Placement:
                 cpus = [cpus_of(node.in_flight[name][serial]) for serial in node.recalled[name]]
                 asked = sum(cpus)
                 most = spare - reserve - asked
-                # The last time is for an idle CPU elsewhere
+                # The last recall is reserved for an idle CPU elsewhere
                 if shared:
                     times = 1
                 else:
@@ -3808,7 +3823,7 @@ class Placement:
                 self.call_back(node, comp, serials, True)
 
     def balance(self) -> None:
-        """Call back what waits on one node while CPUs of another are idle."""
+        """Recall jobs that wait on one node while CPUs of another are idle."""
         for comp in self._books.comps.values():
             if not comp.overloaded:
                 continue
@@ -3816,17 +3831,17 @@ class Placement:
                 continue
             if comp.queue.length and not comp.held:
                 continue
-            # More than 64 are seen to in later turns
+            # More than 64 are handled in later turns
             idle = comp.idle.values()
             rooms = [node.room(comp.comp) for node in itertools.islice(idle, 64)]
             free = sum(rooms)
             called = 0
             for donor in list(comp.overloaded.values()):
                 surplus = donor.used - min(donor.cpus, donor.cpus_reserved)
-                # Of short jobs the idle CPUs get their part of all at once
+                # Of short jobs, the idle CPUs get their share of all of them at once
                 most = max(free, surplus * free // (free + donor.cpus))
                 serials = self.movable(donor, comp, min(surplus, most), max(rooms), RECALLS_MOST)
-                del comp.overloaded[donor.key]   # until it is looked at again
+                del comp.overloaded[donor.key]   # until it is examined again
                 self.call_back(donor, comp, serials, True)
                 called += len(serials)
                 if called >= free:
@@ -3834,9 +3849,10 @@ class Placement:
 
     def movable(self, node: NodeLoad, comp: ComputationLoad, most: int, room: float,
                 times: int) -> List[int]:
-        """Serials of the last attempts on a node that may not have begun, of up to so many CPUs:
-        those of low priority first; none that was called back so many times already (0: however
-        often). Less `room` than all: for another node."""
+        """Return the serials of the last attempts on a node that may not have begun, for up to so
+        many CPUs: those of low priority first, and none that was recalled so many times already (0:
+        no such limit). A finite `room` means that they are for another node with so many CPUs: the
+        list ends before a job that needs more, or that is for one node alone."""
         begun = node.begun[comp.comp]
         recalled = node.recalled[comp.comp]
         serials: List[int] = []
@@ -3870,8 +3886,8 @@ class Placement:
 
     def call_back(self, node: NodeLoad, comp: ComputationLoad, serials: List[int],
                   own: bool) -> None:
-        """Ask a node for attempts; `own`: for reasons of the schedule, not because the user wants
-        it."""
+        """Ask a node to return attempts; `own` says that this is for reasons of the schedule, not
+        because the user wants it."""
         if serials:
             node.recalled[comp.comp].update((serial, own) for serial in serials)
             action = SendRecall(node.key, comp.comp, serials)
@@ -3886,7 +3902,7 @@ class Limits:
         self._placement = placement
 
     def limit(self, node: NodeLoad, comp: ComputationLoad, cpus: int) -> None:
-        """A node offers a computation so many CPUs."""
+        """Note that a node offers a computation so many CPUs."""
         if comp.most is None:
             self._set_limit(node, comp, cpus)
         else:
@@ -3898,8 +3914,8 @@ class Limits:
             self._share_limits(comp)
 
     def _share_limits(self, comp: ComputationLoad) -> None:
-        """Give a computation that may use so many CPUs over all nodes those that it has not got:
-        of the node that came first, as far as that has more."""
+        """Give a computation that may use a number of CPUs over all nodes those that it has not
+        got: of the node that came first, as far as that has more."""
         left = (comp.most or 0) - sum(node.limits[comp.comp] for node in comp.nodes.values())
         for key, node in comp.nodes.items():
             limit = node.limits[comp.comp]
@@ -3930,7 +3946,7 @@ class Limits:
         books.changed[node.key] = node
 
     def forget(self, node: NodeLoad, comp: ComputationLoad) -> None:
-        """A computation is over on a node; nothing of it is in flight there."""
+        """Note that a computation has ended on a node; no job of it is in flight there."""
         node.forget(comp.comp)
         for table in (comp.nodes, comp.idle, comp.overloaded, comp.offers):
             table.pop(node.key, None)  # type: ignore[attr-defined]
@@ -3940,14 +3956,14 @@ class Limits:
             self._share_limits(comp)
 
     def unpark_all(self, comp: ComputationLoad) -> None:
-        """Other limits hold: what waits beside the queue is looked at again."""
+        """Check the jobs beside the queue again, because the limits have changed."""
         for work in reversed(comp.too_wide):
             comp.queue_of(work).push_front(work)
             self._books.waiting[comp.comp] = comp
         comp.too_wide = []
 
     def unpark(self, comp: ComputationLoad, node: NodeLoad) -> None:
-        """A node with more CPUs has come."""
+        """Check the jobs beside the queue again, because a node with more CPUs has come."""
         stay = []
         for work in reversed(comp.too_wide):
             if lack_at([node], comp, cpus_of(work), needs_of(work)):
@@ -3959,7 +3975,7 @@ class Limits:
 
 
 class Repetitions:
-    """Jobs that have failed, and are tried again if their program says so.
+    """Jobs that have failed, and are tried again if their program decides so.
 
     rests - a heap of jobs that rest, each with the time when it waits again and a number
     """
@@ -3969,8 +3985,8 @@ class Repetitions:
         self.rests: List[Tuple[float, int, ScheduledJob]] = []
 
     def is_asked_for(self, comp: ComputationLoad, work: ScheduledJob, row: tuple) -> bool:
-        """Whether the program is to say if a job is repeated that has ended so. It waits until
-        then."""
+        """Return whether the program must decide if a job with this end is repeated. The job waits
+        until then."""
         if work.options:
             repeats: Optional[Repeats] = work.options.get('repeats')
         else:
@@ -3987,26 +4003,26 @@ class Repetitions:
         return True
 
     def _where_it_rests(self, work: ScheduledJob) -> Optional[ComputationLoad]:
-        """The computation of a job that rests; None if it was cancelled meanwhile."""
+        """Return the computation of a job that rests; None if it was cancelled in the meantime."""
         comp = self._books.comps.get(work.comp)
         if comp is None or work not in comp.resting:
             return None
         return comp
 
     def repeat(self, event: Repeat) -> None:
-        """A job is to be tried again, after a delay."""
+        """Try a job again, after a delay."""
         work = event.work
         books = self._books
         comp = self._where_it_rests(work)
         if comp is None:
             return
         until = comp.resting[work] = books.now + event.delay
-        next_number = next(books.numbers)
-        heapq.heappush(self.rests, (until, next_number, work))
+        number = next(books.numbers)
+        heapq.heappush(self.rests, (until, number, work))
         books.do(JobWaits(work))
 
     def stay(self, event: RepeatNot) -> None:
-        """The last failure of a job was its end."""
+        """End a job with its last failure."""
         work = event.work
         books = self._books
         comp = self._where_it_rests(work)
@@ -4017,7 +4033,7 @@ class Repetitions:
         books.do(JobStays(work))
 
     def wake(self) -> None:
-        """Jobs that have rested wait for a CPU."""
+        """Let jobs that have rested wait for a CPU."""
         while self.rests and self.rests[0][0] <= self._books.now:
             self._rested(*heapq.heappop(self.rests))
 
@@ -4037,13 +4053,12 @@ class Repetitions:
 
 class Speculation:
     """Starts the last running jobs of computations that want it a second time, on idle CPUs of
-    other nodes, when nothing waits and they have run for much longer than others took. What
-    finishes first counts. A failure of one attempt counts for nothing while the other goes on.
+    other nodes, when no job waits and they have run for much longer than others took. The attempt
+    that finishes first counts. A failure of one attempt is ignored while the other goes on.
 
-    A second attempt is not counted among the jobs of its node: to all else its CPUs are idle. What
-    needs them is sent there, and the second attempt is ended for it.
+    A second attempt is not counted among the jobs of its node: for everything else its CPUs are
+    idle. A job that needs them is sent there, and the second attempt is ended for it.
 
-    comps - computations that want it
     due - when the first job will have run for so long that it may be started a second time
     """
 
@@ -4053,12 +4068,12 @@ class Speculation:
         self.due = math.inf
 
     def begin(self, comp: ComputationLoad) -> None:
-        """A computation is opened."""
+        """Note that a computation is opened."""
         if comp.seconds is not None:
             self.comps[comp.comp] = comp
 
     def closed(self, comp: ComputationLoad) -> None:
-        """A computation is over."""
+        """Note that a computation has ended."""
         self.comps.pop(comp.comp, None)
         if not self.comps:
             self.due = math.inf
@@ -4069,14 +4084,15 @@ class Speculation:
     # -- the end of a turn -------------------------------------------------------------------------
 
     def look(self) -> None:
-        """End second attempts that are in the way of jobs, and start others."""
+        """End second attempts that obstruct jobs, and start others."""
         self.due = math.inf
         for comp in self.comps.values():
             self._make_way(comp)
             self._start_late(comp)
 
     def _make_way(self, comp: ComputationLoad) -> None:
-        """End those of a computation whose CPUs, or what else they use, a job needs."""
+        """End those second attempts of a computation whose CPUs, or other resources, a job
+        needs."""
         seconds: Any = comp.seconds
         for second in list(seconds.by_serial.values()):
             node = self._books.nodes[second.node]
@@ -4090,8 +4106,8 @@ class Speculation:
 
     @staticmethod
     def _is_within_limits(comp: ComputationLoad, work: Optional[ScheduledJob] = None) -> bool:
-        """Whether the limits of the user leave room for all second attempts of a computation, and
-        for one of this job besides."""
+        """Return whether the limits of the user leave room for all second attempts of a
+        computation, and for one more of this job."""
         if comp.user is None:
             return True
         seconds: Any = comp.seconds
@@ -4103,8 +4119,8 @@ class Speculation:
 
     @staticmethod
     def _fits(node: NodeLoad, second: ScheduledJob, others: Sequence[ScheduledJob]) -> bool:
-        """Whether a second attempt finds at a node what it needs, beside the jobs there and these
-        second attempts."""
+        """Return whether a second attempt finds on a node what it needs, besides the jobs there and
+        these second attempts."""
         needs: Dict[str, int] = collections.Counter()
         cpus = 0
         own = 0     # CPUs of the same computation
@@ -4148,7 +4164,7 @@ class Speculation:
 
     @staticmethod
     def _may_be_started(comp: ComputationLoad, work: ScheduledJob) -> bool:
-        """Whether there may be a second attempt of a job that runs."""
+        """Return whether there may be a second attempt of a running job."""
         seconds: Any = comp.seconds
         if work.state not in _GOING_ON or work in seconds.of_job:
             return False
@@ -4168,13 +4184,13 @@ class Speculation:
                 seconds: Any = comp.seconds
                 second = seconds.new(work, node.key)
                 node.seconds.append(second)
-                send_second = SendSecond(node.key, comp.comp, [second])
-                self._books.do(send_second)
+                action = SendSecond(node.key, comp.comp, [second])
+                self._books.do(action)
                 return
 
     @staticmethod
     def _is_wanted(node: NodeLoad) -> bool:
-        """Whether jobs wait that might come to a node."""
+        """Return whether jobs wait that may come to a node."""
         for comp in node.comps.values():
             if comp.length() or comp.overloaded:
                 return True
@@ -4183,7 +4199,7 @@ class Speculation:
     # -- what nodes tell ---------------------------------------------------------------------------
 
     def at(self, key: Any, comp: ComputationLoad, serial: int) -> Optional[SecondAttempt]:
-        """The second attempt with this serial, if it is at this node."""
+        """Return the second attempt with this serial, if it is on this node."""
         if comp.seconds is None:
             return None
         second = comp.seconds.by_serial.get(serial)
@@ -4192,14 +4208,14 @@ class Speculation:
         return second
 
     def find(self, key: Any, name: str, serial: int) -> Optional[SecondAttempt]:
-        """The same by the name of a computation, which may be over or have none."""
+        """Return the same by the name of a computation, which may have ended or have none."""
         comp = self.comps.get(name)
         if comp is None:
             return None
         return self.at(key, comp, serial)
 
     def had(self, event: SecondHad) -> None:
-        """One that was started by the process before this one."""
+        """Note a second attempt that an earlier process has started."""
         comp = self._books.comps[event.comp]
         if comp.seconds is None:
             return
@@ -4207,13 +4223,13 @@ class Speculation:
         self._books.nodes[event.node].seconds.append(second)
 
     def started(self, node: NodeLoad, comp: ComputationLoad, serial: int, ran: float) -> None:
-        """An attempt that is none of the jobs there has begun."""
+        """Note that an attempt has begun that is not one of the jobs there."""
         second = self.at(node.key, comp, serial)
         if second is not None:
             second.begun = self._books.now - max(0.0, ran)
 
     def held(self, node: NodeLoad, comp: ComputationLoad, account: Account) -> Set[int]:
-        """What a node knows is compared with what was sent there. Returns the serials that are
+        """Compare what a node knows with what was sent there. Returns the serials that are
         there."""
         there = set()
         for second in comp.seconds.at(node.key) if comp.seconds is not None else ():
@@ -4225,20 +4241,20 @@ class Speculation:
         return there
 
     def returned(self, node: NodeLoad, comp: ComputationLoad, serial: int) -> None:
-        """A node gives one back that has not begun."""
+        """Note that a node returns a second attempt that has not begun."""
         second = self.at(node.key, comp, serial)
         if second is not None:
             self._fail(comp, second)
 
     def lost(self, node: NodeLoad, comp: ComputationLoad) -> None:
-        """A node is gone."""
+        """Note that a node is lost."""
         for second in comp.seconds.at(node.key) if comp.seconds is not None else ():
             self._drop(comp, second)
 
     def results(self, node: NodeLoad, comp: ComputationLoad, rows: List[tuple]) -> List[tuple]:
-        """Rows of Results without those that do not count: failures of second attempts, and what
-        these send before it is known whether they count. One that has finished is that of its job
-        from now on."""
+        """Return rows of Results without those that do not count: failures of second attempts, and
+        what these send before it is known whether they count. A second attempt that has finished is
+        that of its job from now on."""
         if comp.seconds is None:
             return rows
         counting = []
@@ -4255,13 +4271,13 @@ class Speculation:
         return counting
 
     def came(self, comp: ComputationLoad, pairs: Sequence[Tuple[ScheduledJob, tuple]]) -> None:
-        """Jobs have ended, or have a provisional result."""
+        """Note that jobs have ended, or have a provisional result."""
         for work, _ in pairs if comp.seconds is not None else ():
             if work.state in ENDED:
                 self.ended(comp, work)
 
     def wins(self, event: SecondWins) -> None:
-        """One has finished; its result comes later."""
+        """Note that a second attempt has finished; its result comes later."""
         pair = self._books.pair(event.node, event.comp)
         if pair is None:
             return
@@ -4273,7 +4289,7 @@ class Speculation:
     # -- what becomes of the job -------------------------------------------------------------------
 
     def ended(self, comp: ComputationLoad, work: ScheduledJob) -> None:
-        """A job has ended, or is not wanted any more: so is its second attempt."""
+        """Discard the second attempt of a job that has ended, or that is not wanted any more."""
         seconds = comp.seconds
         if seconds is None:
             return
@@ -4284,8 +4300,8 @@ class Speculation:
             seconds.forget(work)
 
     def goes_on(self, comp: ComputationLoad, work: ScheduledJob) -> bool:
-        """Whether a job goes on whose first attempt has ended and is on no node any more: its
-        second is that of the job then."""
+        """Return whether a job goes on whose first attempt has ended and is on no node any more:
+        its second attempt is that of the job from then on."""
         if comp.seconds is None or work.state is JobState.CANCELLING:
             return False
         second = comp.seconds.of_job.get(work)
@@ -4295,14 +4311,14 @@ class Speculation:
         return True
 
     def _let_count(self, comp: ComputationLoad, second: SecondAttempt) -> None:
-        """A second attempt takes the place of the first, which is ended if it goes on."""
+        """Let a second attempt replace the first, which is ended if it still runs."""
         books = self._books
         work = second.first
         before = comp.running.get(work.serial)
         if before is not None:
             books.take_off(before, comp, [work.serial])
-            send_cancel = SendCancel(before.key, comp.comp, [work.serial])
-            books.do(send_cancel)
+            cancellation = SendCancel(before.key, comp.comp, [work.serial])
+            books.do(cancellation)
         else:
             seconds: Any = comp.seconds
             seconds.tried.add(second.serial)
@@ -4316,35 +4332,36 @@ class Speculation:
             node.begun[comp.comp][work.serial] = second.begun
             if comp.user is not None:
                 books.users.ran(comp.user, cpus_of(work), books.now)
-        elif before is None:   # otherwise it has finished
+        elif before is None:   # otherwise the first has finished
             move_job(work, 'back')
             books.do(JobWaits(work))
             move_job(work, 'send')
-        second_counts = SecondCounts(node.key, comp.comp, second, ran)
-        books.do(second_counts)
+        change = SecondCounts(node.key, comp.comp, second, ran)
+        books.do(change)
         pairs = []
         for row in second.rows:
             move_job(work, 'provisional')
             pairs.append((work, row))
         if pairs:
-            jobs_ended = JobsEnded(node.key, comp.comp, pairs)
-            books.do(jobs_ended)
+            results = JobsEnded(node.key, comp.comp, pairs)
+            books.do(results)
 
     def _fail(self, comp: ComputationLoad, second: SecondAttempt) -> None:
-        """A second attempt has failed: the first goes on, and has no other."""
+        """Note that a second attempt has failed: the first one goes on, and there will be no
+        other."""
         seconds: Any = comp.seconds
         seconds.tried.add(second.first.serial)
         self._drop(comp, second)
 
     def _cancel(self, comp: ComputationLoad, second: SecondAttempt) -> None:
         self._drop(comp, second)
-        send_cancel = SendCancel(second.node, comp.comp, [second.serial])
-        self._books.do(send_cancel)
+        cancellation = SendCancel(second.node, comp.comp, [second.serial])
+        self._books.do(cancellation)
 
     def _drop(self, comp: ComputationLoad, second: SecondAttempt) -> None:
         self._remove(comp, second)
-        second_over = SecondOver(second.node, comp.comp, second)
-        self._books.do(second_over)
+        action = SecondOver(second.node, comp.comp, second)
+        self._books.do(action)
 
     def _remove(self, comp: ComputationLoad, second: SecondAttempt) -> None:
         seconds: Any = comp.seconds
@@ -4357,7 +4374,8 @@ _GOING_ON = frozenset((JobState.RUNNING, JobState.PROVISIONAL))
 
 
 class Losses:
-    """What becomes of jobs whose node is away, is lost, or has told what it knows of them."""
+    """Decides what becomes of jobs whose node is away, is lost, or has reported what it knows of
+    them."""
 
     def __init__(self, books: Books, limits: Limits, speculation: Speculation) -> None:
         self._books = books
@@ -4365,7 +4383,7 @@ class Losses:
         self._speculation = speculation
 
     def away(self, event: NodeAway) -> None:
-        """What is there goes on for a while."""
+        """Note that a node is away; its jobs go on for a while."""
         books = self._books
         node = books.nodes.get(event.node)
         if node is not None:
@@ -4380,7 +4398,7 @@ class Losses:
                     books.answer(comp, work)
 
     def tried(self, event: NodeTried) -> None:
-        """It is not lost before that attempt has failed."""
+        """Note an attempt to reach a node, which is not lost before the attempt has failed."""
         node = self._books.nodes.get(event.node)
         if node is None:
             return
@@ -4388,7 +4406,7 @@ class Losses:
             node.tried_until = event.until
 
     def lost(self, event: NodeLost) -> None:
-        """A node is gone for all computations."""
+        """Note that a node is lost for all computations."""
         books = self._books
         node = books.nodes.get(event.node)
         if node is None:
@@ -4402,7 +4420,7 @@ class Losses:
             books.changed.pop(node.key, None)
 
     def left(self, event: NodeLeft) -> None:
-        """A computation does not use a node any more."""
+        """Note that a computation does not use a node any more."""
         node = self._books.nodes.get(event.node)
         if node is None:
             return
@@ -4431,9 +4449,9 @@ class Losses:
             self._limits.forget(node, comp)
 
     def lose(self, comp: ComputationLoad, work: ScheduledJob, node_name: str, text: str) -> None:
-        """An attempt whose node, or worker if it may be retried, is lost: nobody knows how far it
-        came, and whether it had begun, whatever was known last. One that is known not to have begun
-        comes by `give_back`."""
+        """Handle an attempt whose node, or whose worker if it may be retried, is lost: nobody knows
+        how far it came, nor whether it had begun, whatever was known last. An attempt that is known
+        not to have begun is handled by `give_back`."""
         books = self._books
         if self._speculation.goes_on(comp, work):
             return
@@ -4465,7 +4483,7 @@ class Losses:
 
     def settle(self, node: NodeLoad, comp: ComputationLoad, account: Account,
                occasion: Occasion) -> None:
-        """What becomes of attempts that were sent to a node, by what is known there."""
+        """Decide what becomes of attempts that were sent to a node, from what is known there."""
         for serial in sorted(node.in_flight[comp.comp], reverse=True):   # each goes to the front
             verdict, text = account.verdict(serial, occasion)
             if verdict is Verdict.WAITS:
@@ -4476,7 +4494,7 @@ class Losses:
                     self.lose(comp, work, node.name, text)
 
     def give_back(self, node: NodeLoad, comp: ComputationLoad, serial: int) -> None:
-        """An attempt that was never started: the job waits again."""
+        """Let the job of an attempt that was never started wait again."""
         books = self._books
         own = node.recalled[comp.comp].get(serial, False)
         off = books.take_off(node, comp, [serial])
@@ -4496,14 +4514,15 @@ class Losses:
 
 
 def _check_outcomes(rows: Sequence[tuple]) -> None:
-    """Raises PeerError for a result whose outcome this version does not know."""
+    """Raise PeerError for a result whose outcome this version does not know."""
     for row in rows:
         if row[1] not in OUTCOMES:
             raise PeerError('a result with an unknown outcome')
 
 
 class ScheduleRequests:
-    """What clusters ask of a Schedule about jobs: to run them, to cancel them, to withdraw them."""
+    """What clusters request of a Schedule about jobs: to run them, to cancel them, to withdraw
+    them."""
 
     def __init__(self, books: Books, placement: Placement, speculation: Speculation) -> None:
         self._books = books
@@ -4512,7 +4531,7 @@ class ScheduleRequests:
         self._numbers = itertools.count(1)
 
     def submit(self, event: Submitted) -> None:
-        """Jobs wait for a node."""
+        """Let jobs wait for a node."""
         books = self._books
         comps = books.comps
         for work in event.works:
@@ -4537,14 +4556,14 @@ class ScheduleRequests:
             if comp.idle:
                 continue
             if not comp.cpus_in_flight or comp.ranked:
-                # All CPUs are taken, and it is new or may be urgent: some nodes get it into their
-                # queues. They give the next CPU to the computation that has fewest, and of its jobs
-                # to that of the highest priority.
+                # All CPUs are in use, and the job is new or may be urgent: some nodes get it into
+                # their queues. They give the next CPU to the computation that has fewest, and among
+                # its jobs to the one with the highest priority.
                 for node in itertools.islice(comp.nodes.values(), 64):
                     books.changed[node.key] = node
 
     def unloadable(self, event: Unloadable) -> None:
-        """No node can load the code of a computation: its jobs fail."""
+        """Let the jobs of a computation fail, because no node can load its code."""
         comp = self._books.comps.get(event.comp)
         if comp is None:
             return
@@ -4555,7 +4574,7 @@ class ScheduleRequests:
             self._books.do(JobEnded(work, event.text))
 
     def cancel(self, event: CancelAsked) -> None:
-        """A job is not wanted any more."""
+        """End a job that is not wanted any more."""
         work = event.work
         comp = self._books.comps.get(event.work.comp)
         if work.state in ENDED:
@@ -4579,7 +4598,7 @@ class ScheduleRequests:
         self._books.do(JobEnded(work, 'cancelled before it was started'))
 
     def withdraw(self, event: WithdrawAsked) -> None:
-        """Jobs are not wanted any more, unless they have begun."""
+        """Cancel jobs unless they have begun."""
         books = self._books
         recalls: Dict[Tuple[Any, str], List[int]] = {}
         for work in event.works:
@@ -4604,17 +4623,18 @@ class ScheduleRequests:
             books.do(SendRecall(key, name, serials))
 
     def keep(self, work: ScheduledJob) -> None:
-        """The inverse of WithdrawAsked, if it has not been answered."""
+        """Undo WithdrawAsked, if it has not been answered."""
         if work.comp in self._books.comps:
             self._books.comps[work.comp].withdrawn.discard(work)
 
 
 class Schedule:
-    """Jobs to nodes. Events in, actions out; `flush` once a turn, after all events of the turn."""
+    """Assigns jobs to nodes. Events in, actions out; `flush` is called once in each turn, after all
+    events of the turn."""
 
     def __init__(self, fifo: bool = False, rules: UserRules = UserRules()) -> None:
-        """Clients share CPUs evenly, or users by `rules`; with `fifo` those who came first are
-        served first."""
+        """Clients share CPUs evenly, or users according to `rules`; with `fifo` those who came
+        first are served first."""
         self.users = UserLoads(rules)
         self._books = Books(self.users)
         self.comps = self._books.comps
@@ -4656,13 +4676,13 @@ class Schedule:
         }
 
     def handle(self, event: Any, now: float) -> List[Any]:
-        """Take one event; returns what must be done at once."""
+        """Handle one event. Returns what must be done at once."""
         actions = self._books.begin(now)
         self._handlers[type(event)](event)
         return actions
 
     def flush(self, now: float) -> List[Any]:
-        """The end of a turn: what waits goes to nodes that have room."""
+        """End a turn: send waiting jobs to nodes that have room. Returns what must be done."""
         books = self._books
         placement = self._placement
         actions = books.begin(now)
@@ -4691,7 +4711,7 @@ class Schedule:
         return actions
 
     def _give_up_overdue(self, now: float) -> None:
-        """Nodes that have not come back in their time."""
+        """Give up nodes that have not come back in their time."""
         for node in [node for node in self.away.values() if node.lost_at() <= now]:
             away: Any = node.away
             if self._books.may_return(node):
@@ -4706,14 +4726,14 @@ class Schedule:
         self._books.returned_at = now
 
     def lost_at(self, key: Any) -> float:
-        """As of the node; never if it is not known."""
+        """Return when the jobs on a node that is away are lost; never for an unknown node."""
         node = self.nodes.get(key)
         if node is None:
             return math.inf
         return node.lost_at()
 
     def next_timer(self) -> Optional[float]:
-        """When `flush` has something to do at the latest."""
+        """Return when `flush` has something to do at the latest."""
         times = []
         if self.away:
             times = [node.lost_at() for node in self.away.values() if node.away is not None]
@@ -4728,14 +4748,14 @@ class Schedule:
         return min(times, default=None)
 
     def runs(self, key: Any) -> Dict[str, List[int]]:
-        """As of the node; nothing if it is not known."""
+        """Return which jobs run on a node; none for an unknown node."""
         node = self.nodes.get(key)
         if node is None:
             return {}
         return node.runs()
 
     def ran(self, work: ScheduledJob) -> float:
-        """Seconds that a job has run, 0 if that is not known."""
+        """Return how many seconds a job has run, 0 if this is not known."""
         books = self._books
         comp = self.comps.get(work.comp)
         if comp is not None:
@@ -4806,7 +4826,7 @@ class Schedule:
         books.reached(node)
         node.begin(comp)
         comp.nodes[event.node] = node
-        node.recalled[event.comp].clear()   # what was asked of it may not have arrived
+        node.recalled[event.comp].clear()   # recalls may not have arrived
         node.draining.discard(event.comp)
         held = set(event.held)
         flight = node.in_flight[event.comp]
@@ -4816,7 +4836,7 @@ class Schedule:
         limits.unpark(comp, node)
         held -= self.speculation.held(node, comp, account)
         unwanted = [serial for serial, work in flight.items() if work.state is JobState.CANCELLING]
-        unwanted += sorted(held - set(flight))   # given up while the node was away
+        unwanted += sorted(held - set(flight))   # jobs that were given up while the node was away
         if unwanted:
             action = SendCancel(node.key, comp.comp, unwanted)
             books.do(action)
@@ -4828,7 +4848,7 @@ class Schedule:
         node, comp = pair
         self._losses.settle(node, comp, event.account, Occasion.CONNECTED)
         self.speculation.held(node, comp, event.account)
-        # It is there, and what it holds will come; nothing is sent there before it is ready
+        # The node is connected and will report its jobs; nothing is sent there before it is ready
         if node.away is not None:
             node.away = node.away._replace(until=math.inf)
             self._books.returned_at = self._books.now
@@ -4887,8 +4907,8 @@ class Schedule:
             pairs.append((work, ran))
             if not comp.remote:
                 late = begun[serial] + node.horizon
-                next_number = next(books.numbers)
-                heapq.heappush(self._late, (late, next_number, node.key))
+                number = next(books.numbers)
+                heapq.heappush(self._late, (late, number, node.key))
         if pairs:
             books.changed[node.key] = node
             action = JobsStarted(node.key, comp.comp, pairs)
@@ -4900,9 +4920,9 @@ class Schedule:
         pair = books.pair(event.node, event.comp)
         serials = [row[0] for row in rows if row[1] not in PROVISIONAL]
         if pair is None:
-            if event.comp in self.comps:   # of jobs that were given up: it need not keep them
-                send_ack = SendAck(event.node, event.comp, serials)
-                books.do(send_ack)
+            if event.comp in self.comps:   # given up: not to be kept there
+                acknowledgement = SendAck(event.node, event.comp, serials)
+                books.do(acknowledgement)
             return
         node, comp = pair
         _check_outcomes(rows)
@@ -4933,11 +4953,11 @@ class Schedule:
         books.do(action)
         self.speculation.came(comp, pairs)
         if pairs:
-            jobs_ended = JobsEnded(node.key, comp.comp, pairs)
-            books.do(jobs_ended)
+            results = JobsEnded(node.key, comp.comp, pairs)
+            books.do(results)
 
     def _charge(self, node: NodeLoad, comp: ComputationLoad, rows: Sequence[tuple]) -> None:
-        """Jobs of a user have ended before it was known that they had begun."""
+        """Charge the user of jobs that have ended before it was known that they had begun."""
         if comp.user is None:
             return
         flight = node.in_flight[comp.comp]
@@ -4955,8 +4975,9 @@ class Schedule:
 
     def _provisional(self, node: NodeLoad, comp: ComputationLoad, landed: Dict[int, ScheduledJob],
                      row: tuple) -> List[Tuple[ScheduledJob, tuple]]:
-        """The job that a provisional result is of, with its row; none if the job is not known."""
-        # Its end may be in the same message
+        """Return the job that a provisional result belongs to, with its row; None if the job is not
+        known."""
+        # The end of the job may be in the same message
         work = landed.get(row[0]) or node.in_flight[comp.comp].get(row[0])
         if work is None:
             return []
@@ -4964,7 +4985,7 @@ class Schedule:
         return [(work, row)]
 
     def _goes_on(self, node: NodeLoad, comp: ComputationLoad, work: ScheduledJob) -> None:
-        """A job has a provisional result."""
+        """Note that a job has a provisional result."""
         if work.state is JobState.SENT:
             action = JobsStarted(node.key, comp.comp, [(work, 0.0)])
             self._books.do(action)
@@ -4972,10 +4993,10 @@ class Schedule:
 
     def _is_tried_again(self, node: NodeLoad, comp: ComputationLoad, work: ScheduledJob,
                         row: tuple) -> bool:
-        """Whether the end of an attempt is not that of its job, or not yet."""
+        """Return whether the end of an attempt is not that of its job, or not yet."""
         options = work.options or {}
         if row[1] == Outcome.STOPPED:
-            for other in node.comps.values():   # nothing more goes there, until it is Ready again
+            for other in node.comps.values():   # nothing more is sent there until it is Ready again
                 self._limits.limit(node, other, 0)
             self._losses.lose(comp, work, node.name, 'it was stopped, or released from this client')
             return True
@@ -5002,13 +5023,13 @@ class Schedule:
         self._limits.limit(node, comp, 0)
         books.were_on(node, comp, event.works)
         text = 'the node did not come back'
-        node_away = NodeAway(event.node, event.name, text, event.until)
-        self._losses.away(node_away)
+        away = NodeAway(event.node, event.name, text, event.until)
+        self._losses.away(away)
 
     # -- loss --------------------------------------------------------------------------------------
 
     def judge(self, event: NodeDoubted) -> Loss:
-        """What follows from evidence that a node is lost."""
+        """Return what follows from evidence that a node is lost."""
         node = self.nodes.get(event.node)
         is_busy = node is not None and any(node.in_flight.values())
         return LOSS_TABLE[event.evidence, STANDINGS[event.kind, is_busy]]
@@ -5020,17 +5041,17 @@ class Schedule:
             for comp in event.comps:
                 self._node_ready(NodeReady(node, comp, 0, []))
         elif loss is Loss.AWAY:
-            node_away = NodeAway(node, event.name, event.text, event.until)
-            self._losses.away(node_away)
+            away = NodeAway(node, event.name, event.text, event.until)
+            self._losses.away(away)
         elif loss is Loss.LOST:
-            node_lost = NodeLost(node, event.name, event.text, event.known)
-            self._losses.lost(node_lost)
+            lost = NodeLost(node, event.name, event.text, event.known)
+            self._losses.lost(lost)
 
 
 def _abandoned(work: ScheduledJob, nodes: List[str], text: str, times: int,
                has_retries: bool) -> str:
-    """Why a job is not tried again that was lost with these nodes. It might be tried so many
-    times."""
+    """Return why a job that was lost with these nodes is not tried again. `times` is how often it
+    may be tried."""
     if times == 1:
         reason = 'the computation is not reentrant'
     elif len(nodes) == MAX_LOST_NODES and not has_retries:
@@ -5042,7 +5063,7 @@ def _abandoned(work: ScheduledJob, nodes: List[str], text: str, times: int,
 
 
 def _bytes_of(work: ScheduledJob) -> int:
-    """Bytes of its arguments that are in memory."""
+    """Return how many bytes of its arguments are in memory."""
     payload = work.payload
     if type(payload) is bytes:   # nearly always
         return len(payload)
@@ -8496,11 +8517,18 @@ def _may_have_become(code: types.CodeType, running: types.CodeType) -> bool:
     names = set(code.co_names)
     if not names <= set(running.co_names):
         return False
-    constants = set()
-    for const in code.co_consts:
-        if not isinstance(const, types.CodeType):
-            constants.add(const)
-    return constants <= set(running.co_consts)
+    return _constants_used(code) <= _constants_used(running) | set(running.co_consts)
+
+
+def _constants_used(code: types.CodeType) -> Set[Any]:
+    """Return the constants that the instructions use. Since Python 3.14 a small integer stands in
+    its instruction, and `co_consts` may have constants that are not used."""
+    used = set()
+    for step in dis.get_instructions(code):
+        if step.opcode in dis.hasconst or step.opname == 'LOAD_SMALL_INT':
+            if not isinstance(step.argval, types.CodeType):
+                used.add(step.argval)
+    return used
 
 
 def pack_source(computation: Any, setup: Any, cleanup: Any, objects: Dict[str, Any],
@@ -10515,11 +10543,11 @@ def offer_here() -> Offer:
 
 
 class EmbeddedNode:
-    """The node of this program: it runs in the driver's loop, behind a link in memory, and has its
-    turns between those of the driver. The driver's thread."""
+    """The node of this program: it runs in the driver's loop, connected by a link in memory, and
+    has its turns between those of the driver. The driver's thread uses this class."""
 
     def __init__(self, driver: 'Driver') -> None:
-        """Raises StartError, OSError."""
+        """Create the node. Raises StartError or OSError."""
         import tempfile
         python = own_python()
         root = tempfile.mkdtemp(prefix=LOCAL_PREFIX)
@@ -10544,13 +10572,14 @@ class EmbeddedNode:
         self._end, self.link = MemoryLink.pair(self._host.instance, driver.instance, driver.now)
 
     def connect(self) -> None:
-        """The driver has attached its end of the link."""
+        """Begin, because the driver has attached its end of the link."""
         self._end.owner = self._host
         self._driver.attach(self._end)
         self._host.link_up(self._end)
 
     def keep_notes(self, comp: str, journal: 'Journal') -> None:
-        """Have it noted beside a recover_file which jobs have begun when this program is killed."""
+        """Have the runner note beside a recover_file which jobs have begun if this program is
+        killed."""
         directory = self._host.directory
         try:
             notes = BegunNotes.begin(journal, comp, directory.private_of(comp))
@@ -10562,17 +10591,17 @@ class EmbeddedNode:
 
     @property
     def has_messages(self) -> bool:
-        """Whether the driver has sent something."""
+        """Return whether the driver has sent something."""
         end = self._end
         return bool(end.incoming or end.is_over) and end.has_messages
 
     @property
     def is_due(self) -> bool:
-        """Whether a turn of the node has something to do."""
+        """Return whether a turn of the node has something to do."""
         return self._host.is_due or self.has_messages or not self._is_whole
 
     def turn(self) -> None:
-        """Take what the driver has sent, and what processes have, and decide."""
+        """Handle what the driver and the processes have sent, and decide."""
         self._is_whole = False
         if self._end.has_messages:
             self._driver.receive(self._end)
@@ -10580,7 +10609,7 @@ class EmbeddedNode:
         self._is_whole = True
 
     def next_timer(self) -> Optional[float]:
-        """When there is something to do for either side."""
+        """Return when there is something to do for either side."""
         end = self._end
         link = self.link
         if end.incoming or link.incoming or end.is_over or link.is_over:
@@ -10589,7 +10618,7 @@ class EmbeddedNode:
         return self._host.next_timer()
 
     def after_fork(self) -> None:
-        """In a forked child: nothing of it is ours."""
+        """Let go of the node in a forked child: it belongs to the parent."""
         self._host.after_fork()
 
     def close(self) -> None:
@@ -12271,7 +12300,7 @@ class Connector:
         self._dials: Set[NodeConnection] = set()               # nodes that a thread is dialling
 
     def _on_rejected(self, address: str, text: str) -> None:
-        """Note that a node which dialled this program was refused. A connection's thread."""
+        """Note that a node which dialled this program was refused. A gate's thread."""
         message = 'its connection was rejected: ' + text
         self._driver.call_soon(self._nodes.add_unusable, address, address, message)
 
@@ -13645,37 +13674,37 @@ class HeldBack:
 
 
 class JobExchange:
-    """Jobs to nodes, and what comes of them: what the Schedule decides is sent, and what nodes tell
-    of jobs is handed to it. The driver's thread."""
+    """Sends jobs to nodes, and handles what comes of them: what the Schedule decides is sent, and
+    what nodes report about jobs is given to it. The driver's thread uses this class."""
 
     def __init__(self, driver: 'Driver') -> None:
         self._driver = driver
         self._nodes = driver.nodes
         self._clusters = driver.clusters
-        self.submitted: List[Any] = []               # in this turn
+        self.submitted: List[Any] = []               # jobs that were submitted in this turn
         self.outgoing = Outgoing()                   # of clusters with a journal
-        self._lost_text = ''     # of a fault after which jobs may be nowhere
+        self._lost_text = ''     # the fault after which jobs may be lost
         self._lost_at = 0.0      # when they are looked for
 
     def take(self, job: DispyJob) -> None:
-        """A job that waits again from now on."""
+        """Take over a job that waits again from now on."""
         self.submitted.append(job)
         self._driver.soon()
 
     def take_submitted(self) -> None:
-        """Hand what was submitted in this turn to the Schedule."""
+        """Give the jobs that were submitted in this turn to the Schedule."""
         if self.submitted:
             works = list(self.submitted)
             self.submitted.clear()
             self._driver.decide(Submitted(works))
 
     def send_jobs(self, action: SendJobs) -> None:
-        """The Schedule has chosen a node for them."""
+        """Send jobs to the node that the Schedule has chosen."""
         cluster = self._clusters[action.comp]
         cluster.send_jobs(self._nodes.by_key[action.node], action.works)
 
     def send_to_node(self, action: Any) -> None:
-        """The Schedule wants jobs to be cancelled or given back."""
+        """Send a node the Schedule's request that jobs are cancelled or returned."""
         peer = self._nodes.by_key.get(action.node)
         if peer is None:
             return
@@ -13687,7 +13716,7 @@ class JobExchange:
             kind = ReturnJobs
         serials = action.serials
         stay = self._unsend(peer, action.comp, serials)
-        if stay:   # they have not come there, nor will they
+        if stay:   # they have not arrived there and will not
             event = NodeReturned(peer.key, action.comp, stay)
             self._driver.decide(event)
             serials = [serial for serial in serials if serial not in stay]
@@ -13695,7 +13724,8 @@ class JobExchange:
             self._driver.send(peer.link, message)
 
     def send_ack(self, action: SendAck) -> None:
-        """Collected, so that a round trip of one job is not two."""
+        """Queue an acknowledgement. Acknowledgements are collected, so that one job does not need
+        two round trips."""
         comp = action.comp
         peer = self._nodes.by_key.get(action.node)
         if peer is None:
@@ -13710,7 +13740,7 @@ class JobExchange:
             self._driver.chores.within(ACK_AFTER)
 
     def acknowledge(self, peer: NodeConnection) -> None:
-        """Tell a node which results are here."""
+        """Tell a node which results were received."""
         if peer.link is not None:
             for comp, use in peer.uses.items():
                 if not use.acks:
@@ -13723,28 +13753,28 @@ class JobExchange:
 
     @staticmethod
     def _unsend(peer: NodeConnection, comp: str, serials: Iterable[int]) -> List[int]:
-        """Large arguments of these need not go on to a node. Returns serials of those that have not
-        come there."""
+        """Stop sending large arguments of these jobs to a node. Returns the serials of those that
+        have not arrived there."""
         if peer.link is not None and peer.link.later:
             return peer.link.abandon(comp, serials)
         return []
 
     def note_down(self) -> None:
-        """Commit the journals; what was noted leaves."""
+        """Commit the journals, and send what has been recorded."""
         before = set(self.outgoing.held_up)
         leaving, staying = self.outgoing.commit()
         for peer, frame in leaving:
             self._driver.say_to(peer, frame)
         for comp in self.outgoing.held_up | before:
             self._hold_up(comp, comp not in before)
-        for peer, comp, serials in staying:   # it never left
+        for peer, comp, serials in staying:   # they were never sent
             event = NodeReturned(peer.key, comp, serials)
             self._driver.decide(event)
         if self.outgoing.held_up:
             self._driver.chores.within(Outgoing.AGAIN)
 
     def _hold_up(self, comp: str, is_new: bool) -> None:
-        """The journal of a cluster cannot be written, or can be again."""
+        """Note that the journal of a cluster cannot be written, or can be written again."""
         stuck = comp in self.outgoing.held_up
         if stuck and is_new:
             logger.error(
@@ -13765,7 +13795,7 @@ class JobExchange:
                 self._driver.decide(event)
 
     def on_results(self, peer: NodeConnection, message: Results) -> None:
-        """Jobs have ended at a node, or go on and have a provisional result."""
+        """Take the results of jobs that have ended on a node, and provisional ones."""
         rows = message.rows
         comp = message.comp
         if peer.link is not None and peer.link.later:
@@ -13785,7 +13815,7 @@ class JobExchange:
         self._driver.decide(event)
 
     def on_returned(self, peer: NodeConnection, message: JobsReturned) -> None:
-        """A node gives back jobs that have not begun."""
+        """Take jobs that a node returns because they have not begun."""
         serials = message.serials
         comp = message.comp
         if comp in self._driver.recoveries.by_comp:
@@ -13796,19 +13826,19 @@ class JobExchange:
         self._driver.decide(event)
 
     def on_started(self, peer: NodeConnection, message: Started) -> None:
-        """Jobs have begun."""
+        """Note that jobs have begun."""
         event = NodeStarted(peer.key, message.comp, message.rows)
         self._driver.decide(event)
 
     def job_of(self, peer: NodeConnection, comp: str, serial: int) -> Any:
-        """The job that a message of a node speaks of, while it is there."""
+        """Return the job that a message of a node names, as long as it is there."""
         node = self._driver.schedule.nodes.get(peer.key)
         if node is not None:
             return node.in_flight.get(comp, {}).get(serial)
         return None
 
     def on_output(self, peer: NodeConnection, message: Output) -> None:
-        """What a running job prints or logs."""
+        """Take what a running job prints or logs."""
         cluster = self._clusters.get(message.comp)
         job = self.job_of(peer, message.comp, message.serial)
         if cluster is None:
@@ -13819,17 +13849,18 @@ class JobExchange:
             self._driver.held_back.output(peer, message)
 
     def job_started(self, peer: NodeConnection, job: Any) -> None:
-        """A job has begun, and what says so may come later."""
+        """Note that a job has begun, although the message that says so may come later."""
         event = NodeStarted(peer.key, job.comp, [(job.serial, 0.0)])
         self._driver.decide(event)
 
     def jobs_started(self, action: JobsStarted) -> None:
-        """As the Schedule knows, jobs have begun."""
+        """Tell the clusters which jobs have begun, as the Schedule knows."""
         cluster = self._clusters[action.comp]
         cluster.jobs_started(self._nodes.by_key[action.node], action.pairs)
 
     def failed_once(self, action: JobFailedOnce) -> None:
-        """Whether a job is repeated is found out by an opener: its exception may be the user's."""
+        """Have an opener determine whether a job is repeated: its exception may be one of the
+        user's classes."""
         if self._driver.files.incoming:
             attempt = (action.comp, action.row[0])
             self._driver.files.abort_attempt(attempt)
@@ -13858,10 +13889,11 @@ class JobExchange:
             cluster.jobs_ended(peer, [(job, row)])
 
     def job_stays(self, action: JobStays) -> None:
-        """A job is not repeated: who has asked, by RepeatNot, ends it."""
+        """Do nothing: the thread that has sent RepeatNot ends the job."""
 
     def jobs_ended(self, action: JobsEnded) -> None:
-        """As the Schedule knows, jobs have ended, or have a provisional result."""
+        """Give the clusters the results of jobs, final or provisional, as the Schedule knows
+        them."""
         if self._driver.files.incoming:
             for _, row in action.pairs:
                 if row[1] not in PROVISIONAL:
@@ -13874,7 +13906,7 @@ class JobExchange:
         cluster.jobs_ended(self._nodes.by_key[action.node], action.pairs)
 
     def job_waits(self, action: JobWaits) -> None:
-        """A job that was sent waits again."""
+        """Tell the cluster that a job which was sent waits again."""
         self._driver.lost_nodes.requeued += 1
         if action.work.state in _WAITING:   # otherwise its second attempt goes on
             self._driver.held_back.forget(action.work.comp, action.work.serial)
@@ -13882,16 +13914,16 @@ class JobExchange:
         cluster.job_waits(action.work)
 
     def job_parked(self, action: JobParked) -> None:
-        """A job waits for a node that is large enough."""
+        """Tell the cluster that a job waits for a node that is large enough."""
         cluster = self._clusters[action.work.comp]
         cluster.job_parked(action.work, action.text)
 
     def jobs_held(self, action: JobsHeld) -> None:
-        """Jobs wait because of a limit of their user."""
+        """Tell the cluster that jobs wait because of a limit of their user."""
         self._clusters[action.comp].jobs_held(action.text)
 
     def job_ended(self, action: JobEnded) -> None:
-        """A job has ended without a result."""
+        """Tell the cluster that a job has ended without a result."""
         work = action.work
         self._driver.lost_nodes.ended += 1
         self._driver.held_back.forget(work.comp, work.serial)
@@ -13901,8 +13933,8 @@ class JobExchange:
         cluster.job_ended(work, action.text)
 
     def refused_frame(self, peer: NodeConnection, link: Link, message: Wrong) -> None:
-        """The other side cannot use what was sent: the jobs that were in it end after a few times,
-        and it is reached again later."""
+        """Handle a frame that the other side cannot use: the jobs in it end after a few such
+        frames, and the peer is reached again later."""
         text = 'it cannot use what was sent: %s' % message.text
         for comp, serial in self._driver.refusals.refused(link, message.frame):
             row = (serial, int(Outcome.DIED), 0.0, 0.0,
@@ -13913,7 +13945,7 @@ class JobExchange:
         raise LinkBroken(text)
 
     def end_unsent(self, action: Union[SendJobs, SendSecond], text: str) -> None:
-        """None of these jobs can be sent, for a fault of ours."""
+        """End jobs that cannot be sent because of a fault of dispy."""
         payload = text.encode('utf-8', 'replace')
         rows = [(work.serial, int(Outcome.DIED), 0.0, 0.0, payload, b'', b'')
                 for work in action.works]
@@ -13921,12 +13953,12 @@ class JobExchange:
         self._driver.decide(event)
 
     def note_fault(self, text: str) -> None:
-        """Jobs that were in hand are looked for soon, once for many faults."""
+        """Look soon for the jobs that were being handled, once for many faults."""
         self._lost_text = text
         self._driver.soon()
 
     def end_lost_when_due(self, due: List[float]) -> None:
-        """End jobs that a fault of ours has lost, when it is time to."""
+        """End jobs that a fault of dispy has lost, if it is time to."""
         if self._lost_text and self._driver.now >= self._lost_at:
             text = self._lost_text
             self._lost_text = ''
@@ -15149,7 +15181,7 @@ class Driver(Loop):
     chores - what is to be done now and then
     """
     log = logger
-    PARTING = 2.0    # parts of large values may fill a link, and the other side would wait for us
+    PARTING = 2.0    # parts of large values may fill a link, for whose rest the peer waits
 
     def __init__(self,
                  access: ConnectionSettings,
@@ -15159,7 +15191,7 @@ class Driver(Loop):
         self.instance = instance or _instance
         self.parts = parts
         self.policy = policy or NodePolicy()
-        psk = derive_key(access.secret)   # these may fail, and there are no sockets yet
+        psk = derive_key(access.secret)   # this may fail, before there are sockets
         tls = None
         if access.certfile:
             tls = tls_context(False, access.certfile, access.keyfile, access.cafile)
@@ -15167,11 +15199,12 @@ class Driver(Loop):
         self.access = access
         self.values.where = 'in the program'
         self.schedule = Schedule()
-        self.broken = ''                    # why the driver's thread has ended before its time
+        self.broken = ''                    # why the driver's thread has ended early
         self.clusters: Dict[str, NodeUser] = {}      # by their computations
         self.openers = parts.pool('dispy-opener', 2)
         self.callbacks = parts.pool('dispy-callback', CALLBACK_THREADS, CALLBACK_TIME)
-        self.tellers = parts.pool('dispy-status', 1)   # one: changes are told in their order
+        # One thread: changes are reported in their order
+        self.tellers = parts.pool('dispy-status', 1)
         self.nodes = NodeTable()
         self.connector = Connector(self, psk, tls)
         self.selection = NodeSelection(self)
@@ -15245,7 +15278,7 @@ class Driver(Loop):
 
     def finish(self) -> None:
         """Leave all nodes and end the thread. Any thread but the driver's."""
-        with contextlib.suppress(RuntimeError, TimeoutError):   # it has broken before
+        with contextlib.suppress(RuntimeError, TimeoutError):   # the driver has failed before
             self.ask(self._leave)
 
         def join(seconds: float) -> bool:
@@ -15254,25 +15287,25 @@ class Driver(Loop):
         in_slices(join, CALL_TIME)
 
     def ask(self, call: Callable[[], Any]) -> Any:
-        """Call it in the driver's thread and return what it returns. Any thread but the
+        """Call a function in the driver's thread and return its result. Any thread but the
         driver's."""
         future: 'concurrent.futures.Future[Any]' = concurrent.futures.Future()
         if self.broken:
             raise RuntimeError(self.broken)
         self.post(RunInDriver(call, future))
-        if self.broken:   # set before the inbox is emptied for the last time
+        if self.broken:   # it is set before the inbox is emptied for the last time
             raise RuntimeError(self.broken)
         return answer_of(future, CALL_TIME)
 
     def call_soon(self, call: Callable[..., Any], *args: Any) -> None:
-        """Call it in the driver's thread. Any thread."""
+        """Call a function in the driver's thread. Any thread."""
         event = RunInDriver(functools.partial(call, *args), None)
         self.post(event)
 
     def _main(self) -> None:
         try:
             self.run()
-        except BaseException as exc:  # our own fault; nobody may wait for ever because of it
+        except BaseException as exc:  # a fault of dispy; nobody may wait forever because of it
             self.broken = "dispy's driver thread has failed: %s" % describe_exception(exc).strip()
             logger.exception('the driver thread has failed; all jobs end as Abandoned')
             for cluster in list(self.clusters.values()):
@@ -15299,8 +15332,8 @@ class Driver(Loop):
                 event.future.set_exception(RuntimeError(self.broken))
 
     def after_fork(self) -> None:
-        """In a forked child the driver's thread does not exist. Let go of its sockets without a
-        word, so that nodes do not take the child for the client."""
+        """Close the sockets in a forked child, in which the driver's thread does not exist. No
+        message is sent, so that nodes do not take the child for the client."""
         self.broken = ('this process was forked from the one that made the cluster: make a new '
                        'one here')
         links = self.links.values()
@@ -15323,8 +15356,8 @@ class Driver(Loop):
     # -- clusters ----------------------------------------------------------------------------------
 
     def open(self, cluster: NodeUser, probe: bool) -> None:
-        """Begin to use nodes for a cluster; with `probe` start one here if none answers soon.
-        Raises OSError if it is to listen and cannot."""
+        """Begin to use nodes for a cluster; with `probe`, start a node here if none answers soon.
+        Raises OSError if the cluster is to listen and cannot."""
         self.decisions.look()
         comp = cluster.comp
         for where in cluster.hosts:
@@ -15345,8 +15378,9 @@ class Driver(Loop):
             self.selection.use_embedded(comp)
 
     def forget(self, comp: str, shutdown: bool = False) -> Set[str]:
-        """A cluster is closed: end its jobs, tell its nodes, which may end when this client lets
-        them go. Returns the places of nodes that could not be told, as they are not connected."""
+        """End the jobs of a cluster that is closed, and tell its nodes, which may end when this
+        client releases them. Returns the places of nodes that could not be told, because they are
+        not connected."""
         connector = self.connector
         untold: Set[str] = set()
         if self.clusters.get(comp) is None:
@@ -15373,8 +15407,8 @@ class Driver(Loop):
         return untold
 
     def is_over(self, comp: str) -> bool:
-        """Whether nobody here wants anything of a computation any more that a node still has for
-        this process."""
+        """Return whether nobody here wants anything of a computation any more that a node still has
+        for this process."""
         if comp in self.clusters:
             return False
         return comp not in self.recoveries.by_comp
@@ -15382,12 +15416,12 @@ class Driver(Loop):
     # -- loop --------------------------------------------------------------------------------------
 
     def posted(self) -> List[Any]:
-        """What was posted and has not been handled."""
+        """Return what was posted and has not been handled."""
         return list(self._inbox)
 
     def decide(self, event: Any) -> List[Any]:
-        """Hand an event to the Schedule, and carry out what it decides, which is returned. This and
-        `flush` are the only places where the Schedule is called."""
+        """Give an event to the Schedule, and carry out what it decides, which is returned. This
+        method and `flush` are the only places that call the Schedule."""
         actions = self.schedule.handle(event, self.now)
         if self.decisions.is_on:
             self.decisions.add(event, actions)
@@ -15395,14 +15429,14 @@ class Driver(Loop):
         return actions
 
     def on_event(self, event: Any) -> None:
-        """Jobs, answers of dial threads, questions of user threads."""
+        """Handle jobs, answers of dial threads, and questions of threads of the user."""
         self._events[type(event)](event)
 
     def _asked(self, event: RunInDriver) -> None:
         future = event.future
         try:
             answer = event.call()
-        except Exception as exc:  # the asker gets it
+        except Exception as exc:  # the caller gets it
             if future is None:
                 raise
             future.set_exception(exc)
@@ -15413,10 +15447,11 @@ class Driver(Loop):
     # -- faults of ours ----------------------------------------------------------------------------
 
     def on_fault(self, subject: Any, text: str) -> bool:
-        """End what the fault concerns: a link, or jobs that are nowhere any more."""
+        """End what the fault concerns: a link, or jobs that are neither in the queue nor on a node
+        any more."""
         self.jobs.note_fault(text)
         if isinstance(subject, (SendJobs, SendSecond)):
-            # Some of them cannot be sent, and nobody knows which
+            # Some of them cannot be sent, and it is not known which
             self.jobs.end_unsent(subject, text)
             return True
         if isinstance(subject, (RunInDriver, StatusCallback, JobsEnded, JobEnded)):
@@ -15430,13 +15465,14 @@ class Driver(Loop):
         return super().on_fault(subject, text)
 
     def send(self, link: Link, message: Any) -> None:
-        """As a Loop's; it is noted which jobs are in which frame."""
+        """Send a message as a Loop does, and note which jobs are in which frame."""
         Loop.send(self, link, message)
         if type(message) is Jobs and link.sock is not None:   # in memory there are no frames
             self.refusals.sent(link, message)
 
     def unsaid(self, link: Link, message: Any, text: str) -> None:
-        """As a Loop's; who asks a scheduler for something gets the error."""
+        """Handle a message that could not be sent, as a Loop does; a request to a scheduler gets
+        the error as its answer."""
         peer = self.nodes.by_link.get(link.number)
         future = None
         if peer is not None:
@@ -15448,24 +15484,24 @@ class Driver(Loop):
             super().unsaid(link, message, text)
 
     def tell_later(self, call: Callable[..., Any], *args: Any) -> None:
-        """Call it after all that cluster_status functions have been told until now. The driver's
-        thread."""
+        """Call a function after all calls of cluster_status functions that are queued now. The
+        driver's thread."""
         self.tellers.run(call, *args)
 
     def is_teller(self) -> bool:
-        """Whether this is the thread that calls cluster_status functions. Any thread."""
+        """Return whether this is the thread that calls cluster_status functions. Any thread."""
         return threading.current_thread().name.startswith(self.tellers.name + '-')
 
     def tell_all(self, status: int, peer: NodeConnection, comps: Iterable[str]) -> None:
-        """A node has changed for these computations."""
+        """Tell the users of these computations that a node has changed."""
         for comp in comps:
             if comp in self.clusters:
                 self.clusters[comp].node_changed(status, peer)
 
     def end_of_turn(self) -> None:
-        """New jobs, jobs to nodes, and now and then what is due. The embedded node has a turn
-        before that, when results have come, and one after it, when jobs go there: so neither waits
-        for another turn of the loop."""
+        """Handle new jobs, send jobs to nodes, and do from time to time what is due. The embedded
+        node has a turn before that, when results have come, and one after it, when jobs go there:
+        so neither waits for another turn of the loop."""
         peers = self.nodes.by_key
         peer = peers.get(LOCAL)
         if peer is not None and peer.local is not None:
@@ -15475,7 +15511,7 @@ class Driver(Loop):
             if local.link.has_messages:
                 self.receive(local.link)
         self._own_turn()
-        peer = peers.get(LOCAL)   # it may be another
+        peer = peers.get(LOCAL)   # it may be another one now
         if peer is not None and peer.local is not None:
             if peer.local.has_messages:
                 self._turn_of(peer.local)
@@ -15495,14 +15531,14 @@ class Driver(Loop):
             self.fault(None, exc)
         if self.files.backlog.waiting:
             self.guard(None, self.files.send)
-        # Before anything of this turn is sent, and before results are acknowledged
+        # This comes before anything of this turn is sent, and before results are acknowledged
         if self.jobs.outgoing.journals:
             self.guard(None, self.jobs.note_down)
         if self.now >= self.chores.at:
             self.guard(None, self.chores.do)
 
     def next_timer(self) -> Optional[float]:
-        """When chores are due, at once while files wait for room in a link."""
+        """Return when chores are due; it is now while files wait for room in a link."""
         if self.files.backlog.waiting and self.files.backlog.has_room():
             return 0.0
         first = self.chores.at
@@ -15517,7 +15553,7 @@ class Driver(Loop):
         return first
 
     def flush(self) -> None:
-        """Let the Schedule send what waits to nodes that have room."""
+        """Let the Schedule send waiting jobs to nodes that have room."""
         schedule = self.schedule
         if schedule.away:
             self.lost_nodes.mark()
@@ -15531,7 +15567,7 @@ class Driver(Loop):
     # -- links -------------------------------------------------------------------------------------
 
     def on_channel(self, channel: Link) -> None:
-        """A link has something."""
+        """Handle what has come on a link."""
         peer = self.nodes.by_link[channel.number]
         for message in channel.messages(self.now):
             kind = type(message)
@@ -15539,7 +15575,7 @@ class Driver(Loop):
                 continue
             if kind is Wrong:
                 self.jobs.refused_frame(peer, channel, message)
-            if kind is Bye:   # what a node has not answered for was never started
+            if kind is Bye:   # attempts without a result from the node were never started
                 ready = []
                 for comp, use in peer.uses.items():
                     if use.state is AssignmentState.READY:
@@ -15553,11 +15589,11 @@ class Driver(Loop):
             self._messages[kind](peer, message)
 
     def on_silent(self, link: Link) -> None:
-        """Another connection is tried while this one still counts."""
+        """Try another connection while this one still counts."""
         self.connector.try_second(link)
 
     def on_broken(self, channel: Link, text: str) -> None:
-        """A link came to its end: the node is lost until it is reached again."""
+        """Handle the end of a link: the node is away until it is reached again."""
         self.lost_nodes.link_ended(channel, text)
 
     def remove_old_trails(self) -> None:
@@ -15568,7 +15604,7 @@ class Driver(Loop):
             self.openers.run(remove_old_trails)
 
     def has_sent(self) -> bool:
-        """Whether all that was said has left, where there is a link."""
+        """Return whether everything was sent, for the nodes that have a link."""
         for link in self.links.values():
             if link.wants_write:
                 return False
@@ -16011,57 +16047,59 @@ def recover_path(recover_file: Any, fault_recover: Any) -> Optional[str]:
 
 
 class JobBook:
-    """The jobs of a cluster in numbers, which of them have not ended, and who waits for them. Any
-    thread."""
+    """The jobs of a cluster in numbers, which of them have not ended, and the threads that wait for
+    them. Any thread."""
 
     def __init__(self) -> None:
         self.began = time.time()         # seconds since the epoch
         self.lock = threading.Lock()     # guards all that follows
         self.changed = threading.Condition(self.lock)
         self.closed = False              # no job can be submitted any more
-        self.owed: Set[DispyJob] = set()   # jobs for whose end the driver answers
-        self.pending = 0                 # have not ended, or their callback has not returned
+        self.owed: Set[DispyJob] = set()   # jobs for whose end the driver is responsible
+        self.pending = 0   # jobs that have not ended, or whose callback has not returned
         self.submitted = 0
-        self.finished = 0                # have ended as they should
-        # Status -> jobs that have ended otherwise; Finished: programs, by their exit status
+        self.finished = 0                # jobs that have succeeded
+        # Status -> number of other jobs that have ended; Finished: programs with an exit status
+        # that means failure
         self.unfinished: Dict[int, int] = {}
         self.at_nodes: Dict[str, List[Any]] = {}   # ADDRESS:NAME -> [node, jobs ended, seconds]
-        self.all_ended: Optional[float] = None     # when no job was pending, since the epoch
+        # When the last pending job ended, in seconds since the epoch
+        self.all_ended: Optional[float] = None
         self._waiters = 0                # callbacks that are in `wait`
         self._watchers = 0               # threads that wait for `changed`
 
     def enter(self, job: DispyJob) -> None:
-        """Count a job that is submitted. Called with the lock held."""
+        """Count a job that is submitted. The lock must be held."""
         self.pending += 1
         self.submitted += 1
         self.owed.add(job)
 
     def take_over(self, count: int) -> None:
-        """Count jobs of a program that has crashed, with which this cluster carries on."""
+        """Count jobs of a program that has crashed, with which this cluster continues."""
         with self.lock:
             self.pending += count
             self.submitted += count
 
     def answer_for(self, job: DispyJob) -> None:
-        """Note that the driver answers for the end of a job that was taken over."""
+        """Note that the driver is responsible for the end of a job that was taken over."""
         with self.lock:
             self.owed.add(job)
 
     def answered(self, jobs: Sequence[DispyJob]) -> None:
-        """The driver does not answer for these jobs any more: they have ended, or an opener ends
-        them."""
+        """Note that the driver is not responsible for these jobs any more: they have ended, or an
+        opener ends them."""
         with self.lock:
             self.owed.difference_update(jobs)
 
     def jobs_owed(self) -> List[DispyJob]:
-        """Return the jobs for whose end the driver answers."""
+        """Return the jobs for whose end the driver is responsible."""
         with self.lock:   # a job is added and posted with it held
             return list(self.owed)
 
     def add_results(self, jobs: Sequence[DispyJob], finished: int, peer: Any,
                     seconds: float) -> None:
-        """Jobs have come back from a node, where they ran for so many seconds in all; `finished` of
-        them have ended as they should."""
+        """Note that jobs have come back from a node, where they ran for so many seconds in all;
+        `finished` of them have succeeded."""
         with self.lock:
             self.owed.difference_update(jobs)
             self.finished += finished
@@ -16073,7 +16111,7 @@ class JobBook:
             row[2] += seconds
 
     def add_failure(self, status: int) -> None:
-        """Count a job that has ended with this status, and not as it should."""
+        """Count a job that has ended with this status without success."""
         with self.lock:
             self.unfinished[status] = self.unfinished.get(status, 0) + 1
 
@@ -16088,8 +16126,9 @@ class JobBook:
                     self.changed.notify_all()
 
     def wait(self, timeout: Optional[float]) -> bool:
-        """Wait until no job is pending, at most so many seconds; whether none is. In a callback the
-        job that it was called for is not waited for, nor are those whose callbacks wait too."""
+        """Wait until no job is pending, at most so many seconds. Returns whether none is. In a
+        callback, the job for which it was called is not waited for, nor are those whose callbacks
+        wait too."""
         own = getattr(_calling, 'book', None) is self
         if timeout is None:
             until = None
@@ -16136,13 +16175,12 @@ class JobBook:
             return self.submitted - self.pending, self.submitted
 
     def totals(self) -> Tuple[int, int, int, int]:
-        """Return how many jobs were submitted, have ended as they should, have failed and were
-        cancelled."""
+        """Return how many jobs were submitted, have succeeded, have failed and were cancelled."""
         with self.lock:
             return self._totals()
 
     def _totals(self) -> Tuple[int, int, int, int]:
-        """Return the same as `totals`. Called with the lock held."""
+        """Return the same as `totals`. The lock must be held."""
         ends = self.unfinished
         chosen_ends = []
         for state in (*FAILED, JobState.FINISHED):
@@ -16152,7 +16190,7 @@ class JobBook:
         return self.submitted, self.finished, failed, ends.get(DispyJob.Cancelled, 0)
 
     def by_state(self) -> Counts:
-        """Return how many jobs are in which state."""
+        """Return how many jobs are in each state."""
         with self.lock:
             owed = list(self.owed)
             submitted, done, failed, cancelled = self._totals()
@@ -16175,16 +16213,16 @@ class JobBook:
         return float(sum(row[2] for row in at_nodes))
 
     def close(self) -> bool:
-        """Take no more jobs. Returns whether jobs were taken until now."""
+        """Accept no more jobs. Returns whether jobs were accepted until now."""
         with self.lock:
             was_open = not self.closed
             self.closed = True
         return was_open
 
     def after_fork(self) -> None:
-        """Forget the jobs in a forked child: they are the parent's, and nobody here may wait for
-        them."""
-        self.lock = threading.Lock()   # a thread that is not here may hold the old one
+        """Forget the jobs in a forked child: they belong to the parent, and nobody here may wait
+        for them."""
+        self.lock = threading.Lock()   # a thread that does not exist here may hold the old one
         self.changed = threading.Condition(self.lock)
         self.closed = True
         self.pending = 0
@@ -16399,10 +16437,11 @@ STREAM_NAMES = {1: 'stdout', 2: 'stderr'}
 
 
 class ResultDelivery:
-    """Gives jobs their results: opens and counts them, and tells who waits for them or watches.
+    """Gives jobs their results: opens and counts them, and notifies those who wait for them or
+    observe them.
 
     ordered - job -> its provisional results and what comes after them, in order, with their nodes;
-        guarded by the lock of the book
+    guarded by the lock of the book
     driver - set before the cluster uses nodes
     """
     driver: 'Driver'
@@ -16417,7 +16456,7 @@ class ResultDelivery:
         self.ordered: Dict[DispyJob, Deque[Tuple[tuple, NodeConnection]]] = {}
 
     def began(self, job: DispyJob, start: float, peer: Union[NodeConnection, NodeInfo]) -> None:
-        """Note that a job has begun at a node, at this time in seconds since the epoch. The
+        """Note that a job has begun on a node, at this time in seconds since the epoch. The
         driver's thread."""
         with self._book.lock:   # beside a provisional result, and the end
             if job.status in ENDED:
@@ -16432,7 +16471,7 @@ class ResultDelivery:
 
     def goes_on_at(self, job: DispyJob, start: float,
                    peer: Union[NodeConnection, NodeInfo]) -> None:
-        """Note that another attempt of a job counts from now on, which has begun at a node at this
+        """Note that another attempt of a job counts from now on, which has begun on a node at this
         time. The driver's thread."""
         with self._book.lock:
             if job.status == DispyJob.ProvisionalResult:
@@ -16450,7 +16489,7 @@ class ResultDelivery:
         watched = self._output.watched(pairs)
         for job, row in pairs:
             payload = job.payload
-            # Nobody had told that it has begun
+            # It was not yet known that it has begun
             if job.status == 5 and (row[2] or row[1] != Outcome.CANCELLED):
                 job.ip_addr = peer.ip_addr
                 if self._callbacks.cluster_status is not None:
@@ -16497,8 +16536,8 @@ class ResultDelivery:
                     self._callbacks.provisional(job)
 
     def _show_provisional(self, job: DispyJob, row: tuple) -> bool:
-        """Give a job a provisional result. Returns False if the job has ended meanwhile or the
-        result cannot be opened."""
+        """Give a job a provisional result. Returns False if the job has ended in the meantime or
+        the result cannot be opened."""
         try:
             value = loads(row[4], True)
         except BaseException as exc:  # unpickling runs the user's code
@@ -16523,8 +16562,8 @@ class ResultDelivery:
         self._publish_ended([job])
 
     def end_with_driver(self, job: DispyJob, text: str) -> None:
-        """Abandon a job that has not ended, because the driver's thread ends for a fault of dispy.
-        Its arguments are left as they are: another thread may be sending them."""
+        """Abandon a job that has not ended, because the driver's thread ends after a fault of
+        dispy. Its arguments are not changed: another thread may be sending them."""
         job.state = JobState.ABANDONED
         job.exception = text
         job.end_time = time.time()
@@ -16555,7 +16594,7 @@ class ResultDelivery:
                 job.wake()
         if callbacks.job_status is None:
             self._book.settle(len(jobs))
-        elif driver.broken:   # the pool has ended with the driver
+        elif driver.broken:   # the pool has ended together with the driver
             for job in jobs:
                 callbacks.call_back(job)
         else:
@@ -16564,17 +16603,17 @@ class ResultDelivery:
 
 
 class Submitter:
-    """Takes jobs: checks their options, packs their arguments, writes them down and hands them to
-    the driver. Any thread.
+    """Accepts jobs: checks their options, packs their arguments, records them and gives them to the
+    driver. Any thread.
 
     numbers - ids of jobs for which the program gives none
     driver, journal - set before the cluster uses nodes
     """
     driver: 'Driver'
     journal: Optional[Journal] = None
-    resources: Request = ()   # that jobs ask for which do not say
+    resources: Request = ()   # the default request of jobs
     own_directory = False     # each job has a directory of its own
-    wanted: WantedOutput      # which files of jobs come back
+    wanted: WantedOutput      # which files of jobs are returned
 
     def __init__(self, comp: str, name: str, cargo: PackedComputation, bundles: ModuleBundles,
                  book: JobBook, callbacks: UserCallbacks, is_executor: bool) -> None:
@@ -16585,7 +16624,7 @@ class Submitter:
         self._bundles = bundles
         self._book = book
         self._callbacks = callbacks
-        # That files of modules have changed; an executor runs the new text
+        # Whether files of modules have changed; an executor then runs the new text
         self._told_of_change = is_executor
 
     def submit(self, number: Any, args: tuple, kwargs: dict, node: Any = None) -> DispyJob:
@@ -16610,7 +16649,8 @@ class Submitter:
         return self.enter(number, args, kwargs, options, payload)
 
     def with_defaults(self, options: Optional[dict]) -> Optional[dict]:
-        """The options of a job, with those of the cluster where it has none of its own."""
+        """Return the options of a job, with those of the cluster for the ones that it does not
+        have."""
         if self.resources or (options is not None and 'resources' in options):
             options = dict({'resources': self.resources}, **options or {})
             if not options['resources']:
@@ -16619,8 +16659,8 @@ class Submitter:
 
     def pack(self, args: tuple, kwargs: dict, depends: Sequence[Any] = (),
              returns: tuple = ()) -> Any:
-        """Return the arguments, packed as they are now. Raises ValueError if they are too large,
-        and what pickling them raises."""
+        """Return the packed current arguments. Raises ValueError if they are too large, and what
+        pickling them raises."""
         changed = self._bundles.changed()
         if changed:
             self._warn_of_change(changed)
@@ -16647,8 +16687,8 @@ class Submitter:
 
     def enter(self, number: Any, args: tuple, kwargs: dict, options: Optional[dict], payload: Any,
               future: Optional['DispyFuture'] = None) -> DispyJob:
-        """Return a new job with packed arguments, which is handed to the driver; `future` is that
-        of a call of an executor. Raises RuntimeError if the cluster was closed."""
+        """Return a new job with packed arguments, which is given to the driver; `future` is that of
+        a call of an executor. Raises RuntimeError if the cluster was closed."""
         if type(payload) is SharedPayload:
             options = dict(options or {}, values=payload.rows())
         if self.journal is None:
@@ -16678,14 +16718,14 @@ class Submitter:
         return job
 
     def look_at_modules(self, every: float = LOOK_EVERY) -> None:
-        """Warn if files of modules have changed since they travelled. They are looked at once in so
-        many seconds at most."""
+        """Warn if files of modules have changed since they were sent. They are examined at most
+        once in a number of seconds."""
         changed = self._bundles.changed(every)
         if changed:
             self._warn_of_change(changed)
 
     def _warn_of_change(self, changed: Sequence[str]) -> None:
-        """Tell the user, once, that jobs go on with the text of these modules that was sent."""
+        """Warn the user, once, that jobs go on with the text of these modules that was sent."""
         if not self._told_of_change:
             self._told_of_change = True
             logger.warning(
@@ -17104,7 +17144,7 @@ class ProgramCluster(ComputationUser):
         self.book = parts.book()
         self.name = name_of(computation)
         self.comp = self.client = parts.new_comp()
-        # Who has it may take the results; it is sent when that is wanted
+        # It authorizes to take the results, and is sent when that is requested
         self.key = os.urandom(32)
         self.port = options.port
         self.specs = options.specs
@@ -17140,11 +17180,11 @@ class ProgramCluster(ComputationUser):
         return ComputationNotes(head, self.name, self.comp)
 
     def _complete_cargo(self, computation: Any) -> None:
-        """Add to the computation what nodes are told beside it. Raises ValueError."""
+        """Add to the computation what nodes are told besides it. Raises ValueError."""
         options = self.options
         check_cargo(self.cargo.spec)
         for spec in self.specs:
-            # It may choose others later, which are checked then
+            # It may choose other values later, which are checked then
             if spec.allocator is None:
                 continue
             if not spec.allocator.setup_args:
@@ -17191,8 +17231,8 @@ class ProgramCluster(ComputationUser):
     # -- life; user threads ------------------------------------------------------------------------
 
     def start(self, cluster: Any) -> None:
-        """Begin to use nodes for a JobCluster, and carry on with what is in its recover_file.
-        Raises SecretError, DispyError or OSError; nothing is left then."""
+        """Begin to use nodes for a JobCluster, and continue with what is in its recover_file.
+        Raises SecretError, DispyError or OSError; nothing remains then."""
         access = self.options.access()
         if self.options.recover_file is None:
             self._use_nodes(cluster, access)
@@ -17228,7 +17268,7 @@ class ProgramCluster(ComputationUser):
         self._warn_of_others()
 
     def _warn_of_others(self) -> None:
-        """Warn at the third cluster of one function that is open: a cell or a loop makes one each
+        """Warn when the third cluster of one function is opened: a cell or a loop may make one each
         time."""
         same = []
         for core in map(core_of, list(_clusters)):
@@ -17271,12 +17311,12 @@ class ProgramCluster(ComputationUser):
 
     @property
     def closed(self) -> bool:  # type: ignore[override]
-        """True if nothing can be submitted any more. Any thread."""
+        """Return whether nothing can be submitted any more. Any thread."""
         return self.book.closed
 
     def close(self, timeout: Optional[float], terminate: bool, shutdown: bool = False) -> bool:
         """Close the cluster, see JobCluster.close; with `shutdown`, nodes may end when this program
-        lets them go."""
+        releases them."""
         if not terminate and not self.closed:
             self.submitter.look_at_modules(0.0)
             if not self.book.wait(_seconds('timeout', timeout)):
@@ -17287,14 +17327,14 @@ class ProgramCluster(ComputationUser):
         try:
             self._leave(shutdown)
         finally:
-            self.cluster = None   # otherwise the two would keep each other
+            self.cluster = None   # otherwise the two would keep each other alive
         self.tell_failures()
         return True
 
     def _leave(self, shutdown: bool) -> None:
         driver = self.driver
         nodes = self._nodes_in_use()
-        if driver.broken:   # nodes could not be told, and what runs there can be collected
+        if driver.broken:   # nodes could not be told, and running jobs can be collected
             if self.trail is not None:
                 self.trail.close(remove=False)
             return
@@ -17303,12 +17343,12 @@ class ProgramCluster(ComputationUser):
             driver.ask(self.takeover.end)
             untold = driver.ask(lambda: driver.forget(self.comp, shutdown))
         except RuntimeError as exc:
-            # The driver has failed meanwhile, and has ended the jobs itself
+            # The driver has failed in the meantime, and has ended the jobs itself
             logger.debug('%s: %s', self.name, exc)
-        except Exception as exc:  # a fault of ours; the cluster is closed all the same
+        except Exception as exc:  # a fault of dispy; the cluster must be closed
             logger.error('%s: the nodes could not be released in good order: %s: %s', self.name,
                          type(exc).__name__, exc)
-        self.book.wait(CALL_TIME)   # for callbacks of what was cancelled
+        self.book.wait(CALL_TIME)   # for callbacks of cancelled jobs
         with contextlib.suppress(RuntimeError):   # the driver has failed
             self.callbacks.tell_closed(nodes)
         if self.trail is not None:
@@ -17322,7 +17362,7 @@ class ProgramCluster(ComputationUser):
             self._parts.drivers.release(driver)
 
     def _log_end(self) -> None:
-        """Log what came of the computation, in numbers."""
+        """Log the results of the computation in numbers."""
         book = self.book
         nodes = many(len(book.at_nodes), 'node')
         logger.info('%s: the computation has ended after %.1f s: %s; they ran for %.1f s on %s',
@@ -17339,12 +17379,12 @@ class ProgramCluster(ComputationUser):
         except (RuntimeError, concurrent.futures.TimeoutError):
             # The driver or the scheduler is gone
             return []
-        node_descriptions: List[DispyNode] = []
+        nodes: List[DispyNode] = []
         for row in rows:
             if row.state in ('ready', 'draining'):
-                node_description = describe_node(row, 'closed', '', row.cpus, 0)
-                node_descriptions.append(node_description)
-        return node_descriptions
+                node = describe_node(row, 'closed', '', row.cpus, 0)
+                nodes.append(node)
+        return nodes
 
     def tell_failures(self) -> None:
         """Warn, once, if jobs have failed and the program has not looked at any reason."""
@@ -17362,7 +17402,7 @@ class ProgramCluster(ComputationUser):
         self.driver.ask(lambda: self.driver.cancels.cancel_waiting(self.comp, but_first))
 
     def after_fork(self) -> None:
-        """Let go, in a forked child, of the jobs and the journal, which are the parent's."""
+        """Release the jobs and the journal in a forked child: they belong to the parent."""
         self.book.after_fork()
         self.journal = None
         self.submitter.journal = None
@@ -17391,8 +17431,7 @@ class ProgramCluster(ComputationUser):
     # -- for monitors; any thread ------------------------------------------------------------------
 
     def jobs_counted(self) -> Tuple[int, int, int, int]:
-        """Return how many jobs were submitted, have ended as they should, have failed and were
-        cancelled."""
+        """Return how many jobs were submitted, have succeeded, have failed and were cancelled."""
         return self.book.totals()
 
     def jobs_at_nodes(self) -> Dict[str, Tuple[Any, int, float]]:
@@ -17431,13 +17470,13 @@ class ProgramCluster(ComputationUser):
     # -- jobs; the driver's thread -----------------------------------------------------------------
 
     def send_jobs(self, peer: NodeConnection, works: Sequence[DispyJob]) -> None:
-        """Send jobs to a node. With a journal they leave when it has been noted that they do."""
+        """Send jobs to a node. With a journal they are sent when it has recorded that they are."""
         if self.journal is not None:
             self.journal.sent(works, peer.place, peer.memory)
         self.send_rows(peer, works)
 
     def send_rows(self, peer: NodeConnection, works: Sequence[ScheduledJob]) -> None:
-        """Send what a node has to know of attempts, when it is noted that they are sent."""
+        """Send what a node must know of attempts, when it is recorded that they are sent."""
         messages = job_frames(self.comp, works, peer.scheduler)
         if self.journal is not None:
             self.driver.jobs.outgoing.add(self.comp, peer, messages)
@@ -17457,11 +17496,11 @@ class ProgramCluster(ComputationUser):
         self.live_output.came(work, message)
 
     def jobs_ended(self, peer: NodeConnection, pairs: List[Tuple[DispyJob, tuple]]) -> None:
-        """Give jobs their results. What may run the user's code when it is opened is left to an
+        """Give jobs their results. Results whose opening may run the user's code are left to an
         opener."""
         plain: List[Tuple[DispyJob, tuple]] = []
         code: List[Tuple[DispyJob, tuple]] = []
-        # Such come alone, and take time to open
+        # Such results come alone, and opening them takes time
         large = len(pairs) == 1 and len(pairs[0][1][4]) > LAZY
         ordered = self.delivery.ordered
         notes = self.journal is not None or self.live_output.on_output is not None
@@ -17500,7 +17539,7 @@ class ProgramCluster(ComputationUser):
         return True
 
     def job_waits(self, work: DispyJob) -> None:
-        """Make a job as it was before it was sent."""
+        """Restore a job to its state before it was sent."""
         if self.journal is not None:
             self.journal.waits(work)
         work.status = DispyJob.Created
@@ -17522,19 +17561,19 @@ class ProgramCluster(ComputationUser):
         self.book.answered([work])
 
     def fail_job(self, work: DispyJob, text: str) -> None:
-        """Abandon a job that is nowhere any more."""
+        """Abandon a job that is neither in the queue nor on a node any more."""
         if work.status not in ENDED:
             work.state = JobState.ABANDONED
             self.job_ended(work, text)
 
     def jobs_owed(self) -> List[DispyJob]:
-        """Return the jobs for whose end the driver answers. Any thread."""
+        """Return the jobs for whose end the driver is responsible. Any thread."""
         return self.book.jobs_owed()
 
     def driver_failed(self, text: str) -> None:
-        """Abandon all jobs: the driver's thread ends for a fault of dispy."""
-        jobs_owed = self.book.jobs_owed()
-        for job in jobs_owed + self.takeover.left():
+        """Abandon all jobs, because the driver's thread ends after a fault of dispy."""
+        owed = self.book.jobs_owed()
+        for job in owed + self.takeover.left():
             if job.status not in ENDED:
                 self.delivery.end_with_driver(job, text)
 
@@ -17558,7 +17597,7 @@ def has_exception(row: tuple) -> bool:
 
 
 def has_code(row: tuple) -> bool:
-    """Whether to open what is in a row of Results may run the user's code."""
+    """Return whether to open what is in a row of Results may run the user's code."""
     if row[1] == Outcome.RETURNED_CODE:
         return True
     return row[1] == Outcome.RAISED and has_exception(row)
@@ -18546,7 +18585,7 @@ class SharedDelivery(ResultDelivery):
 
 
 class SharedProgramCluster(ProgramCluster):
-    """A SharedJobCluster as its driver knows it: the only node is the scheduler."""
+    """A SharedJobCluster in the form that its driver knows: the only node is the scheduler."""
     remote = True
     delivery: SharedDelivery
     nodes: SchedulerCommands

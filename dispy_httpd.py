@@ -4099,7 +4099,7 @@ HTML = r'''<!DOCTYPE html>
 <script src="app.js" defer></script>
 </head>
 <body>
-<a class="skip" href="#main">To the content</a>
+<a class="skip" href="#main">Skip to the content</a>
 <header>
   <span class="brand"><img src="icon.svg" alt="" width="22" height="22">dispy</span>
   <nav id="nav" aria-label="Pages"></nav>
@@ -4107,7 +4107,9 @@ HTML = r'''<!DOCTYPE html>
 </header>
 <main id="main" tabindex="-1"><p class="empty">Loading.</p></main>
 <p id="note" class="note" role="status" aria-live="polite" hidden></p>
-<noscript><p class="empty">This page needs JavaScript, and loads only its own.</p></noscript>
+<noscript>
+<p class="empty">This page needs JavaScript, all of which comes from this server.</p>
+</noscript>
 </body>
 </html>
 '''
@@ -4701,8 +4703,8 @@ SCRIPT = r'''"use strict";
 
 const SVG_NAMESPACE = "http://www.w3.org/2000/svg";
 const SVG_TAGS = new Set(["svg", "path", "rect", "line", "g", "title"]);
-// The reader changes these attributes; after an element was made they are left alone. An element
-// with data-own is left alone as a whole.
+// The user changes these attributes, so that they are not updated after an element was made. An
+// element with data-own is not updated at all.
 const READERS_OWN = new Set(["value", "checked", "open"]);
 const DASH = "\u2013";
 const THIN = "\u2009";   // a space between thousands
@@ -4738,7 +4740,7 @@ function make(item) {
   return element;
 }
 
-// Whether a node of the document can be changed into what is described.
+// Whether a node of the document can be updated to the description.
 function fits(node, item) {
   if (typeof item !== "object") return node.nodeType === Node.TEXT_NODE;
   if (node.nodeType !== Node.ELEMENT_NODE) return false;
@@ -4771,8 +4773,8 @@ function childrenByKey(parent) {
   return keyed;
 }
 
-// The child that is to become what is described: the one with its key, wherever it stands, or the
-// one whose turn it is. Null if there is none that fits.
+// The child that is to be updated: the one with the same key, at any position, or else the one at
+// this position. Null if there is no suitable one.
 function findChild(keyed, at, item) {
   const found = keyed.get(keyOf(item)) || at;
   return found && fits(found, item) ? found : null;
@@ -4873,7 +4875,7 @@ const CROSS = "\u2715";
 const SQUARE = "\u25a1";
 const SQUARE_FULL = "\u25a0";
 const DIAMOND = "\u25c6";
-// state -> shape and kind. The colour of the kind only repeats what word and shape say.
+// State -> shape and kind. The colour of the kind only repeats the meaning of word and shape.
 const STATES = {
   "ready": [FULL, "good"],
   "connected": [FULL, "good"],
@@ -4925,12 +4927,12 @@ const PAGES = {
   accounts: "Accounts",
   manage: "Manage",
 };
-// Those that are shown where only nodes are watched
+// Pages that are shown if only nodes are observed
 const NODE_PAGES = new Set(["nodes", "manage"]);
-// A page that is no entry of the navigation -> the one that is marked for it
+// A page without an entry in the navigation -> the entry that is marked for it
 const ENTRY = {node: "nodes", job: "jobs"};
 const TITLES = {node: "Node", job: "Job"};
-// page -> what it asks of the server
+// Page -> the path that it requests from the server
 const SOURCES = {
   clusters: "clusters",
   timeline: "timeline",
@@ -4942,7 +4944,7 @@ const SOURCES = {
   accounts: "accounts",
   manage: "nodes",
 };
-// Words of the query that make it another page, which is drawn anew
+// Words of the query that make it another page, which is drawn from scratch
 const OF_PLACE = {node: ["id"], job: ["cluster", "job"], timeline: ["span", "page", "per", "sort"]};
 let token = sessionStorage.getItem("dispy-token") || "";
 let place = null;           // the page and its query
@@ -4961,7 +4963,7 @@ function placeKey() {
   return [place.page, ...words].join(" ");
 }
 
-// The token stands in the link that was opened. It is kept for this tab; the address bar loses it.
+// The token is in the link that was opened. It is kept for this tab and removed from the address.
 function takeToken() {
   const found = location.hash.match(/^#token=(.+)$/);
   if (!found) return;
@@ -4988,7 +4990,7 @@ function go() {
   draw();
 }
 
-// The address of a page. That of the page which is shown keeps the words of its query.
+// The address of a page. For the current page, the words of its query are kept.
 function href(page, changes) {
   const words = new URLSearchParams(page === place.page ? place.query : "");
   for (const [name, value] of Object.entries(changes || {})) words.set(name, value);
@@ -5008,8 +5010,8 @@ function addressOfView() {
   return "api/" + SOURCES[place.page] + (words ? "?" + words : "");
 }
 
-// Show what the server tells of this page, until another page is shown or the server has ended. It
-// is read as a stream; where none comes through, the server is asked again and again.
+// Show the data of this page, until another page is shown or the server has ended. The data is read
+// as a stream; if a stream does not get through, it is polled.
 async function listen() {
   if (reading) reading.abort();
   const mine = new AbortController();
@@ -5045,7 +5047,7 @@ async function listen() {
   }
 }
 
-// Whether an answer is what was asked for. A refusal is shown; a fault of the server is thrown.
+// Whether an answer has the requested data. A refusal is shown; a fault of the server is thrown.
 async function taken(answer) {
   if (answer.ok) return true;
   const body = await answer.json().catch(() => ({}));
@@ -5106,7 +5108,7 @@ function show(data) {
   draw();
 }
 
-// Change something; `words` makes a text for the reader of how many that concerned.
+// Request a change; `words` makes a text for the user from the number of objects concerned.
 async function post(path, body, words) {
   const headers = {"Content-Type": "application/json"};
   try {
@@ -5160,7 +5162,7 @@ function button(act, row, words) {
   return h("button", attributes, words);
 }
 
-// A button that asks once more before it does what cannot be undone.
+// A button that asks for confirmation of an action that cannot be undone.
 function doubt(name, words, attributes, disabled) {
   if (sure !== name) {
     const first = {
@@ -5180,7 +5182,7 @@ function doubt(name, words, attributes, disabled) {
   ];
 }
 
-// A link that sorts the table which is shown.
+// A link that sorts the current table.
 function sortLink(words, field, firstDescending) {
   const isSorted = view.sort === field;
   const desc = isSorted ? 1 - view.desc : Number(firstDescending);
@@ -5298,7 +5300,7 @@ function bar(row) {
   return h("svg", attributes, rects);
 }
 
-// What maps times and values to places in a plot of 600 by 120, whose lowest line is at 118.
+// The functions that map times and values to positions in a plot of 600 by 120; its base is at 118.
 function scales(from, to, top) {
   const x = time => (600 * (time - from) / Math.max(1, to - from)).toFixed(1);
   const y = value => (118 - 110 * value / top).toFixed(1);
@@ -5378,7 +5380,7 @@ const CPUS_PLOT = [
 function cancelWaiting(row) {
   if (!view.manages || !row.waiting || row.state === "closed") return null;
   const attributes = {"data-act": "cancel_waiting", "data-cluster": row.number};
-  const words = "Cancel " + count(row.waiting) + " waiting";
+  const words = "Cancel " + many(row.waiting, "waiting job");
   return h("span", {class: "actions"}, doubt("waiting" + row.number, words, attributes));
 }
 
@@ -5417,7 +5419,7 @@ function clusterCard(row) {
     h("dl", {class: "figures"}, figures),
     h("div", {class: "plots"},
       plot(row.plot, "Jobs ended", ENDED_PLOT),
-      plot(row.plot, "CPUs used; dashed: offered", CPUS_PLOT)));
+      plot(row.plot, "CPUs used (dashed: offered)", CPUS_PLOT)));
 }
 
 function clustersPage() {
@@ -5463,7 +5465,7 @@ function stateCell(row) {
   ];
 }
 
-// What is free, and how much there is in all.
+// The free amount and the total.
 function free(part, all) {
   return [size(part), all ? subline("of " + size(all)) : null];
 }
@@ -5482,7 +5484,7 @@ const NODE_COLUMNS = [
   ["Memory free", "memory", "n", row => free(row.memory, row.memory_total)],
   ["Disk free", "disk", "n", row => free(row.disk, row.disk_total)],
   ["Load", "load", "n", row => percent(row.load)],
-  ["Heard", "heard", "n", row => ago(row.heard)],
+  ["Last heard", "heard", "n", row => ago(row.heard)],
 ];
 
 function isConnected(row) {
@@ -5504,7 +5506,7 @@ function nodesInWords() {
 function nodesPage() {
   const rows = view.rows.length
     ? tableOf(NODE_COLUMNS, row => "n" + row.id, "Nodes")
-    : empty("No node is known yet.");
+    : empty("No nodes are known yet.");
   return [heading("Nodes", nodesInWords()), rows];
 }
 
@@ -5520,7 +5522,7 @@ function chooseCell(row) {
     type: "checkbox",
     "data-act": "choose",
     "data-job": jobKey(row),
-    "aria-label": "choose job " + row.id,
+    "aria-label": "select job " + row.id,
   });
 }
 
@@ -5581,7 +5583,7 @@ function factsOf(node) {
     ["Memory free", [size(node.memory), " of ", size(node.memory_total)]],
     ["Disk free", [size(node.disk), " of ", size(node.disk_total)]],
     ["Load", percent(node.load)],
-    ["Heard", ago(node.heard)],
+    ["Last heard", ago(node.heard)],
     ["Platform", node.platform || DASH],
     ["Clusters", uses.join(", ") || DASH],
   ];
@@ -5606,25 +5608,25 @@ function nodePlots(node) {
   const used = known(4).map(point => [point[0], 0, 0, 0, memory - point[4]]);
   return h("div", {class: "plots three"},
     plot(node.plot.map(point => [point[0], 0, point[1], point[2]]),
-      "CPUs used by jobs; dashed: offered", CPUS_PLOT),
+      "CPUs used by jobs (dashed: offered)", CPUS_PLOT),
     plot(known(3), "Load in %", LOAD_PLOT, {top: 100}),
     memory ? plot(used, "Memory used", MEMORY_PLOT, {top: memory, words: size}) : null);
 }
 
 function jobTools() {
   if (!view.manages || !view.total) return null;
-  const some = chosen.size ? many(chosen.size, "chosen job") : "chosen jobs";
+  const some = chosen.size ? many(chosen.size, "selected job") : "selected jobs";
   return h("div", {class: "tools"},
     doubt("some", "Cancel " + some, {"data-act": "cancel_some"}, !chosen.size),
     doubt("all", "Cancel all " + count(view.total), {"data-act": "cancel_all"}));
 }
 
 function noJobs() {
-  if (view.manages) return empty("No job is on this node.");
-  return empty("Only the program that uses this node knows which jobs these are.");
+  if (view.manages) return empty("There are no jobs on this node.");
+  return empty("Only the program that uses this node knows its jobs.");
 }
 
-// Jobs that have ended meanwhile are not chosen any more.
+// Jobs that have ended in the meantime are not selected any more.
 function forgetEndedJobs() {
   const there = new Set(view.rows.map(jobKey));
   for (const key of chosen) {
@@ -5642,7 +5644,7 @@ function nodePage() {
     h("p", {class: "soft"}, h("a", {href: "#/nodes"}, "\u2190 Nodes")),
     heading(node.name || node.address, addressOf(node)),
     nodeCard(node),
-    h("div", {class: "top"}, h("h2", {}, "Jobs there"), h("p", {}, count(view.total))),
+    h("div", {class: "top"}, h("h2", {}, "Jobs on this node"), h("p", {}, count(view.total))),
     jobTools(),
     jobs,
   ];
@@ -5679,7 +5681,7 @@ function clusterFilter() {
   return h("select", select, all, options);
 }
 
-// What else narrows the list, and how that ends.
+// The other conditions of the list, each with a link that removes it.
 function narrowed() {
   const words = [];
   const node = place.query.get("node");
@@ -5730,7 +5732,7 @@ const LISTED_COLUMNS = [
   ["Job", "id", "", jobCell],
   ["State", "state", "", row => state(row.state)],
   ["Node", "where", "", placeCell],
-  ["Time run", "seconds", "n", row => span(row.seconds)],
+  ["Run time", "seconds", "n", row => span(row.seconds)],
   ["Attempts", "attempts", "n", row => row.attempts || DASH],
   ["Last change", "time", "n", whenCell],
   ["Arguments", "", "wide", listedArguments],
@@ -5739,19 +5741,19 @@ const LISTED_COLUMNS = [
 function unlistedWords() {
   const {waiting, ended} = view.unlisted;
   const parts = [];
-  if (waiting) parts.push(count(waiting) + " that wait");
-  if (ended) parts.push(count(ended) + " that have ended");
+  if (waiting) parts.push(many(waiting, "waiting job"));
+  if (ended) parts.push(many(ended, "ended job"));
   if (!parts.length) return null;
   const words = "Not listed: " + parts.join(" and ") + ". The list has the last 10" + THIN +
-    "000 jobs that ended while the monitor was there, and the first 2" + THIN + "000 of a " +
-    "cluster that wait.";
+    "000 jobs that ended while the monitor was running, and the first 2" + THIN + "000 " +
+    "waiting jobs of each cluster.";
   return h("p", {class: "soft"}, words);
 }
 
 function jobsPage() {
   const rows = view.rows.length
     ? tableOf(LISTED_COLUMNS, row => "l" + jobKey(row), "Jobs")
-    : empty("No such job.");
+    : empty("No jobs match.");
   return [heading("Jobs", many(view.total, "job")), jobFilters(), rows, unlistedWords()];
 }
 
@@ -5763,9 +5765,9 @@ function jobFacts(row) {
     ["Node", placeCell(row)],
     ["CPUs", row.cpus],
     ["Submitted", row.submitted ? moment(row.submitted) : DASH],
-    ["Began", row.began ? moment(row.began) : DASH],
+    ["Started", row.began ? moment(row.began) : DASH],
     ["Ended", row.ended ? moment(row.ended) : DASH],
-    ["Time run", span(row.seconds)],
+    ["Run time", span(row.seconds)],
     ["Waited", row.submitted && row.began ? span(row.began - row.submitted) : DASH],
     ["Attempts", row.attempts || DASH],
   ];
@@ -5789,7 +5791,7 @@ function jobActions(row) {
   const look = {type: "button", "data-act": "stacks", "data-key": "stacks",
     "data-job": jobKey(row)};
   return h("span", {class: "actions"},
-    row.state === "running" ? h("button", look, "Show its stack") : null,
+    row.state === "running" ? h("button", look, "Show stack") : null,
     doubt("one" + jobKey(row), "Cancel", cancel));
 }
 
@@ -5823,14 +5825,14 @@ function part(title, ...content) {
 }
 
 function attemptsPart(row) {
-  const lost = row.lost_with.map(name => h("li", {}, "lost with the node " + name));
+  const lost = row.lost_with.map(name => h("li", {}, "lost with node " + name));
   const failed = row.failed_attempts.map(attempt => {
     const ran = span(attempt.ended - attempt.began);
     return h("li", {}, "attempt " + attempt.number + " on " + attempt.node + " until " +
       moment(attempt.ended) + ", " + ran + ": ", h("span", {class: "mono"}, attempt.text));
   });
   if (!lost.length && !failed.length) return null;
-  return part("Attempts that came to nothing", h("ul", {}, lost, failed));
+  return part("Failed attempts", h("ul", {}, lost, failed));
 }
 
 function jobPage() {
@@ -5851,7 +5853,7 @@ function jobPage() {
 }
 
 function outputWords(row) {
-  return isOver(row) ? "Nothing was printed." : "Nothing was printed yet.";
+  return isOver(row) ? "There is no output." : "There is no output yet.";
 }
 
 // -- the timeline ---------------------------------------------------------------------------------
@@ -5886,7 +5888,7 @@ class BarRow {
     }
   }
 
-  // Forget what has ended before this bin, now and then.
+  // Forget from time to time the runs that ended before this bin.
   trim(bin) {
     let gone = 0;
     while (4 * gone < this.runs.length && this.runs[4 * gone + 1] < bin) gone++;
@@ -6057,8 +6059,8 @@ class Bars {
     }
   }
 
-  // Colour and form say what has become of a job: one that was cancelled is half as high, one that
-  // failed has a line in it.
+  // Colour and shape show how a job ended: a cancelled one has half the height, a failed one has a
+  // line in it.
   paintBar(context, kind, begin, top, width, height) {
     context.fillStyle = this.colours[kind];
     if (kind === "cancelled") {
@@ -6092,7 +6094,7 @@ class Bars {
     context.strokeRect(x - 3, node.top + lane * this.lane - 1.5, 6, this.lane + 1);
   }
 
-  // Which CPU and which time are at a place of the canvas; null if there is none.
+  // The CPU and the time at a position of the canvas; null if there is none.
   find(x, y) {
     const node = this.nodes.find(one => y >= one.top && y < one.top + one.height);
     if (!node) return null;
@@ -6111,7 +6113,7 @@ class Bars {
     this.asking = setTimeout(() => this.askFor(cursor, x, y), 100);
   }
 
-  // The jobs at a place: one that runs, or those that have ended there.
+  // The jobs at a position: one that runs, or those that have ended there.
   async jobsAt(cursor) {
     const {node, lane, time} = cursor;
     const running = node.running.find(one => one[0] === lane && one[1] <= time + this.bin);
@@ -6150,7 +6152,7 @@ class Bars {
     patch(tip, [
       h("p", {class: "soft"}, where + ", " + clock(cursor.time)),
       ...lines,
-      lines.length ? "" : h("p", {}, "Nothing ran."),
+      lines.length ? "" : h("p", {}, "No jobs ran."),
       more > 0 ? h("p", {class: "soft"}, "and " + many(more, "other job")) : "",
     ].filter(item => item !== ""));
     cursor.found = found;
@@ -6165,7 +6167,7 @@ class Bars {
     if (tip) tip.hidden = true;
   }
 
-  // The keyboard: arrows move what is looked at.
+  // The arrow keys move the cursor.
   move(key) {
     if (!this.nodes.length) return;
     const cursor = this.cursor || {node: this.nodes[0], lane: 0, time: this.now() - this.bin};
@@ -6207,7 +6209,7 @@ function spanChoice() {
     return h("option", {value: seconds, "data-key": seconds, selected: seconds === view.span},
       words);
   });
-  const select = {name: "span", "data-act": "word", "aria-label": "time shown"};
+  const select = {name: "span", "data-act": "word", "aria-label": "time range"};
   return h("select", select, options);
 }
 
@@ -6219,18 +6221,18 @@ function legend() {
 }
 
 function timelinePage() {
-  if (!view.rows.length) return [heading("Timeline"), empty("No node is known yet.")];
+  if (!view.rows.length) return [heading("Timeline"), empty("No nodes are known yet.")];
   const busy = view.rows.reduce((sum, node) => sum + node.running.length, 0);
   const all = view.rows.reduce((sum, node) => sum + node.count, 0);
-  const words = busy + " of " + many(all, "CPU") + " at work";
+  const words = busy + " of " + many(all, "CPU") + " used";
   const canvas = {
     id: "bars",
     "data-own": true,
     "data-key": "bars",
     tabindex: 0,
     role: "img",
-    "aria-label": "When jobs ran on each CPU. The arrow keys move along the bars, Enter opens a " +
-      "job. The page Jobs has the same as a table.",
+    "aria-label": "Timeline of the jobs on each CPU. The arrow keys move along the bars, and " +
+      "Enter opens a job. The Jobs page shows the same jobs as a table.",
   };
   const tip = {id: "tip", class: "tip", "data-own": true, "data-key": "tip", role: "status",
     hidden: true};
@@ -6244,7 +6246,7 @@ function timelinePage() {
 
 document.addEventListener("mousemove", event => {
   if (event.target.id !== "bars") return;
-  // What is below a pointer that rests has changed: what the keyboard looks at is kept.
+  // The bars below a pointer at rest have changed: the cursor of the keyboard stays where it is.
   const point = event.clientX + " " + event.clientY;
   if (point === bars.pointer) return;
   bars.pointer = point;
@@ -6282,7 +6284,7 @@ document.addEventListener("click", event => {
 });
 document.addEventListener("scroll", () => bars.paintSoon(), {passive: true});
 window.addEventListener("resize", () => bars.paintSoon());
-// Time goes on also where no job begins or ends.
+// Time goes on even if no job begins or ends.
 setInterval(() => {
   if (place && place.page === "timeline" && !document.hidden) bars.paintSoon();
 }, 1000);
@@ -6304,7 +6306,7 @@ function failedJob(job) {
   return h("tr", {}, cells);
 }
 
-// Failed jobs with the same last line of their tracebacks, but for numbers and names of nodes.
+// Failed jobs whose tracebacks have the same last line, except for numbers and names of nodes.
 function failureGroup(group) {
   const head = FAILED_JOB_COLUMNS.map(([word]) => h("th", {scope: "col"}, word));
   const jobs = h("table", {class: "stack"},
@@ -6312,11 +6314,12 @@ function failureGroup(group) {
     h("tbody", {}, group.jobs.map(job => failedJob({...job, cluster: group.cluster}))));
   const summary = [
     h("span", {class: "count"}, mark("fail"), count(group.count)),
-    h("span", {class: "line mono"}, group.text || "no text", subline(ownerOf(group))),
+    h("span", {class: "line mono"}, group.text || "no error text", subline(ownerOf(group))),
     h("span", {class: "soft nowrap"}, clock(group.last)),
   ];
   const all = linkTo("jobs", {state: "failed", group: group.group},
-    group.count === 1 ? "this job in the list" : "all " + count(group.count) + " in the list");
+    group.count === 1 ? "show this job in the list"
+      : "show all " + count(group.count) + " in the list");
   return h("details", {"data-key": "f" + group.group},
     h("summary", {}, summary),
     h("div", {}, h("p", {}, all), h("pre", {}, group.trace.trim()), jobs));
@@ -6328,20 +6331,20 @@ function ownerOf(group) {
 }
 
 function failuresPage() {
-  const words = "grouped by the last line of their tracebacks, without numbers (#) and names of " +
-    "nodes; by ";
+  const words = "grouped by the last line of their tracebacks, in which # replaces numbers and " +
+    "names of nodes; sorted by ";
   const byNumber = sortLink("number", "count", true);
   const byTime = sortLink("time", "last", true);
   const groups = view.rows.length
     ? h("div", {class: "wrap"}, view.rows.map(failureGroup))
-    : empty("No job has failed.");
+    : empty("No jobs have failed.");
   return [heading("Failures", words, byNumber, ", ", byTime), groups, pager()];
 }
 
 // -- accounts -------------------------------------------------------------------------------------
 
 const SUMS = {user: "User", day: "Day", computation: "Computation"};
-const PERIODS = [[1, "today"], [7, "7 days"], [31, "31 days"], [36500, "all days"]];
+const PERIODS = [[1, "today"], [7, "7 days"], [31, "31 days"], [36500, "all time"]];
 
 function sumCell(row) {
   const name = row[view.by] || "no name";
@@ -6374,16 +6377,17 @@ function periodChoice() {
   const options = PERIODS.map(([days, words]) => {
     return h("option", {value: days, "data-key": days, selected: days === now}, words);
   });
-  return h("select", {name: "days", "data-act": "word", "aria-label": "days"}, options);
+  return h("select", {name: "days", "data-act": "word", "aria-label": "period"}, options);
 }
 
 function accountsPage() {
   if (view.none) return [heading("Accounts"), empty(view.none)];
-  const words = view.complete ? "jobs that the scheduler remembers" : "the history is being read";
+  const words = view.complete
+    ? "from the history of the scheduler" : "reading the history of the scheduler";
   const rows = view.rows.length
     ? tableOf(sumColumns(), row => "a" + row.user + row.day + row.computation + row.program,
       "Accounts")
-    : empty("No job has ended in this time.");
+    : empty("No jobs ended in this period.");
   return [heading("Accounts", words),
     h("div", {class: "tools"}, sumLinks(), periodChoice()), rows];
 }
@@ -6401,7 +6405,7 @@ function clusterChoice() {
 function cpusToUse() {
   if (view.shared) return null;
   const input = h("input", {name: "cpus", type: "number", placeholder: "all"});
-  return h("label", {}, "CPUs at most", input);
+  return h("label", {}, "Maximum CPUs", input);
 }
 
 function addForm() {
@@ -6414,7 +6418,7 @@ function addForm() {
     size: 22,
   };
   const port = {name: "port", type: "number", min: 1, max: 65535, placeholder: "9701"};
-  const what = "a host where dispynode runs, or a word with * for all that answer";
+  const what = "a host on which dispynode runs, or a pattern with * for all nodes that answer";
   return h("section", {class: "card"},
     h("div", {class: "top"}, h("h2", {}, "Add a node"), h("p", {}, what)),
     h("form", {"data-act": "add"},
@@ -6464,18 +6468,17 @@ const MANAGE_COLUMNS = [
   ["", "", "wide", nodeActions],
 ];
 
-const NOT_MANAGED = "Nodes are only looked at here; what they do is decided by the program that " +
-  "uses them.";
-const DRAIN_AND_RELEASE = "Drain: nothing new is sent there. Release: it is let go, for other " +
-  "programs to use, when its jobs have ended.";
-const FOR_ALL = " All this holds for all clusters, those that come too; CPUs are those that each " +
-  "may use at most.";
+const NOT_MANAGED = "This page only shows nodes. The program that uses them manages them.";
+const DRAIN_AND_RELEASE = "Drain: no more jobs are sent to the node. Release: when its jobs " +
+  "have ended, the node is free for other programs.";
+const FOR_ALL = " This applies to all clusters, including later ones. The number of CPUs is the " +
+  "maximum for each cluster.";
 
 function managePage() {
   if (!view.manages) return [heading("Manage"), empty(NOT_MANAGED)];
   const rows = view.rows.length
     ? tableOf(MANAGE_COLUMNS, row => "m" + row.id, "Nodes")
-    : empty("No node is known yet.");
+    : empty("No nodes are known yet.");
   const words = DRAIN_AND_RELEASE + (view.shared ? FOR_ALL : "");
   return [heading("Manage"), addForm(), rows, h("p", {class: "soft"}, words)];
 }
@@ -6496,7 +6499,7 @@ const DRAW = {
 
 let entry = "";   // of the navigation, that is marked
 
-// Whether a page has something to show of what is watched.
+// Whether the source has data for a page.
 function isServed(page) {
   if (!view) return page !== "accounts";
   if (view.home === "nodes") return NODE_PAGES.has(page);
@@ -6531,7 +6534,7 @@ function progressWords() {
 function content() {
   if (view === null) return h("p", {class: "empty", "data-key": "loading"}, "Loading.");
   if (view.error) {
-    const noToken = "Open this page by the link that the program printed: it carries the token.";
+    const noToken = "Open this page with the link that the program printed: it contains the token.";
     const text = view.status === 401 ? noToken : view.error;
     return h("p", {class: "empty", "data-key": "error"}, text);
   }
@@ -6631,7 +6634,7 @@ function cancelWaitingJobs(data) {
 
 function release(data) {
   sure = "";
-  post("release", {node: data.node}, () => "The node is let go when its jobs have ended.");
+  post("release", {node: data.node}, () => "The node will be released when its jobs have ended.");
 }
 
 // Search when the reader has not typed for a moment.
@@ -6668,7 +6671,7 @@ const CLICKS = {
   cancel_one: cancelOne,
   stacks: askForStacks,
   use: data => post("use", {node: data.node}, () => "The node is used again."),
-  drain: data => post("drain", {node: data.node}, () => "Nothing new is sent to the node."),
+  drain: data => post("drain", {node: data.node}, () => "No more jobs are sent to the node."),
   release,
 };
 
@@ -6684,12 +6687,12 @@ function addNode(data, words) {
     port: numberOrNull(words.get("port")),
     cpus: numberOrNull(words.get("cpus")),
   };
-  post("add", body, () => "The node is looked for; it appears below.");
+  post("add", body, () => "Looking for the node, which will appear below.");
 }
 
 function setCpus(data, words) {
   const body = {node: data.node, cpus: Number(words.get("cpus"))};
-  post("cpus", body, () => "The CPUs are set.");
+  post("cpus", body, () => "The number of CPUs is set.");
 }
 
 // data-act of a form -> what is done when it is sent
@@ -6710,7 +6713,7 @@ document.addEventListener("submit", event => {
 document.addEventListener("keydown", event => {
   if (event.key === "Escape" && sure) askNoMore();
 });
-// A window that nobody sees asks for nothing.
+// A hidden window requests nothing.
 document.addEventListener("visibilitychange", () => {
   if (document.hidden) {
     if (reading) reading.abort();

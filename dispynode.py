@@ -1052,7 +1052,7 @@ def with_size(row: tuple) -> Tuple[tuple, int]:
 
 
 def are_small(rows: Sequence[tuple]) -> bool:
-    """Whether these rows of Results can travel in one message as they are; nearly always."""
+    """Return whether these rows of Results can travel in one message as they are; nearly always."""
     size = 0
     for row in rows:
         payload = row[PAYLOAD]
@@ -2073,14 +2073,12 @@ class Allowance:
 
 
 class ValueRequests:
-    """Values that are known by digest at one place: which are there, which are needed, and whoever
-    waits for some. Each computation has its own. Who waits is served in the order of coming, and
-    one value of a computation at a time is fetched. When values are there that nobody needs, those
-    that were not needed for longest make room for others; one that is needed is fetched when there
-    is room, or when nothing else is needed. Pure; whoever waits has an attribute `values`, which
-    are rows (size, digest).
-
-    waiting_for - computation -> whoever waits
+    """Values that one place knows by their digests: which of them are present, which are needed,
+    and the requests that wait for some. Each computation has its own values. Requests are served in
+    the order of their arrival, and one value of a computation at a time is fetched. Values that
+    nobody needs make room for others, those first that were not needed for longest; a needed value
+    is fetched when there is room, or when no other value is needed. This class is pure. A request
+    is any object with an attribute `values` that has rows (size, digest).
     """
 
     def __init__(self, most: int) -> None:
@@ -2094,11 +2092,12 @@ class ValueRequests:
         self.total = 0          # bytes that are present
 
     def __bool__(self) -> bool:
-        """Whether anybody waits."""
+        """Return whether any request waits."""
         return bool(self.waiting_for)
 
     def admit(self, comp: str, one: Any) -> bool:
-        """Whether all values are there that this one needs. Otherwise it waits."""
+        """Return whether all values that this request needs are present. If not, the request
+        waits."""
         if comp not in self.waiting_for:
             if self._has_all(comp, one):
                 self.hold(comp, one)
@@ -2110,7 +2109,7 @@ class ValueRequests:
         return all((comp, digest) in self._here for _, digest in one.values)
 
     def hold(self, comp: str, one: Any) -> None:
-        """One needs its values, until they are released."""
+        """Note that a request needs its values until they are released."""
         self._holders.add(one)
         for _, digest in one.values:
             self._needs[comp, digest] += 1
@@ -2118,7 +2117,7 @@ class ValueRequests:
                 self._here.move_to_end((comp, digest))
 
     def release(self, comp: str, one: Any) -> None:
-        """One does not need its values any more, if it was served."""
+        """Note that a request does not need its values any more, if it was served."""
         for _, digest in one.values if one in self._holders else ():
             self._needs[comp, digest] -= 1
             if not self._needs[comp, digest]:
@@ -2126,11 +2125,11 @@ class ValueRequests:
         self._holders.discard(one)
 
     def waiting(self, comp: str) -> Sequence[Any]:
-        """Return those who wait."""
+        """Return the requests that wait."""
         return self.waiting_for.get(comp, ())
 
     def leave(self, comp: str, some: Container[Any]) -> List[Any]:
-        """These wait no more, if they do. Returns those that did."""
+        """Let these requests wait no longer. Returns those of them that did wait."""
         waiting = self.waiting_for.get(comp, ())
         gone = []
         for one in waiting:
@@ -2148,44 +2147,48 @@ class ValueRequests:
             del self.waiting_for[comp]
 
     def come(self, comp: str, size: int, digest: bytes) -> None:
-        """A value is there."""
+        """Note that a value is present."""
         if (comp, digest) not in self._here:
             self.total += size
         self._here[comp, digest] = size
 
     def came(self, comp: str) -> None:
-        """The value that was fetched is there."""
+        """Note that the value which was being fetched is present."""
         self.come(comp, *self._coming.pop(comp))
 
     def coming(self, comp: str) -> bytes:
-        """The digest of the value that is fetched; empty if none is."""
+        """Return the digest of the value that is being fetched; it is empty if there is none."""
         return self._coming.get(comp, (0, b''))[1]
 
     def failed(self, comp: str) -> List[Any]:
-        """The value that was fetched cannot be had. Returns those that waited for it."""
+        """Note that the value which was being fetched is not available. Returns the requests that
+        waited for it."""
         _, digest = self._coming.pop(comp)
         return self.leave(comp, {one for one in self.waiting(comp)
                                  if any(digest == other for _, other in one.values)})
 
     def postpone(self, comp: str) -> None:
-        """The value that was to be fetched finds no room now; the next `serve` tries again."""
+        """Note that there is no room now for the value which was to be fetched; the next `serve`
+        tries again."""
         self._coming.pop(comp, None)
 
     def interrupt(self, comp: str) -> List[Any]:
-        """Whoever has the values is not connected any more. Returns those that waited."""
+        """Note that the connection to the owner of the values has ended. Returns the requests that
+        waited."""
         self._coming.pop(comp, None)
         return list(self.waiting_for.pop(comp, ()))
 
     def forget(self, comp: str) -> None:
-        """A computation is over, and its values are gone; all that it had was released."""
+        """Note that a computation has ended and its values are gone; all of its requests were
+        released before."""
         self.interrupt(comp)
         for key in [key for key in self._here if key[0] == comp]:
             self.total -= self._here.pop(key)
             self._needs.pop(key, None)
 
     def serve(self) -> Tuple[List[Tuple[str, Any]], List[Any]]:
-        """Whoever waits no more, with its computation, and actions: what is to be fetched, and what
-        makes room for that."""
+        """Return the requests that wait no longer, with their computations, and actions: which
+        values are to be fetched, and which are to be removed to make room for these."""
         served: List[Tuple[str, Any]] = []
         actions: List[Any] = []
         for comp in list(self.waiting_for):
@@ -2863,7 +2866,12 @@ class _Absent:
 # Functions and classes that came by value from another minor version of Python, and are here by
 # their names
 found_by_name: 'weakref.WeakSet[Any]' = weakref.WeakSet()
+_FOUND_KINDS = (type, types.FunctionType)
 _PythonUnpickler: Any = getattr(pickle, '_Unpickler')   # pickle's own, written in Python
+
+
+def _sets_state(function: Any) -> bool:
+    return function is fill_class or function is fill_function
 
 
 class ForeignUnpickler(_PythonUnpickler):  # type: ignore[misc]
@@ -2891,7 +2899,7 @@ class ForeignUnpickler(_PythonUnpickler):  # type: ignore[misc]
         return found
 
     def _begin(self, found: Any) -> None:
-        if found in (fill_class, fill_function):   # its arguments follow: an object and its state
+        if _sets_state(found):   # its arguments follow: an object and its state
             self._states.append([])
 
     def _note(self, obj: Any, exc: Exception) -> Any:
@@ -2901,14 +2909,16 @@ class ForeignUnpickler(_PythonUnpickler):  # type: ignore[misc]
 
     def reduce(self) -> None:
         """Call something, which may be what sets a state."""
-        *_, function, args = self.stack
-        if function in (fill_class, fill_function):
+        function = self.stack[-2]
+        args = self.stack[-1]
+        if _sets_state(function):
             failures = self._states.pop()
-            if failures and args[0] not in found_by_name:
+            is_here = isinstance(args[0], _FOUND_KINDS) and args[0] in found_by_name
+            if failures and not is_here:
                 if not self._states:
                     raise failures[0]
                 self._note(args[0], failures[0])
-            if failures or args[0] in found_by_name:
+            if failures or is_here:
                 self.stack[-2:] = [None]
                 return
         try:
@@ -3031,7 +3041,8 @@ def _by_name_here(version: tuple, module: str, name: str, kind: str) -> Any:
     source that was sent along with it."""
     try:
         found = find_named(module, name)
-        found_by_name.add(found)
+        if isinstance(found, _FOUND_KINDS):
+            found_by_name.add(found)
         return found
     except (ImportError, AttributeError):
         why = _left_out.get((
@@ -4034,8 +4045,7 @@ class StateRow(NamedTuple):
 
 
 class _StateUnpickler(pickle.Unpickler):
-    """Opens the state of modules. Numbers in it represent objects that keep their identity.
-    `absent` has the names that this Python does not have, if the program runs another one."""
+    """Opens the state of modules. Numbers in it represent objects that keep their identity."""
 
     def __init__(self, data: bytes, targets: List[Any], same_python: bool) -> None:
         super().__init__(io.BytesIO(data))
@@ -4132,8 +4142,7 @@ def fill_in_place(target: Any, contents: Any) -> None:
 
 
 class ModuleState:
-    """Sets on a node the variables that a program has set in its modules. `build` is the tag of the
-    program's Python."""
+    """Sets on a node the variables that a program has set in its modules."""
 
     def __init__(self, platform_: str, rows: List[StateRow], kinds: List[Tuple[str, str]],
                  pickled: bytes, build: str) -> None:
@@ -4170,8 +4179,8 @@ class ModuleState:
 
     @staticmethod
     def _can_be_set(row: StateRow, value: Any, whole: Any, absent: List[str]) -> bool:
-        """Whether this Python has all that a value is made of. If not, what the module has computed
-        here stays; ImportError, if it has not."""
+        """Return whether this Python has all that a value is made of. If not, what the module has
+        computed here stays; ImportError, if it has not."""
         if _digest_of_pickle(whole, value, sys.maxsize) is not None:
             return True
         if row.computed:
@@ -7450,9 +7459,9 @@ def stall_of(sock: Any, silence: float, pulse: float) -> str:
 
 
 class Channel:
-    """A non-blocking socket, the bytes that wait to be sent on it, and the units that come in. Loop
+    """A non-blocking socket, the bytes that wait to be sent on it, and the units that arrive. Loop
     thread only."""
-    # System calls in one turn, so that a busy channel does not starve the others
+    # Limit of system calls in one turn, so that a busy channel does not starve the others
     READS = 16
 
     def __init__(self, sock: socket.socket, intake: ReceiveBuffer) -> None:
@@ -7462,12 +7471,12 @@ class Channel:
         self.bytes_out = self.bytes_in = 0   # since it was made
         self.heard = 0.0     # when bytes last came, monotonic
         self.paused = False  # not read from until there is room
-        self.owner: Any = None   # a part of the loop to which all goes that comes of this channel
+        self.owner: Any = None   # the part of the loop that handles this channel
         self.is_attached = False      # to a loop
         self.to_write: Set['Channel'] = set()   # those of the loop that have something to write
         self.interest = 0
         self._intake = intake
-        self.later: Any = ()   # what is made when there is room for it
+        self.later: Any = ()   # units that are made when there is room for them
         self._may_fill = 0     # bytes of memory segments in this turn
         self._out: Deque[Tuple[memoryview, Any]] = collections.deque()
         self._gathers = hasattr(sock, 'sendmsg') and not hasattr(sock, 'do_handshake')
@@ -7478,8 +7487,8 @@ class Channel:
 
     def push(self, buffers: Iterable[Buffer],
              passing: Union[socket.socket, MemorySegment, None] = None) -> None:
-        """Send these behind what waits already; with the first of them a descriptor, which is
-        closed here then."""
+        """Queue these buffers after what waits already; with the first of them a descriptor is
+        sent, which is closed here after that."""
         for buffer in buffers:
             view = memoryview(buffer)
             if type(buffer) is not bytes:
@@ -7491,8 +7500,8 @@ class Channel:
             self.to_write.add(self)
 
     def write(self) -> None:
-        """Send what the socket takes now, up to WRITE_MOST bytes. Raises OSError if it is
-        broken."""
+        """Send as much as the socket accepts now, up to WRITE_MOST bytes. Raises OSError if the
+        connection is broken."""
         enough = self.queued - WRITE_MOST
         self._may_fill = WRITE_MOST
         while self._out and self.queued > enough:
@@ -7514,7 +7523,7 @@ class Channel:
                 self._out.popleft()
 
     def drain(self, seconds: float) -> None:
-        """Send what was pushed, and wait so long for room at most. Raises OSError."""
+        """Send what was queued, waiting at most this many seconds for room. Raises OSError."""
         now = time.monotonic()
         until = now + seconds
         self.write()
@@ -7554,8 +7563,8 @@ class Channel:
         return self.sock.recv_into(room)
 
     def read(self, now: float) -> List[Any]:
-        """Receive what is there; the whole units of it. Raises LinkBroken at the end of the
-        stream."""
+        """Receive what has arrived, and return the complete units of it. Raises LinkBroken at the
+        end of the stream."""
         units: List[Any] = []
         for _ in range(self.READS):
             room = self._intake.get_buffer()
@@ -7565,7 +7574,7 @@ class Channel:
                 break
             if count == 0:
                 if units:
-                    break    # what came is handled first; the end will be read again
+                    break    # the data is handled first; the end will be read again
                 raise LinkBroken('the connection was closed')
             self.heard = now
             self.bytes_in += count
@@ -7578,18 +7587,18 @@ class Channel:
 
     @property
     def wants_write(self) -> bool:
-        """Whether anything waits to be sent."""
+        """Return whether anything waits to be sent."""
         return bool(self._out or self.later)
 
     def go_on(self) -> None:
-        """Make more of `later`, and send it."""
+        """Make more units from `later`, and send them."""
         raise NotImplementedError
 
     def breaks(self, now: float) -> None:
-        """It is about to be closed, as it has broken."""
+        """Prepare for the end of the channel, which has broken and is about to be closed."""
 
     def close(self) -> None:
-        """Close the socket and those that were to be passed."""
+        """Close the socket and the descriptors that were to be passed."""
         for _, passing in self._out:
             if passing is not None:
                 passing.close()
@@ -7799,14 +7808,15 @@ class Link(Channel):
         self.stall = ''        # when it has broken: see stall_of
         self._takes = takes
         self.values: Optional[Values] = None   # the loop's, while attached
-        # Computation -> messages that go in parts, and those that have to stay behind them
+        # Computation -> messages that are sent in parts, and those that must stay behind them
         self.later: Dict[str, Deque[Union[InParts, Results, Refused]]] = {}
-        self.unmade = 0    # bytes of `queued` that parts will be made of
+        self.unmade = 0    # bytes of `queued` from which parts will be made
 
     def send(self, message: Any) -> None:
-        """Queue a message. Raises ValueError for one that is too large, before anything of it is
-        queued. One that is too large for a frame only goes in parts, and others overtake it: all
-        but what tells more of the same job, or that nothing more is told of the computation."""
+        """Queue a message. A message that is too large for a frame is sent in parts, and others
+        overtake it: all but those that report more about the same job, or that say that nothing
+        more follows for the computation. Raises ValueError for a message that is too large for
+        that, before anything of it is queued."""
         if self.later and type(message) in (Results, Refused, Done):
             if self._stays_behind(message):
                 return
@@ -7854,7 +7864,8 @@ class Link(Channel):
         return True
 
     def goes_in_parts(self, message: Any) -> bool:
-        """Whether this message, of one row, was the last that was sent and goes in parts."""
+        """Return whether this message, of one row, was the last that was sent and is sent in
+        parts."""
         if message.comp in self.later:
             last = self.later[message.comp][-1]
         else:
@@ -7864,7 +7875,7 @@ class Link(Channel):
         return last.message is message
 
     def _in_parts(self, message: Any, exc: TooLarge) -> None:
-        """Raises `exc` for a message that cannot go so."""
+        """Return the message in parts. Raises `exc` for a message that cannot be sent in parts."""
         if type(message) not in (Jobs, Results) or len(message.rows) != 1:
             raise exc
         whole = InParts(message)
@@ -7882,7 +7893,7 @@ class Link(Channel):
         self.unmade += size
 
     def go_on(self) -> None:
-        """Make parts while the socket takes them."""
+        """Make parts as long as the socket accepts them."""
         for _ in range(self.AT_ONCE):
             for comp in list(self.later) if not self._out else ():
                 self._part(comp)
@@ -7890,7 +7901,7 @@ class Link(Channel):
                 self.write()
 
     def _part(self, comp: str) -> None:
-        """The next part of a computation's, or what stands behind the last."""
+        """Return the next part for a computation, or what follows the last part."""
         waiting = self.later[comp]
         first = waiting[0]
         if isinstance(first, InParts):
@@ -7905,7 +7916,7 @@ class Link(Channel):
             try:
                 self._push_frame(first)
             except TooLarge as exc:
-                self._in_parts(first, exc)   # to the end, and from there to its place
+                self._in_parts(first, exc)   # at the end, from where it is moved to its place
                 waiting.rotate(1)
                 del waiting[1]
                 return
@@ -7914,8 +7925,8 @@ class Link(Channel):
             del self.later[comp]
 
     def abandon(self, comp: str, serials: Optional[Iterable[int]] = None) -> List[int]:
-        """Do not send what is to go in parts for these serials and has not left; None: nothing that
-        waits of a computation. Returns the serials of what does not leave."""
+        """Do not send what is queued in parts for these serials and has not been sent; None means
+        everything that waits for a computation. Returns the serials of what is not sent."""
         waiting = self.later.get(comp, ())
         if serials is None:
             wanted = None
@@ -7937,7 +7948,7 @@ class Link(Channel):
 
     @property
     def owes(self) -> bool:
-        """Whether results are on their way in parts: a Bye would say that their jobs had never
+        """Return whether results are being sent in parts: a Bye would say that their jobs had never
         begun."""
         for waiting in self.later.values():
             for each in waiting:
@@ -7957,7 +7968,7 @@ class Link(Channel):
         self.stall = stall_of(self.sock, silence, self.pulse)
 
     def close(self) -> None:
-        """As a channel, with what has come in part."""
+        """Close the link as a channel, and discard values that have come in part."""
         super().close()
         self.later.clear()
         if self.values is not None:
@@ -7965,7 +7976,8 @@ class Link(Channel):
 
     @property
     def opened(self) -> int:
-        """Frames that have been opened, or the number of the one that could not be used."""
+        """The number of frames that have been opened, or the number of the one that could not be
+        used."""
         return self._opener.opened
 
     @property
@@ -7974,7 +7986,7 @@ class Link(Channel):
         return self._sealer.sealed
 
     def messages(self, now: float) -> List[Any]:
-        """The messages that have come. Raises PeerError or LinkBroken; the link is of no use
+        """Return the messages that have come. Raises PeerError or LinkBroken; the link is unusable
         then."""
         messages = []
         contents = self.read(now)
@@ -8051,14 +8063,14 @@ def _data_as_received(message: Any) -> Tuple[Any, int]:
 
 
 class MemoryLink(Link):
-    """One end of a link whose other end is in the same loop: messages are handed over as objects,
-    and payloads as the same buffers. There is nothing to encode or to authenticate.
+    """One end of a link whose other end is in the same loop: messages are passed as objects, and
+    payloads as the same buffers. Nothing is encoded or authenticated.
 
     A message waits until the other side takes it, so that it is never handled in its sender's turn,
-    and neither side changes it from then on. What is too large for any link is refused here, too.
-    There are no pulses: neither side can be away.
+    and neither side changes it from then on. A message that is too large for any link is refused
+    here, too. There are no heartbeats: neither side can be away.
     """
-    # Message -> what makes of it what a socket would have brought, with its bytes
+    # Message -> function that returns it in the form that a socket would deliver, and its size
     _MADE: Dict[type, Callable[[Any], Tuple[Any, int]]] = {
         Jobs: _jobs_as_received,
         Results: _results_as_received,
@@ -8066,10 +8078,11 @@ class MemoryLink(Link):
         FilePiece: _data_as_received,
         Output: _data_as_received,
     }
-    SMALL_SIZE = 64    # bytes that a message counts whose size is not looked at
+    SMALL_SIZE = 64    # bytes counted for a message whose size is not examined
 
     def __init__(self, instance: bytes, role: int, now: float) -> None:
-        """Of the other side. There is no socket, so that nothing of `Link` is set up."""
+        """The parameters describe the other side. There is no socket, so that nothing of `Link` is
+        set up."""
         self.sock: Any = None
         self.number = next(Link.numbers)
         self.instance = instance
@@ -8095,7 +8108,7 @@ class MemoryLink(Link):
 
     @classmethod
     def pair(cls, node: bytes, client: bytes, now: float) -> Tuple['MemoryLink', 'MemoryLink']:
-        """The node's end, and the client's, of instances that are called so."""
+        """Return the node's end and the client's end; `node` and `client` are their instances."""
         of_node = cls(client, Role.CLIENT, now)
         of_client = cls(node, Role.NODE, now)
         of_node.other = of_client
@@ -8103,7 +8116,7 @@ class MemoryLink(Link):
         return of_node, of_client
 
     def send(self, message: Any) -> None:
-        """Hand a message over. Raises TooLarge."""
+        """Pass a message to the other end. Raises TooLarge."""
         made = self._MADE.get(type(message))
         if made is None:
             size = self.SMALL_SIZE
@@ -8130,7 +8143,7 @@ class MemoryLink(Link):
 
     @property
     def has_messages(self) -> bool:
-        """Whether there is something to take."""
+        """Return whether a message or the end of the link is to be handled."""
         if not self.incoming and not self.is_over:
             return False
         return self.is_attached and not self.paused
@@ -8138,7 +8151,7 @@ class MemoryLink(Link):
     def messages(self, now: float) -> List[Any]:
         if not self.incoming and self.is_over:
             raise LinkBroken('the connection was closed')
-        size = self.other.queued   # of all that was handed over and not taken
+        size = self.other.queued   # the size of everything that was sent and not taken
         self.other.queued = 0
         self.bytes_in += size
         self.heard = now
@@ -8166,16 +8179,17 @@ class MemoryLink(Link):
         return False
 
     def write(self) -> None:
-        """Nothing is to be written: the other end has what was sent."""
+        """Do nothing: the other end already has what was sent."""
 
     def drain(self, seconds: float) -> None:
-        """Nothing is to be waited for: the other end has what was sent."""
+        """Do nothing: the other end already has what was sent."""
 
     def breaks(self, now: float) -> None:
-        """There is no network to blame."""
+        """Do nothing: there is no network that could have failed."""
 
     def close(self) -> None:
-        """The other end takes what was handed to it, and then its end."""
+        """Close this end. The other end takes the messages that were sent to it, and then the end
+        of the link."""
         self.incoming.clear()
         self.other.is_over = True
 
@@ -8196,13 +8210,13 @@ class Pipe(Channel):
         self.record_of = self._records.record_of
         self.comp = comp
         self.worker = worker
-        self.pid = 0     # of the process that wrote first, as the kernel tells it
+        self.pid = 0     # of the process that wrote first, according to the kernel
         self._asks = bool(worker) and hasattr(socket, 'SCM_CREDENTIALS')
-        if self._asks:   # what SO_PEERCRED tells of a socketpair is who made it
+        if self._asks:   # for a socketpair, SO_PEERCRED names the process that made it
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
 
     def push_value(self, head: bytes, payload: Payload) -> None:
-        """Send a record whose only body goes in a memory segment, behind what waits already."""
+        """Queue a record whose only body goes in a memory segment, after what waits already."""
         segment = MemorySegment(payload)
         self.push([head], segment)
 
@@ -8224,10 +8238,10 @@ class Pipe(Channel):
             logger.debug('a value goes through the pipe: %s', exc)
             self._without_segment(head, segment)
             return self._send_some()
-        raise BlockingIOError   # the rest of it in the next turn
+        raise BlockingIOError   # the rest is filled in the next turn
 
     def _without_segment(self, head: memoryview, segment: MemorySegment) -> None:
-        """Send a record whole."""
+        """Queue a record with its body in the record itself."""
         segment.close()
         self._out.popleft()
         whole_head = bytearray(head)
@@ -8266,11 +8280,11 @@ class Pipe(Channel):
 
     @property
     def is_large(self) -> bool:
-        """Whether what comes now is large."""
+        """Return whether the record that arrives now is large."""
         return self._records.coming > LAZY
 
     def records(self, now: float) -> List[Record]:
-        """The records that have come. Raises LinkBroken."""
+        """Return the records that have come. Raises LinkBroken."""
         return [self.record_of(head, body) for head, body in self.read(now)]
 
     def close(self) -> None:
@@ -8340,17 +8354,16 @@ class Refusals:
 
 
 class Loop:
-    """One thread, a selector, and everything that thread owns. Other threads only call `post`.
-
-    A subclass says what happens: `on_event`, `on_channel`, `on_broken`, `end_of_turn`,
+    """One thread, a selector, and everything that this thread owns. Other threads only call `post`.
+    A subclass defines what happens: `on_event`, `on_channel`, `on_broken`, `end_of_turn`,
     `next_timer`. `turn()` does one round, `run()` repeats it until `stop()`.
 
-    An exception that nobody expected ends what it concerns, which the subclass finds out in
-    `on_fault`, and the loop goes on. A loop that fails many times within a second, without
-    anything being found that could be ended, is itself at fault: `run` raises LoopFailed.
+    An unexpected exception ends what it concerns, which the subclass determines in `on_fault`, and
+    the loop goes on. If the loop fails many times within a second and nothing is found that could
+    be ended, the loop itself is at fault: `run` raises LoopFailed.
     """
     log = logger
-    PARTING = 0.0    # s that an end on purpose waits for room for its last words
+    PARTING = 0.0    # s that a link which is ended on purpose waits for room
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self.clock = clock
@@ -8359,19 +8372,19 @@ class Loop:
         self._selector = selectors.DefaultSelector()
         self._inbox: Deque[Any] = collections.deque()
         self._to_write: Set[Channel] = set()
-        # At the end of this turn
+        # What is to be done at the end of this turn
         self._later_broken: Deque[Tuple[Channel, str]] = collections.deque()
         self._signalled = False
         self.woke_at = 0.0         # when this turn had something to do
         # Since when turn has followed turn, or this process has stood still: what has come
         # meanwhile may not have been looked at
         self.busy_since = clock()
-        self._waits = True         # or is about to: who posts has to wake it
+        self._waits = True         # or is about to wait: a thread that posts must wake it
         self._wakes_on_signals = False
         self.has_ended = False
         self._faults = Faults()
-        self.values = Values('here', self.log)   # that come in parts
-        self._again = False        # a turn failed, and what it had to do may not be done
+        self.values = Values('here', self.log)   # the values that come in parts
+        self._again = False        # a turn failed, so that its work may not be complete
         self._failed = ''          # why this loop cannot go on
         self.refusals = Refusals()
         # How each action of the state is carried out
@@ -8385,25 +8398,25 @@ class Loop:
     # -- to be said by the subclass ----------------------------------------------------------------
 
     def on_event(self, event: Any) -> None:
-        """Something was posted."""
+        """Handle something that was posted."""
         raise NotImplementedError
 
     def on_channel(self, channel: Any) -> None:
-        """A channel can be read. May raise LinkBroken, PeerError or OSError, which come back as
-        `on_broken`."""
+        """Handle a channel that can be read. May raise LinkBroken, PeerError or OSError, which are
+        passed to `on_broken`."""
         raise NotImplementedError
 
     def on_broken(self, channel: Any, text: str) -> None:
-        """A channel is of no use any more; it is detached and closed already."""
+        """Handle the end of a channel; it is detached and closed already."""
         raise NotImplementedError
 
     def on_silent(self, link: 'Link') -> None:
-        """Nothing was heard on a link for PULSES_SILENT pulses; called again and again while it
-        lasts."""
+        """Handle a link on which nothing was received for PULSES_SILENT heartbeat intervals. This
+        is called again and again as long as the silence lasts."""
 
     def second_failed(self, second: 'SecondConnection', link: Optional['Link']) -> None:
-        """Another connection beside this link could not be made. If the link is silent still, the
-        next one is tried."""
+        """Note that another connection beside this link could not be made. If the link is still
+        silent, the next attempt begins."""
         if not second.ended(self.now):
             return
         if link is None:
@@ -8412,20 +8425,20 @@ class Loop:
             self.on_silent(link)
 
     def end_of_turn(self) -> None:
-        """After all that was read and posted: decide and send."""
+        """Decide and send, after everything that was read and posted."""
 
     def next_timer(self) -> Optional[float]:
-        """When there will be something to do at the latest, monotonic."""
+        """Return the monotonic time when something is to be done at the latest."""
         return None
 
     def on_fault(self, subject: Any, text: str) -> bool:
-        """An unexpected exception was raised while `subject`, a channel, an event or an action, was
-        handled. End what it concerns; whether there was such a thing."""
+        """End what an unexpected exception concerns that was raised while `subject`, a channel, an
+        event or an action, was handled. Returns whether anything was found."""
         if isinstance(subject, Channel):
             self._break(subject, text)
             return True
         sock = getattr(subject, 'sock', None)
-        if sock is not None:   # of a connection that has just come about
+        if sock is not None:   # of a connection that was just made
             sock.close()
         return sock is not None
 
@@ -8438,7 +8451,7 @@ class Loop:
 
     def wake_up(self) -> None:
         """End the wait of a turn, after something was put where the loop looks before it waits. A
-        loop that does not wait looks there by itself. Any thread."""
+        loop that does not wait looks there anyway. Any thread."""
         if not self._waits:
             return
         if self._signalled:
@@ -8447,13 +8460,13 @@ class Loop:
         try:
             self._waker.send(b'\0')
         except (BlockingIOError, OSError):
-            # Full: it wakes anyway; closed: nobody is left to hear
+            # If it is full, the loop wakes anyway; if it is closed, nobody waits
             self._signalled = not self.has_ended
             if self.has_ended:
                 self._close_late()
 
     def _close_late(self) -> None:
-        """Close the connections that nobody takes any more. Any thread."""
+        """Close the connections that were posted and that nobody handles any more. Any thread."""
         for event in list(self._inbox):
             if hasattr(event, 'sock'):
                 event.sock.close()
@@ -8461,9 +8474,10 @@ class Loop:
     # -- the loop's thread -------------------------------------------------------------------------
 
     def wake_on_signals(self) -> None:
-        """Let every signal end the wait of a turn, so that its handler runs at once. Without this
-        a signal that comes just before the wait begins is not seen until something else ends the
-        wait; on Windows no signal ends it. For a process whose main thread runs this loop."""
+        """Let every signal end the wait of a turn, so that its handler runs at once. Without this,
+        a signal that comes just before the wait begins is not handled until something else ends the
+        wait; on Windows no signal ends it. This is for a process whose main thread runs this
+        loop."""
         handle = self._waker.fileno()
         signal.set_wakeup_fd(handle, warn_on_full_buffer=False)
         self._wakes_on_signals = True
@@ -8484,8 +8498,8 @@ class Loop:
             self._to_write.add(channel)
 
     def _bound(self, link: 'Link') -> None:
-        """Where only select() can wait for sockets, which is on Windows, it cannot for more than
-        512, and the loop would end. The link is ended, and both sides are told why."""
+        """End a link if there are too many: if only select() can wait for sockets, as on Windows,
+        it accepts at most 512, and the loop would fail. Both sides are told the reason."""
         if not isinstance(self._selector, selectors.SelectSelector):
             return
         if len(self._selector.get_map()) <= SELECT_MOST:
@@ -8497,7 +8511,8 @@ class Loop:
         self._later_broken.append((link, text))
 
     def set_pulse(self, link: 'Link', pulse: float) -> None:
-        """The other side gives a link up when it hears nothing for several of these."""
+        """Set the heartbeat interval: the other side gives a link up when it hears nothing for
+        several intervals."""
         link.pulse = pulse
         if self._pulse_at:
             self._pulse_at = min(self._pulse_at, self.now + pulse / 2)
@@ -8505,7 +8520,7 @@ class Loop:
             self._pulse_at = 0.0
 
     def detach(self, channel: Channel) -> None:
-        """Let go of a channel and close it. Does nothing the second time."""
+        """Release a channel and close it. Does nothing the second time."""
         if channel.is_attached:
             channel.is_attached = False
             if channel.interest:
@@ -8517,16 +8532,17 @@ class Loop:
                 self.refusals.forget(channel)
 
     def add_reader(self, sock: Any, call: Callable[[], None]) -> None:
-        """Call when a listening socket has something."""
+        """Call a function when a listening socket can be read."""
         self._selector.register(sock, selectors.EVENT_READ, call)
 
     def remove_reader(self, sock: Any) -> None:
-        """Watch a socket no more."""
+        """Stop watching a socket."""
         self._selector.unregister(sock)
 
     def send(self, link: Link, message: Any) -> None:
-        """Send a message on a link, if it is still there. Never raises: a message that cannot be
-        sent breaks its link, and what may become too large is cut where it comes into being."""
+        """Send a message on a link, if the link still exists. This never raises: a message that
+        cannot be sent breaks its link, and messages that may become too large are split where they
+        are created."""
         if link.is_attached:
             link.said = self.now
             before = link.queued
@@ -8535,15 +8551,16 @@ class Loop:
                 if link.queued - before >= NOTED:
                     if type(message) is Results:
                         self.refusals.sent(link, message)
-            except Exception as exc:  # it is too large, or holds what cannot be packed
+            except Exception as exc:  # it is too large, or contains what cannot be packed
                 self.log.error('%s for %s cannot be sent: %s',
                                type(message).__name__, link.address, exc)
                 text = '%s cannot be sent: %s' % (type(message).__name__, exc)
                 self.unsaid(link, message, text)
 
     def unsaid(self, link: Link, message: Any, text: str) -> None:
-        """A message could not be sent; nothing of it was. Who asked gets an error for an answer;
-        otherwise the other side waits in vain, and the link is of no use any more."""
+        """Handle a message that could not be sent; nothing of it was sent. If it is an answer, the
+        other side gets an error instead; otherwise the other side would wait in vain, so that the
+        link is broken."""
         if type(message) is Return and not message.error:
             error = ('ValueError', text[:NAME_MOST])
             self.send(link, message._replace(error=error, value=None))
@@ -8551,16 +8568,17 @@ class Loop:
             self._later_broken.append((link, text))
 
     def disconnect(self, link: Link, text: str) -> None:
-        """End a link on purpose: what waits on it is sent as far as it goes, then it is closed."""
+        """End a link on purpose: what waits is sent as far as the socket accepts it, then the link
+        is closed."""
         if not link.owes:
             message = Bye(text[:1000])
             self.send(link, message)
-        with contextlib.suppress(OSError):   # it is closed all the same
+        with contextlib.suppress(OSError):   # it is closed in any case
             link.drain(self.PARTING)
         self.detach(link)
 
     def run(self) -> None:
-        """Turn after turn until `stop`."""
+        """Do one turn after the other until `stop`."""
         while not self.has_ended:
             self.turn()
         if self._failed:
@@ -8571,8 +8589,8 @@ class Loop:
         self.has_ended = True
 
     def turn(self, timeout: Optional[float] = None) -> None:
-        """One round: wait, read, take events, decide, write."""
-        # Set before `_select_timeout` looks at what was posted: who posts after that sees it
+        """Do one round: wait, read, handle events, decide, write."""
+        # Set before `_select_timeout` checks what was posted, so that later posts wake this loop
         self._waits = True
         before = self.clock()
         longest = self._select_timeout(timeout)
@@ -8588,7 +8606,7 @@ class Loop:
             subject = key.data
             if callable(subject):
                 self.guard(None, subject)
-            elif subject.is_attached:   # not detached meanwhile
+            elif subject.is_attached:   # it was not detached in the meantime
                 self._handle_io(subject, mask)
         self.now = self.clock()
         if self._inbox:
@@ -8605,7 +8623,7 @@ class Loop:
             self._write(channel)
 
     def take_events(self, count: int) -> None:
-        """Handle that many of what was posted."""
+        """Handle this many of the events that were posted."""
         for _ in range(count):
             event = self._inbox.popleft()
             try:
@@ -8614,23 +8632,24 @@ class Loop:
                 self.fault(event, exc)
 
     def guard(self, subject: Any, call: Callable[..., Any], *args: Any) -> None:
-        """Call it for `subject`; an unexpected exception ends what that concerns, not the loop."""
+        """Call a function for `subject`; an unexpected exception ends what the subject concerns,
+        not the loop."""
         try:
             call(*args)
-        except Exception as exc:  # whatever it is, others are served all the same
+        except Exception as exc:  # whatever it is, others must be served
             self.fault(subject, exc)
 
     def act(self, actions: List[Any]) -> None:
-        """Carry out what the state has decided, by the table of the loop."""
+        """Carry out what the state has decided, according to the table of the loop."""
         for action in actions:
             try:
                 self._acts[type(action)](action)
-            except Exception as exc:  # the other actions are carried out all the same
+            except Exception as exc:  # the other actions must be carried out
                 self.fault(action, exc)
 
     def fault(self, subject: Any, exc: BaseException, owner: Any = None) -> None:
-        """Log an unexpected exception and end what it concerns: `owner` finds that out, a part of
-        this loop, or that of the channel which is the subject."""
+        """Log an unexpected exception and end what it concerns: `owner` determines that; it is a
+        part of this loop, or the owner of the channel which is the subject."""
         if subject is not None:
             name = type(subject).__name__
         else:
@@ -8641,7 +8660,7 @@ class Loop:
         try:
             text = 'a fault of dispy has ended it: %s: %.500s' % (type(exc).__name__, exc)
             concerned = judge.on_fault(subject, text)
-        except Exception:  # one more; the first stands in the log already
+        except Exception:  # a second exception; the first is in the log already
             self.log.exception('a fault of dispy while it ended what the last one concerned')
         self._again = self._again or not concerned
         if concerned:
@@ -8654,8 +8673,8 @@ class Loop:
         self.stop()
 
     def _select_timeout(self, timeout: Optional[float]) -> Optional[float]:
-        """Seconds until something is to be done, at most a day: a selector takes no more than 24.8
-        days."""
+        """Return the seconds until something is to be done, at most a day: a selector accepts no
+        more than 24.8 days."""
         if self._inbox or self._again:
             self._again = False
             return 0
@@ -8681,7 +8700,7 @@ class Loop:
         try:
             self._wakened.recv(4096)
         except BlockingIOError:
-            pass    # it was drained before; a context manager costs as much as the call
+            pass    # drained before; suppress() would cost as much as the call
         self._signalled = False
 
     def _handle_io(self, channel: Channel, mask: int) -> None:
@@ -8697,16 +8716,16 @@ class Loop:
             self._refuse_link(channel, str(exc))
         except MemoryError:
             self._refuse_link(channel, NO_MEMORY)
-        except Exception as exc:  # of the channel, which is ended for it
+        except Exception as exc:  # the fault is that of the channel, which is ended
             self.fault(channel, exc)
 
     def _refuse_link(self, channel: Channel, text: str) -> None:
-        """What came cannot be used. The other side is told, so that it does not connect and send
-        the same at once."""
+        """End a link on which something unusable has come. The other side is told, so that it does
+        not connect and send the same immediately."""
         if isinstance(channel, Link) and channel.is_attached:
             self.log.error('what %s has sent cannot be used: %s', channel.address, text)
             Loop.send(self, channel, Wrong(text[:NAME_MOST], channel.opened))
-            with contextlib.suppress(OSError):   # it is broken all the same
+            with contextlib.suppress(OSError):   # it is broken in any case
                 channel.write()
         self._break(channel, text)
 
@@ -8716,7 +8735,7 @@ class Loop:
             if channel.later:
                 channel.go_on()
         except OSError as exc:
-            # The other side may have said why it goes
+            # The other side may have sent the reason
             self._handle_io(channel, selectors.EVENT_READ)
             text = str(exc)
             self._break(channel, text)
@@ -8729,7 +8748,7 @@ class Loop:
             self.interest(channel)
 
     def interest(self, channel: Channel) -> None:
-        """Bring the selector up to what the channel waits for."""
+        """Register with the selector what the channel waits for."""
         wanted = 0
         if not channel.paused:
             wanted = selectors.EVENT_READ
@@ -8754,8 +8773,8 @@ class Loop:
     break_link = _break    # for the parts
 
     def _send_heartbeats(self) -> None:
-        """Signs of life on idle links, and an end to silent ones."""
-        # This process was stopped, or the machine slept: nobody else was silent for it
+        """Send heartbeats on idle links, and end silent links."""
+        # This process was stopped, or the machine slept: the peers were not silent
         late = self.now - self._pulse_at
         if self._pulse_at and late > min(link.pulse for link in self.links.values()):
             for link in self.links.values():
@@ -8774,15 +8793,15 @@ class Loop:
         self._pulse_at = self.now + min([PULSE, *(link.pulse for link in self.links.values())]) / 2
 
     def is_silent(self, link: 'Link') -> bool:
-        """Whether a second connection is to be tried while this one still counts."""
+        """Return whether a second connection is to be tried while this one still counts."""
         if not self.now - link.heard > PULSES_SILENT * link.pulse:
             return False
         return not link.paused
 
     def close(self) -> None:
-        """Close all that is owned."""
+        """Close everything that the loop owns."""
         self.has_ended = True
-        self._waits = True        # who posts from now on finds the waker closed
+        self._waits = True        # a thread that posts from now on finds the waker closed
         for key in list(self._selector.get_map().values()):
             if isinstance(key.data, Channel):
                 self.detach(key.data)
@@ -8792,7 +8811,7 @@ class Loop:
             signal.set_wakeup_fd(-1)
         self._waker.close()
         self._wakened.close()
-        self._signalled = False   # who posts from now on sees that this has ended
+        self._signalled = False   # a thread that posts from now on sees that this has ended
         self._close_late()
 
 
@@ -9770,7 +9789,7 @@ def discovery_reach() -> str:
 
 class UdpListener(socketserver.UDPServer):
     """A UDP socket. A loop watches it and calls `on_readable`; each datagram is passed to
-    `on_datagram(data, source, reply)`."""
+    `hear(data, source, reply)`."""
     allow_reuse_address = True   # several nodes and clients of one host receive the same broadcasts
     timeout = 0
     max_packet_size = DATAGRAM + 1
@@ -9923,7 +9942,7 @@ class DiscoverySockets:
         return numbers
 
     def broadcast(self, build: Callable[[], bytes]) -> None:
-        """Send the datagram that `build` returns to all hosts within reach, by IPv4 and IPv6. Each
+        """Send the datagram that `say` returns to all hosts within reach, by IPv4 and IPv6. Each
         family gets a new datagram, so that a host with both answers by both."""
         for listener in self.listeners:
             if listener.speaks:
@@ -11275,8 +11294,8 @@ class UndeliveredResults:
 
 
 class Attempts:
-    """Attempts from when they come until their results are there or they are given back, and what
-    they need while they wait: memory for their arguments, and values."""
+    """Attempts from their arrival until their results exist or they are returned, and what they
+    need while they wait: memory for their arguments, and values."""
 
     def __init__(self, tables: NodeTables, cpus: Cpus, past: PastAttempts,
                  results: UndeliveredResults, share: 'FairShare', units: Units) -> None:
@@ -11286,19 +11305,19 @@ class Attempts:
         self._past = past
         self._results = results
         self._share = share
-        self.refuses_new = False    # those that come are given back
-        self.held_bytes = 0         # of arguments of attempts that wait
-        self._in_parts: List[Attempt] = []      # whose arguments came so
+        self.refuses_new = False    # new attempts are returned
+        self.held_bytes = 0         # bytes of arguments of waiting attempts
+        self._in_parts: List[Attempt] = []      # attempts whose arguments came in parts
         self.values = ValueRequests(VALUES_KEPT)
 
     # -- coming ------------------------------------------------------------------------------------
 
     def on_jobs(self, link: int, message: Jobs, now: float) -> None:
-        """Attempts have come; those that are known here have come before."""
+        """Take attempts that have come; those that are known here have come before."""
         rows = message.rows
         tables = self._tables
         comp = tables.comp_of(link, message.comp)
-        # Another connection has the place of this one, and was told what had come
+        # Another connection has replaced this one, and has reported what had come
         if comp is None:
             return
         if comp.link != link:
@@ -11320,7 +11339,7 @@ class Attempts:
             self._note_parts(comp, rows[0])
 
     def _take(self, comp: _Computation, rows: Sequence[tuple]) -> None:
-        """Take attempts that are not known here."""
+        """Accept attempts that are not known here."""
         spooled = self._results.spooled_serials(comp.comp)
         for serial, payload, options in rows:
             if serial in comp.attempts:
@@ -11343,7 +11362,7 @@ class Attempts:
             self.held_bytes += attempt.counted
 
     def _lack(self, attempt: Attempt) -> str:
-        """Why an attempt can never run here; empty if it can."""
+        """Return why an attempt can never run here; empty if it can."""
         if attempt.cpus > self._cpus.most:
             return 'the job wants %d CPUs and the node has %d' % (attempt.cpus, self._cpus.most)
         return self._units.lack(attempt.resources, 'node %s' % self._tables.name)
@@ -11353,8 +11372,8 @@ class Attempts:
 
     def _return_all(self, comp: _Computation, message: Jobs) -> None:
         serials = [row[0] for row in message.rows]
-        jobs_returned = JobsReturned(comp.comp, serials)
-        self._tables.reply(comp, jobs_returned)
+        answer = JobsReturned(comp.comp, serials)
+        self._tables.reply(comp, answer)
 
     def _note_parts(self, comp: _Computation, row: tuple) -> None:
         """Note an attempt whose arguments came in parts."""
@@ -11369,7 +11388,7 @@ class Attempts:
             self._in_parts.append(attempt)
 
     def on_unfit(self, link: int, message: Unfit, now: float) -> None:
-        """An attempt whose arguments find no room here."""
+        """Refuse an attempt because there is no memory for its arguments."""
         comp = self._tables.comp_of(link, message.comp)
         if comp is None:
             return
@@ -11390,7 +11409,7 @@ class Attempts:
     # -- memory ------------------------------------------------------------------------------------
 
     def count(self, attempt: Attempt, waits: bool) -> None:
-        """Into the books of what waits, or out of them."""
+        """Add an attempt to the totals of what waits, or subtract it."""
         if waits:
             counted = size_of(attempt.payload)
         else:
@@ -11399,20 +11418,20 @@ class Attempts:
         attempt.counted = counted
 
     def is_full(self) -> bool:
-        """Whether so much waits that links are not to be read: without what came in parts, for
-        which memory was found before."""
+        """Return whether so much waits that links are not to be read. Arguments that came in parts
+        do not count, because memory was reserved for them before."""
         held = self.held_bytes
         if held > RECEIVE_BUDGET and self._in_parts:
             self._in_parts = [attempt for attempt in self._in_parts
                               if attempt.serial in attempt.comp.attempts]
-            total_counted = sum(attempt.counted for attempt in self._in_parts)
-            held -= total_counted
+            in_parts = sum(attempt.counted for attempt in self._in_parts)
+            held -= in_parts
         return held > RECEIVE_BUDGET
 
     # -- ending and going back ---------------------------------------------------------------------
 
     def finish(self, comp: _Computation, row: tuple) -> None:
-        """An attempt has ended, with this row of Results."""
+        """Note that an attempt has ended, with this row of Results."""
         attempt = comp.attempts.pop(row[SERIAL], None)
         comp.done += 1
         if row[OUTCOME] not in VALUES:
@@ -11426,13 +11445,13 @@ class Attempts:
         comp.outbox.append(row)
 
     def finish_unstarted(self, comp: _Computation, attempt: Attempt) -> None:
-        """An attempt was cancelled before it started."""
+        """Note that an attempt was cancelled before it started."""
         self.finish(comp, (attempt.serial, int(
             Outcome.CANCELLED), 0.0, 0.0, b'cancelled before it started', b'', b''))
 
     def requeue(self, comp: _Computation, attempts: Iterable[Attempt]) -> None:
-        """Attempts that never started go back to the front, or to the client if it has called them
-        back, or end if they were to be cancelled."""
+        """Put attempts that never started back to the front of the queue; or return them to the
+        client if it has recalled them; or end them if they were to be cancelled."""
         back: List[int] = []
         for attempt in reversed(list(attempts)):
             if attempt.ending is Outcome.CANCELLED:
@@ -11448,7 +11467,7 @@ class Attempts:
             self._hand_back(comp, serials)
 
     def return_waiting(self, comp: _Computation, wanted: Optional[Set[int]] = None) -> None:
-        """Return attempts that wait here: these, or all."""
+        """Return attempts that wait here to the client: these, or all."""
         lacking = [attempt for attempt in self.values.waiting(comp.comp)
                    if wanted is None or attempt.serial in wanted]
         if lacking:
@@ -11466,14 +11485,14 @@ class Attempts:
         self._hand_back(comp, serials)
 
     def return_lacking(self, comp: _Computation, attempts: Sequence[Attempt]) -> None:
-        """Attempts that waited for values are not waited for any more."""
+        """Return attempts that waited for values, because the values are not coming."""
         serials = self._leave(comp, attempts)
         if serials:
             self._hand_back(comp, serials)
 
     def _leave(self, comp: _Computation, attempts: Sequence[Attempt]) -> List[int]:
-        """Attempts that never started end if they were to be, and are of the client again
-        otherwise. Returns the latter."""
+        """Remove attempts that never started. Those that were to end are ended; the others are
+        returned."""
         serials: List[int] = []
         for attempt in attempts:
             if attempt.ending is not None:
@@ -11484,7 +11503,7 @@ class Attempts:
         return serials
 
     def _dismiss(self, comp: _Computation, attempt: Attempt) -> int:
-        """An attempt that never started is of the client again."""
+        """Forget an attempt that never started, because it belongs to the client again."""
         del comp.attempts[attempt.serial]
         comp.steal_debt.discard(attempt.serial)
         self.count(attempt, False)
@@ -11493,7 +11512,8 @@ class Attempts:
         return attempt.serial
 
     def _hand_back(self, comp: _Computation, serials: List[int]) -> None:
-        """Attempts that never started are told to the client; when it is back if it is away."""
+        """Tell the client that attempts were never started; if it is away, it is told when it is
+        back."""
         tables = self._tables
         if comp.link in tables.links:
             for message in in_parts(JobsReturned, comp.comp,
@@ -11501,11 +11521,11 @@ class Attempts:
                 tables.reply(comp, message)
         elif serials:
             distinct_serials = frozenset(serials)
-            attempt_history = AttemptHistory(unbegun=distinct_serials)
-            self._past.add(comp.comp, attempt_history)
+            returned = AttemptHistory(unbegun=distinct_serials)
+            self._past.add(comp.comp, returned)
 
     def on_recall(self, link: int, message: ReturnJobs, now: float) -> None:
-        """The client wants attempts back that have not started."""
+        """Return attempts that have not started, because the client wants them back."""
         comp = self._tables.comp_of(link, message.comp)
         if comp is None:
             return
@@ -11521,21 +11541,21 @@ class Attempts:
                 self.take_back(worker)
 
     def take_back(self, worker: _Worker) -> None:
-        """Ask a worker for what it has not started."""
+        """Ask a worker to return what it has not started."""
         if not worker.recalled:
             worker.recalled = True
             action = TakeFromWorker(worker.key)
             self._tables.do(action)
 
     def take_back_all(self) -> None:
-        """Ask workers for what stands behind jobs that run."""
+        """Ask workers to return what waits behind running jobs."""
         for worker in self._tables.workers.values():
             behind = len(worker.queue) - 1
             if behind > 0:
                 self.take_back(worker)
 
     def drop(self, comp: _Computation) -> None:
-        """A computation is being closed: nobody wants to know of its attempts."""
+        """Forget the attempts of a computation that is being closed."""
         self.held_bytes -= sum(attempt.counted for attempt in comp.attempts.values())
         attempts = [attempt for attempt in comp.attempts.values() if attempt.values]
         comp.waiting.clear()
@@ -11547,8 +11567,7 @@ class Attempts:
     # -- values by digest --------------------------------------------------------------------------
 
     def serve_values(self) -> None:
-        """Attempts whose values are there wait for a CPU from now on; what others lack is
-        fetched."""
+        """Let attempts wait for a CPU whose values are present; fetch what the others need."""
         served, actions = self.values.serve()
         for _, attempt in served:
             attempt.comp.enqueue(attempt)
@@ -11556,7 +11575,7 @@ class Attempts:
             self._tables.do(action)
 
     def on_value_sought(self, event: ValueSought, now: float) -> None:
-        """A value is missing, is there, or cannot be had."""
+        """Note that a value is missing, is present, or is not available."""
         tables = self._tables
         comp = tables.comps.get(event.comp)
         if comp is None:
@@ -11571,18 +11590,18 @@ class Attempts:
             for attempt in self.values.failed(event.comp):
                 size = sum(size for size, _ in attempt.values)
                 text = unfit_text(size, '%s (on node %s)' % (event.error, tables.name))
-                unfit = Unfit(comp.comp, (attempt.serial, ), text)
-                self.finish(comp, unfit_row(unfit))
+                refused = Unfit(comp.comp, (attempt.serial, ), text)
+                self.finish(comp, unfit_row(refused))
         else:
             self.values.came(event.comp)
 
     def value_stored(self, file: FileStored, now: float) -> None:
-        """The value that is fetched is there, or cannot be had."""
+        """Note that the value that is being fetched is present, or is not available."""
         digest = self.values.coming(file.comp)
         digits = digest.hex()
         if digits == file.name:
-            value_sought = ValueSought(file.comp, digest, [], file.error)
-            self.on_value_sought(value_sought, now)
+            event = ValueSought(file.comp, digest, [], file.error)
+            self.on_value_sought(event, now)
 
     def _done_with_values(self, comp: _Computation, attempt: Attempt) -> None:
         self.values.leave(comp.comp, (attempt,))
@@ -11590,10 +11609,10 @@ class Attempts:
 
 
 class Interruptions:
-    """Ends attempts that run: those that are cancelled, have no time left, use too much memory, or
-    run on a node that is to end. The job is interrupted; after GRACE its worker is killed, and
-    after GRACE more its result is that nothing could end it. Where the node is to end, `grace`
-    takes the place of the first."""
+    """Ends running attempts: those that are cancelled, exceed their time limit, use too much
+    memory, or run on a node that is to end. The job is interrupted; after GRACE its worker is
+    killed, and after GRACE more its result says that nothing could end it. If the node is to end,
+    `grace` replaces the first of these times."""
 
     def __init__(self, tables: NodeTables, timers: Timers, attempts: Attempts,
                  grace: float) -> None:
@@ -11601,10 +11620,10 @@ class Interruptions:
         self._timers = timers
         self._attempts = attempts
         self.grace = grace         # s
-        self.ends_all = False       # what starts now is ended
+        self.ends_all = False       # jobs that start now are ended
 
     def on_cancel(self, link: int, message: Cancel, now: float) -> None:
-        """The client wants attempts ended, whether they run or wait."""
+        """End attempts that the client has cancelled, whether they run or wait."""
         comp = self._tables.comp_of(link, message.comp)
         if comp is None:
             return
@@ -11632,7 +11651,7 @@ class Interruptions:
                 attempts.take_back(worker)
 
     def end_all(self, now: float) -> None:
-        """What waits is given back, what runs has its grace."""
+        """Return attempts that wait, and end those that run after their grace time."""
         attempts = self._attempts
         tables = self._tables
         self.ends_all = True
@@ -11646,7 +11665,7 @@ class Interruptions:
                 attempts.take_back(worker)
 
     def interrupt(self, worker: _Worker, attempt: Attempt, now: float) -> None:
-        """Interrupt what a worker runs."""
+        """Interrupt the job that a worker runs."""
         action = Interrupt(worker.key, attempt.serial)
         self._tables.do(action)
         if attempt.ending is Outcome.STOPPED:
@@ -11656,7 +11675,7 @@ class Interruptions:
         self._set_timer(when, self._kill, worker, attempt.serial)
 
     def set_timeout(self, worker: _Worker, when: float) -> None:
-        """What a worker runs has no more time than this."""
+        """Set the time limit of the job that a worker runs."""
         serial = worker.queue[0].serial
         self._set_timer(when, self._time_out, worker, serial)
 
@@ -11665,7 +11684,7 @@ class Interruptions:
         self._timers.at(when, worker.comp.comp, call, worker, serial, is_wanted=self._is_running)
 
     def _is_running(self, worker: _Worker, serial: int) -> bool:
-        """Whether the worker is there and runs this attempt."""
+        """Return whether the worker exists and runs this attempt."""
         if not (worker.key in self._tables.workers and bool(worker.queue)):
             return False
         return worker.queue[0].serial == serial
@@ -11686,9 +11705,10 @@ class Interruptions:
             self._set_timer(when, self._stuck, worker, serial)
 
     def _stuck(self, worker: _Worker, serial: int, now: float) -> None:
-        """A worker was killed and has not ended: its process sleeps in the kernel and cannot be
-        interrupted, as on a disk that has died. Its job is told, what stood behind it waits for
-        another, and its CPUs come back when it has ended."""
+        """Handle a worker that was killed and has not ended: its process sleeps in the kernel and
+        cannot be interrupted, for example on a disk that has failed. Its job is reported as ended,
+        the attempts behind it wait for another worker, and its CPUs become free when it has
+        ended."""
         attempts = self._attempts
         is_running = self._is_running(worker, serial)
         if not is_running:
@@ -11696,10 +11716,10 @@ class Interruptions:
         comp = worker.comp
         head = worker.queue.popleft()
         ending = head.ending or Outcome.DIED
-        ending_text = head.ending_text(ending)
+        reason = head.ending_text(ending)
         text = ('%s; it was killed, and its process has not ended within %d s '
                 '(uninterruptible): its CPU is lost to node %s' %
-                (ending_text, GRACE, self._tables.name))
+                (reason, GRACE, self._tables.name))
         logger.error('%s: %s', comp.spec['name'], text)
         worker.stuck = head.cpus
         attempts.finish(comp, (head.serial, int(ending), 0.0, 0.0, text.encode(), b'', b''))
@@ -11708,15 +11728,16 @@ class Interruptions:
         attempts.requeue(comp, behind)
 
     def on_too_big(self, event: MemoryExceeded, now: float) -> None:
-        """What a worker runs uses too much memory, and the worker is killed for it."""
+        """Note that a job uses too much memory, and that its worker is being killed for that."""
         self._note_ending(event.worker, event.serial, Outcome.OUT_OF_MEMORY)
 
     def on_overdue(self, event: WorkerOverdue, now: float) -> None:
-        """What a worker runs is ended by its runner, as its time has passed."""
+        """Note that the runner ends a job whose time limit has passed."""
         self._note_ending(event.worker, event.serial, Outcome.TIMED_OUT)
 
     def _note_ending(self, key: int, serial: int, ending: Outcome) -> None:
-        """Results of jobs before this one may not have been read yet: it need not be the head."""
+        """Note why an attempt is being ended. It need not be the first in the queue of its worker:
+        results of jobs before it may not have been read yet."""
         worker = self._tables.workers.get(key)
         for attempt in worker.queue if worker is not None else ():
             if attempt.serial != serial:
@@ -11726,24 +11747,25 @@ class Interruptions:
 
 
 class FairShare:
-    """Decides which computation gets the next CPU when several wait: it goes to the client, and of
-    its computations to the one, that will have used least when what runs now has ended; then to the
-    one served longest ago. So who has had less, because it had nothing here in some moment, gets it
-    back. One that has come is next, and claims nothing of what others used before."""
+    """Decides which computation gets the next CPU when several wait: it goes to the client, and to
+    that of its computations, which will have used least when the running jobs have ended; if they
+    are equal, to the one that was served longest ago. So a client that has had less, because it had
+    nothing here at some moment, is compensated. A computation that has just come is next, and has
+    no claim to what others used before."""
 
     def __init__(self, tables: NodeTables, cpus: Cpus) -> None:
         self._tables = tables
         self._cpus = cpus
 
     def joins(self, comp: _Computation) -> None:
-        """A computation has come; its client may have others here."""
+        """Note that a computation has come; its client may have others here."""
         comps = self._tables.comps.values()
         comp.client = next(
             (other.client for other in comps if other.client_name == comp.client_name), _Claim())
 
     @staticmethod
     def returns(comp: _Computation, now: float) -> None:
-        """A computation that had no attempts has some."""
+        """Note that a computation that had no attempts has some now."""
         for claim in (comp.own, comp.client):
             claim.fresh = claim.fresh or claim.seen + ABSENT_TIME < now
 
@@ -11759,24 +11781,24 @@ class FairShare:
 
     @staticmethod
     def first(rivals: List[_Computation]) -> _Computation:
-        """The computation that is to have the next CPU."""
+        """Return the computation that is to have the next CPU."""
         return min(rivals, key=lambda comp: (*comp.client.rank(), *comp.own.rank(), comp.served))
 
     def began(self, comp: _Computation, cpus: int, now: float) -> None:
-        """A job of a computation begins on so many CPUs."""
+        """Note that a job of a computation begins on so many CPUs."""
         self._level(comp, now)
         for claim in (comp.own, comp.client):
             claim.reckoned += cpus * comp.estimate.remaining(0.0)
 
     @staticmethod
     def charge(comp: _Computation, seconds: float) -> None:
-        """A computation has used so many CPU seconds."""
+        """Note that a computation has used so many CPU seconds."""
         comp.own.used += seconds
         comp.client.used += seconds
 
     def reckon(self, now: float) -> None:
-        """CPU seconds that each will have used when what runs has ended; who has had much less
-        than others gets so much back at most."""
+        """Return the CPU seconds that each computation will have used when the running jobs have
+        ended; the compensation for one that has had much less than others is limited."""
         here = [comp for comp in self._tables.comps.values() if comp.attempts]
         ages = {comp: [(now - worker.since, worker.queue[0].cpus)
                        for worker in comp.workers.values()
@@ -11796,7 +11818,8 @@ class FairShare:
                 client.reckoned += left
 
     def _forgive(self, used: Dict[_Claim, float]) -> None:
-        """Claims, and what each uses by jobs that run: what is beyond CREDIT_TIME is forgotten."""
+        """Limit the claims, and what each uses by running jobs: what exceeds CREDIT_TIME is
+        forgotten."""
         floor = max(claim.used + more
                     for claim, more in used.items()) - CREDIT_TIME * self._cpus.total
         for claim, more in used.items():
@@ -11804,8 +11827,8 @@ class FairShare:
             claim.reckoned = claim.used + more
 
     def _level(self, comp: _Computation, now: float) -> None:
-        """The first job of one that has come begins: from now on it claims as much as the others,
-        and what jobs of other clients that run will use is not held against these."""
+        """Begin the first job of a computation that has come: from now on it claims as much as the
+        others, and what running jobs of other clients will use is not held against them."""
         client = comp.client
         own = comp.own
         comps = self._tables.comps.values()
@@ -11839,8 +11862,8 @@ class FairShare:
 
 
 class WorkerPool:
-    """The workers of all computations: which there are, when the next may be started, and when
-    those end that have nothing to do.
+    """The workers of all computations: which exist, when the next one may be started, and when idle
+    ones end.
 
     start_at - when the next worker may be started
     special - those that have resources
@@ -11852,11 +11875,11 @@ class WorkerPool:
         self._tables = tables
         self._timers = timers
         self.start_at = 0.0
-        self._start_failure = ''    # why none could be started, as it was told
+        self._start_failure = ''    # the reported reason why none could be started
         self._keys = itertools.count(1)
 
     def start(self, comp: _Computation, resources: Request = ()) -> _Worker:
-        """Have a worker started for a computation, with these resources."""
+        """Start a worker for a computation, with these resources."""
         tables = self._tables
         key = next(self._keys)
         worker = _Worker(key, comp, resources)
@@ -11869,7 +11892,7 @@ class WorkerPool:
         return worker
 
     def start_failed(self, worker: _Worker, text: str, now: float) -> None:
-        """A worker could not be started. Its client is told, but not again and again."""
+        """Note that a worker could not be started. Its client is told, but not again and again."""
         tables = self._tables
         comp = worker.comp
         self.gone(worker)
@@ -11878,16 +11901,16 @@ class WorkerPool:
             message = ('node %s cannot start a worker process: %s; it continues with the workers '
                        'that it has, and keeps trying' % (tables.name, text))
             logger.error('%s', message)
-            notice = Notice(comp.comp, message)
-            tables.reply(comp, notice)
+            warning = Notice(comp.comp, message)
+            tables.reply(comp, warning)
         self.start_at = now + WORKER_RETRY_DELAY
         self._timers.at(self.start_at, comp.comp, self._may_start_again, is_wanted=lambda: True)
 
     def _may_start_again(self, now: float) -> None:
-        """Nothing is to be done at this time but to look whether a worker is to be started."""
+        """Do nothing: the timer makes the node check whether a worker is to be started."""
 
     def put_idle(self, worker: _Worker) -> None:
-        """A worker has nothing to do; it ends if it has run as many jobs as it may."""
+        """Note that a worker is idle; it ends if it has run as many jobs as it may."""
         tables = self._tables
         comp = worker.comp
         comp.refillable.pop(worker.key, None)
@@ -11913,8 +11936,8 @@ class WorkerPool:
         return self._tables.comps.get(comp.comp) is comp
 
     def _retire_idle(self, comp: _Computation, now: float) -> None:
-        """Workers that have had nothing to do for long give back their memory. What setup has
-        made is in the runner, which forks others when there are jobs again."""
+        """End workers that have been idle for long, so that their memory is freed. What setup has
+        made is in the runner, which forks other workers when there are jobs again."""
         if not self._is_here(comp):
             return
         for worker in comp.idle + self.special.idle_of(comp):
@@ -11928,25 +11951,26 @@ class WorkerPool:
             self._retire_at(when, comp)
 
     def has_place(self, comp: _Computation, cpus: int) -> bool:
-        """Whether a computation may have one more worker without resources, on so many CPUs."""
+        """Return whether a computation may have one more worker without resources, on so many
+        CPUs."""
         count = len(comp.workers)
         if count < cpus:
             return True
         return count - len(self.special.idle_of(comp)) < cpus
 
     def gone(self, worker: _Worker) -> None:
-        """The process of a worker has ended, or could not be made."""
+        """Note that the process of a worker has ended, or could not be made."""
         self.remove(worker)
         self._units.release(worker.key)
 
     def all_gone(self, comp: _Computation) -> None:
-        """So have all processes of a computation."""
+        """Note that all processes of a computation have ended."""
         for worker in list(comp.workers.values()):
             self.remove(worker)
         self._units.release_all(comp.comp)
 
     def remove(self, worker: _Worker) -> None:
-        """A worker has ended, or has been told to."""
+        """Forget a worker that has ended, or has been told to."""
         self._tables.workers.pop(worker.key, None)
         comp = worker.comp
         comp.workers.pop(worker.key, None)
@@ -11959,7 +11983,7 @@ class WorkerPool:
 
 
 class CpuScheduler:
-    """Gives CPUs to attempts that wait, feeds workers with them, and takes their results."""
+    """Gives CPUs to waiting attempts, sends attempts to workers, and takes their results."""
 
     def __init__(self, tables: NodeTables, timers: Timers, cpus: Cpus, attempts: Attempts,
                  interruptions: Interruptions, share: FairShare, units: Units) -> None:
@@ -11969,7 +11993,7 @@ class CpuScheduler:
         self._attempts = attempts
         self._interruptions = interruptions
         self._share = share
-        self.look_at = math.inf     # when some head will have run for BEGUN_TIME
+        self.look_at = math.inf     # when a job will have run for BEGUN_TIME
         self.pool = WorkerPool(tables, timers, units)
         self._served = itertools.count()
 
@@ -11990,7 +12014,8 @@ class CpuScheduler:
                 comp.refillable.clear()
 
     def _share_between(self, ready: List[_Computation], now: float) -> bool:
-        """When several wait, each CPU goes where FairShare says. Returns whether several wait."""
+        """Give each CPU to the computation that FairShare selects, when several wait. Returns
+        whether several wait."""
         rivals = [comp for comp in ready if comp.waiting]
         self._share.see(ready, now)
         if len(rivals) < 2 or self._cpus.free <= 0:
@@ -12006,13 +12031,13 @@ class CpuScheduler:
         return True
 
     def _is_limited(self, comp: _Computation, cpus: int) -> bool:
-        """Whether a computation may not use so many CPUs more."""
+        """Return whether a computation may not use so many more CPUs."""
         if not (0 < comp.limit < self._cpus.total):
             return False
         return comp.limit < cpus + comp.cpus_used()
 
     def _start_on_worker(self, comp: _Computation, ahead: int, now: float) -> bool:
-        """Work for one more worker, if there is a CPU."""
+        """Give work to one more worker, if a CPU is free."""
         if not comp.waiting:
             return False
         head = comp.waiting[0]
@@ -12043,11 +12068,11 @@ class CpuScheduler:
 
     def _dispatch(self, comp: _Computation, now: float, crowded: bool) -> None:
         ahead = 0
-        if len(comp.waiting) > 1 or comp.refillable:   # otherwise nothing stands behind another
+        if len(comp.waiting) > 1 or comp.refillable:   # otherwise no attempt is behind another one
             ahead = comp.handed.jobs(AHEAD_TIME)
         while comp.waiting and self._start_on_worker(comp, ahead, now):
             continue
-        # It came when there were more
+        # It came when there were more CPUs
         if comp.waiting:
             most = min(self._cpus.total, comp.limit or self._cpus.total)
             if comp.waiting[0].cpus > most:
@@ -12066,7 +12091,7 @@ class CpuScheduler:
     def _feed(self, comp: _Computation, worker: _Worker, count: int, now: float) -> None:
         attempts: List[Attempt] = []
         if worker.queue and size_of(worker.queue[-1].payload) > LAZY:
-            return   # what stands behind that could not be taken back
+            return   # attempts behind it could not be taken back
         if comp.most:
             count = min(count, comp.most - worker.jobs_given)
         while count > 0 and comp.waiting:
@@ -12080,7 +12105,7 @@ class CpuScheduler:
             attempts.append(comp.waiting.popleft())
             if attempt.counted > LAZY:   # alone, as above
                 count = 0
-            # What runs does not keep links from being read: orders come along them
+            # Running attempts do not keep links from being read: orders come on the links
             self._attempts.held_bytes -= attempt.counted
             attempt.counted = 0
             worker.queue.append(attempt)
@@ -12088,14 +12113,15 @@ class CpuScheduler:
         if attempts:
             if attempts[0] is worker.queue[0]:
                 self._on_job_started(worker, now)
-            else:   # it may begin before this is told
+            else:   # it may begin before this is reported
                 self._watch(worker, attempts[0])
             worker.jobs_given += len(attempts)
             action = SendToWorker(worker.key, attempts)
             self._tables.do(action)
 
     def _watch(self, worker: _Worker, attempt: Attempt) -> None:
-        """Limits that hold also while this loop has no time, as in a program that is busy."""
+        """Have the runner enforce the limits of a job, so that they hold even while this loop has
+        no turn, as in a program that is busy."""
         if attempt.memory or attempt.timeout:
             memory = int(attempt.memory or 0)
             seconds = attempt.timeout or 0.0
@@ -12118,12 +12144,12 @@ class CpuScheduler:
             self._interruptions.set_timeout(worker, when)
         if head.memory or head.timeout:
             self._watch(worker, head)
-        if head.ending is not None:   # cancelled while it stood behind another
+        if head.ending is not None:   # it was cancelled while it was behind another one
             self._interruptions.interrupt(worker, head, now)
 
     def look(self, now: float) -> None:
-        """Jobs that have run for a while: they are told, and what their workers hold behind them is
-        taken back, for the estimate by which it was handed to them does not hold."""
+        """Report jobs that have run for a while, and take back what their workers hold behind them,
+        because the estimate by which it was sent to them was wrong."""
         self.look_at = math.inf
         for worker in self._tables.workers.values():
             ahead = len(worker.queue) > 1 and not worker.recalled
@@ -12143,7 +12169,7 @@ class CpuScheduler:
     # -- what workers did --------------------------------------------------------------------------
 
     def on_results(self, event: WorkerResults, now: float) -> None:
-        """Jobs have ended in a worker, or have sent provisional results."""
+        """Take results of jobs that have ended in a worker, and provisional results."""
         worker = self._tables.workers.get(event.worker)
         if worker is None:
             return
@@ -12190,7 +12216,8 @@ class CpuScheduler:
 
     @staticmethod
     def _note_overdue(attempt: Attempt, row: tuple) -> None:
-        """Its runner may have ended it, before this loop has looked whether its time has passed."""
+        """Note that a job has exceeded its time limit: its runner may have ended it before this
+        loop has checked the time."""
         if attempt.ending is not None:
             return
         if row[OUTCOME] != Outcome.RAISED:
@@ -12200,8 +12227,8 @@ class CpuScheduler:
 
     @staticmethod
     def _ended(attempt: Attempt, row: tuple) -> tuple:
-        """The result of an attempt that was interrupted. One that was cancelled and returned all
-        the same counts."""
+        """Return the result of an attempt that was interrupted. The result of one that was
+        cancelled and nevertheless returned counts."""
         assert attempt.ending is not None   # ours
         if attempt.ending is Outcome.CANCELLED:
             if row[OUTCOME] in RETURNED:
@@ -12210,7 +12237,7 @@ class CpuScheduler:
                 attempt.ending_text(attempt.ending).encode(), *row[STDOUT:])
 
     def on_returned(self, event: WorkerReturnedJobs, now: float) -> None:
-        """A worker has given back what it had not started."""
+        """Take attempts that a worker has returned because it had not started them."""
         worker = self._tables.worker_at_work(event.worker)
         if worker is None:
             return
@@ -12233,16 +12260,16 @@ class CpuScheduler:
             self._on_job_started(worker, now)
 
     def kill_running(self, comp: _Computation) -> None:
-        """Kill the workers of a computation that have jobs: when they have ended, it is known what
-        they had begun."""
+        """Kill the workers of a computation that have jobs: when they have ended, it is known which
+        attempts they had begun."""
         for worker in comp.workers.values():
             if worker.queue:
                 action = Kill(worker.key)
                 self._tables.do(action)
 
     def fail_running(self, comp: _Computation, outcome: Outcome, text: str) -> None:
-        """Nobody tells what had begun: what stands first at a worker has failed, and the rest was
-        never started."""
+        """End the attempts of workers of which nobody knows what they had begun: the first in the
+        queue of a worker has failed, and the rest was never started."""
         attempts = self._attempts
         for worker in comp.workers.values():
             if not worker.queue:
@@ -12258,18 +12285,20 @@ class CpuScheduler:
     # -- workers -----------------------------------------------------------------------------------
 
     def _initialize(self, comp: _Computation, now: float) -> None:
-        """Make workers for what waits. They get work when they are ready for it."""
+        """Start workers for the attempts that wait. They get attempts when their initializer has
+        returned."""
         most = min(self._cpus.free, len(comp.waiting))
         while self.pool.has_place(comp, self._cpus.total) and len(comp.starting) < most \
                 and now >= self.pool.start_at:
             comp.starting.add(self.pool.start(comp).key)
 
     def initialized(self, worker: _Worker) -> None:
-        """A worker is ready for work: the initializer has returned in it."""
+        """Note that a worker is ready, because the initializer has returned in it."""
         self.pool.put_idle(worker)
 
     def worker_gone(self, worker: _Worker, event: WorkerGone, now: float) -> None:
-        """The process of a worker has ended: what it ran has failed, and the rest waits again."""
+        """Handle the end of a worker's process: the attempt that it ran has failed, and the others
+        wait again."""
         attempts = self._attempts
         comp = worker.comp
         self.pool.gone(worker)
@@ -12298,8 +12327,8 @@ class CpuScheduler:
 
     @staticmethod
     def _how_it_ended(attempt: Attempt, comp: _Computation, text: str) -> Tuple[Outcome, str]:
-        """The outcome of an attempt whose worker has ended, and the text of its error; `text` is
-        of the worker."""
+        """Return the outcome of an attempt whose worker has ended, and the text of its error;
+        `text` describes the end of the worker."""
         if attempt.ending is not None:
             return attempt.ending, attempt.ending_text(attempt.ending)
         if comp.forced_end is not None:
@@ -12307,7 +12336,8 @@ class CpuScheduler:
         return Outcome.DIED, text
 
     def on_start_failed(self, event: WorkerStartFailed, now: float) -> None:
-        """What it was to run waits for another; no other is started for a while."""
+        """Let the attempts of a worker that could not be started wait for another one, and start no
+        worker for a while."""
         worker = self._tables.workers.get(event.worker)
         if worker is None:
             return
@@ -12317,7 +12347,7 @@ class CpuScheduler:
             self._attempts.requeue(worker.comp, worker.queue)
 
     def drop(self, comp: _Computation) -> None:
-        """A computation is being closed: its workers have no more work."""
+        """Forget the workers of a computation that is being closed: they get no more attempts."""
         comp.idle.clear()
         self.pool.special.drop(comp)
         comp.refillable.clear()
@@ -12327,7 +12357,7 @@ class CpuScheduler:
                 worker.queue.clear()
 
     def remove_workers(self, comp: _Computation) -> None:
-        """The processes of a computation have ended."""
+        """Forget the workers of a computation, because its processes have ended."""
         for worker in list(comp.workers.values()):
             self._cpus.free += worker.stuck
         self.pool.all_gone(comp)
@@ -12989,12 +13019,12 @@ class JobLookouts:
 
 
 class NodeService:
-    """Whether a node takes new jobs, and how it ends: hours of service, the user of its machine and
-    its operator let it pause and go on; the operator or the end of its last lease stops it.
+    """Whether a node takes new jobs, and how it ends. The hours of service, the user of its machine
+    and its operator can pause it and let it go on; the operator or the end of its last lease stops
+    it.
 
     paused - for each authority, why no new jobs are taken
     stopping - the node is about to end
-    is_ending - the node ends when nothing is left to do
     """
 
     def __init__(self, tables: NodeTables, timers: Timers, cpus: Cpus,
@@ -13016,7 +13046,8 @@ class NodeService:
         self._leaving = False     # running jobs were killed and have not ended yet
 
     def refusal(self, comp: str) -> Optional[Refused]:
-        """Why no client can have the node for a computation now; None if nothing is against it."""
+        """Return why no client can have the node for a computation now; None if there is no
+        reason."""
         if self.stopping:
             return Refused(comp, 'stopping', 'the node is being stopped')
         if self.paused:
@@ -13030,7 +13061,8 @@ class NodeService:
     # -- the end -----------------------------------------------------------------------------------
 
     def stop(self, event: Stop, now: float) -> None:
-        """Give back what has not started, interrupt what runs; a second time: leave."""
+        """Return attempts that have not started, and interrupt those that run; a second call ends
+        the node at once."""
         if self.stopping:
             self._leave(now)
             return
@@ -13047,25 +13079,25 @@ class NodeService:
         self._interruptions.end_all(now)
 
     def finish(self, event: Finish, now: float) -> None:
-        """Take no new jobs, and leave when those that are here have ended."""
+        """Take no new jobs, and end when the jobs that are here have ended."""
         self.is_ending = True
         pause = Pause('finish', 'the node ends when its jobs have ended')
         self.pause(pause, now)
         self._attempts.take_back_all()
 
     def leave_when_done(self, now: float) -> None:
-        """The end of a turn: a node that is to end leaves when nothing is left to do."""
+        """End a stopping node when nothing is left to do. This is called at the end of a turn."""
         if not self._has_work():
             self._leave(now)
 
     @property
     def has_jobs(self) -> bool:
-        """Whether there are jobs here, run or not."""
+        """Return whether there are jobs here, whether they run or wait."""
         comps = self._tables.comps.values()
         return any(comp.attempts for comp in comps)
 
     def _leave(self, now: float) -> None:
-        """Kill what runs, wait until it is known what of it had begun, and leave."""
+        """Kill what runs, wait until it is known which attempts had begun, and end."""
         tables = self._tables
         if not self._leaving and self._runs_jobs():
             self._leaving = True
@@ -13093,8 +13125,8 @@ class NodeService:
         return any(worker.queue for worker in workers)
 
     def _has_work(self) -> bool:
-        """Whether workers have jobs, or clients that are connected have not acknowledged results;
-        once what runs was killed, these are not waited for."""
+        """Return whether workers have jobs, or connected clients have not acknowledged results;
+        after running jobs were killed, acknowledgements are not waited for."""
         tables = self._tables
         if self._runs_jobs():
             return True
@@ -13115,7 +13147,7 @@ class NodeService:
     # -- pauses ------------------------------------------------------------------------------------
 
     def pause(self, event: Pause, now: float) -> None:
-        """Take no new jobs, and end those that run if that is asked for."""
+        """Take no new jobs, and end those that run if this is requested."""
         self.paused[event.by] = event.text
         self._attempts.refuses_new = True
         logger.info('this node takes no new jobs: %s', event.text)
@@ -13124,7 +13156,7 @@ class NodeService:
             self._interruptions.end_all(now)
 
     def resume(self, event: Resume, now: float) -> None:
-        """Take jobs again, if no other authority is against it."""
+        """Take jobs again, if no other authority has paused the node."""
         if self.paused.pop(event.by, None) is None:
             return
         if self.paused:
@@ -13158,8 +13190,8 @@ class NodeService:
 
 
 class Node:
-    """What a node decides. Events in, actions out; `flush` once a turn, after all events of the
-    turn. Its parts decide what is theirs: see their classes."""
+    """What a node decides. Events in, actions out; `flush` is called once in each turn, after all
+    events of the turn. Its parts decide about their own state: see their classes."""
 
     def __init__(self,
                  name: str,
@@ -13252,8 +13284,8 @@ class Node:
     # -- called by the shell -----------------------------------------------------------------------
 
     def handle(self, event: Any, now: float) -> List[Any]:
-        """Take one event; returns what must be done at once. Raises PeerError for a message that
-        may not come."""
+        """Handle one event. Returns what must be done at once. Raises PeerError for a message that
+        is not permitted."""
         tables = self.tables
         tables.actions = []
         tables.now = now
@@ -13261,7 +13293,8 @@ class Node:
         return tables.actions
 
     def flush(self, now: float) -> List[Any]:
-        """The end of a turn: due timers, work for idle workers, results to clients."""
+        """End a turn: handle due timers, give work to idle workers, send results to clients.
+        Returns what must be done."""
         tables = self.tables
         tables.actions = []
         tables.now = now
@@ -13290,49 +13323,49 @@ class Node:
         return tables.actions
 
     def decided(self) -> List[Any]:
-        """Actions of the last `handle` or `flush`, which raised."""
+        """Return the actions of the last `handle` or `flush`, which raised an exception."""
         tables = self.tables
         actions = tables.actions
         tables.actions = []
         return actions
 
     def comp_of_worker(self, key: int) -> str:
-        """Whose worker this is; empty when there is no such worker."""
+        """Return the computation of a worker; empty if there is no such worker."""
         worker = self.tables.workers.get(key)
         if worker is not None:
             return worker.comp.comp
         return ''
 
     def next_timer(self) -> Optional[float]:
-        """When `flush` has something to do at the latest."""
+        """Return when `flush` has something to do at the latest."""
         when = min(self.timers.next_at, self.scheduler.look_at)
         if when < math.inf:
             return when
         return None
 
     def serves(self, link: int) -> bool:
-        """Whether a computation of this link's client is here."""
+        """Return whether a computation of this link's client is here."""
         for comp in self.tables.comps.values():
             if comp.link == link:
                 return True
         return False
 
     def is_preparing(self, name: str) -> bool:
-        """Whether files of a computation are to be compared."""
+        """Return whether files of a computation are still to be compared."""
         comp = self.tables.comps.get(name)
         if comp is None:
             return False
         return comp.stage is Stage.PREPARING
 
     def has_jobs(self, name: str) -> bool:
-        """Whether a computation has jobs that run or wait."""
+        """Return whether a computation has jobs that run or wait."""
         comp = self.tables.comps.get(name)
         if comp is None:
             return False
         return bool(comp.attempts)
 
     def _tell(self, comp: _Computation, now: float) -> None:
-        """The client is told what has become of its jobs."""
+        """Tell the client what has become of its jobs."""
         if self.attempts.refuses_new:
             self.attempts.return_waiting(comp)
         if comp.begun:
@@ -13382,7 +13415,7 @@ class Node:
         self.lease.take(instance, client, now, tables.process_at(link))
 
     def _free_lease(self, now: float) -> None:
-        """Free the lease when its holder has no computation here."""
+        """Free the lease if its holder has no computation here."""
         tables = self.tables
         if self.lease.state is Lease.FREE:
             return
@@ -13415,7 +13448,7 @@ class Node:
         address = tables.links[link].address
         logger.info('%s has connected from %s', client, address)
         instance = tables.links[link].instance
-        # Of what it has here, also what has no results on the disk: it may be done with that
+        # This includes computations without results on the disk: the client may be done with them
         comps = tables.comps.values()
         kept: Dict[str, List[int]] = {}
         for comp in comps:
@@ -13425,9 +13458,9 @@ class Node:
                 kept[comp.comp] = []
         for name in self.results.spooled_of(instance):
             kept[name] = self.results.known_attempts(name)
-        node_hello = NodeHello(self.name, self.cpus.offered,
-                               dict(self.facts, holder=self.lease.held_by(now), kept=kept))
-        tables.send(link, node_hello)
+        answer = NodeHello(self.name, self.cpus.offered,
+                           dict(self.facts, holder=self.lease.held_by(now), kept=kept))
+        tables.send(link, answer)
         if self.service.paused:
             tables.send(link, CpusChanged(0))
 
@@ -13446,8 +13479,8 @@ class Node:
             tables.send(link, refusal)
         elif self.lease.is_of_another(tables.links[link].instance):
             self.lease.refuse(link)
-            held = self.lease.held_by(now)
-            text = 'it serves %s' % held
+            holder = self.lease.held_by(now)
+            text = 'it serves %s' % holder
             tables.send(link, Refused(message.comp, 'busy', text, self.lease.holder_row()))
             self.computations.evict_orphans()
         else:
@@ -13455,8 +13488,8 @@ class Node:
             self.computations.begin(link, message)
 
     def _refusal(self, link: int, name: str, now: float, spec: dict) -> Optional[Refused]:
-        """Why no client, or not this one, can have the node for a computation now; None if it is
-        free for that."""
+        """Return why no client, or not this one, can have the node for a computation now; None if
+        the node is free for it."""
         tables = self.tables
         refused = self.service.refusal(name)
         if refused is not None:
@@ -13487,15 +13520,15 @@ class Node:
             client = tables.client_at(link)
             logger.warning('%s has asked for results of a computation and does not have its '
                            'key', client)
-            attempt_history = AttemptHistory(whole=False)
-            past = attempt_history.row()
+            unknown = AttemptHistory(whole=False)
+            past = unknown.row()
             tables.send(link, KnownAttempts(message.comp, [], past))
             return
         self.results.note_key(link, message.comp)
         if comp is not None and comp.stage is not Stage.CLOSING:
             if comp.link in tables.links and comp.link != link:
-                held = self.lease.held_by(now)
-                text = 'its client is connected: %s' % held
+                holder = self.lease.held_by(now)
+                text = 'its client is connected: %s' % holder
                 tables.send(link, Refused(message.comp, 'busy', text))
                 return
             if take:
@@ -13506,8 +13539,8 @@ class Node:
             self.results.give_to(message.comp, up.instance)
         serials = self.results.known_attempts(message.comp)
         row = self.past.row(message.comp)
-        known_attempts = KnownAttempts(message.comp, serials, row)
-        tables.do(Send(link, known_attempts))
+        answer = KnownAttempts(message.comp, serials, row)
+        tables.do(Send(link, answer))
         if take:
             self.results.resend(message.comp, link)
 
@@ -13524,7 +13557,7 @@ class Node:
             self._end_wanted(event, now)
 
     def _end_wanted(self, event: EndWanted, now: float) -> None:
-        """End when the lease ends, if the operator allows that."""
+        """End when the lease ends, if the operator permits that."""
         if event.comp not in self.tables.comps:
             return
         is_last = self.lease.make_last()
@@ -13541,9 +13574,9 @@ class Node:
         until = now + RELEASE_COOLDOWN
         self.lease.cool_down(until)
         text = ENDING_TEXT[Outcome.STOPPED]
-        forced_end = ForcedEnd('released', RELEASED_TEXT, Outcome.STOPPED, text)
+        end = ForcedEnd('released', RELEASED_TEXT, Outcome.STOPPED, text)
         for comp in list(self.tables.comps.values()):
-            self.computations.end(comp, forced_end, now)
+            self.computations.end(comp, end, now)
         self.computations.refuse_ended()
         self._free_lease(now)
 
@@ -14019,11 +14052,11 @@ def clip(head: bytes, tail: bytes, total: int) -> bytes:
 
 
 class CapturedOutput:
-    """What a worker's job writes to one descriptor: an unlinked file, read when the job is over.
-    Where the worker is not forked, a file with a name, which runner and worker open each.
-
-    A file and not a pipe: whoever reads a pipe must run while the job writes, which a thread of the
-    worker cannot while C code prints with the interpreter lock held. The runner lets go of the
+    """What a worker's job writes to one descriptor: an unlinked file, which is read when the job
+    has ended. If the worker is not forked, the file has a name, and runner and worker open it
+    separately.
+    It is a file and not a pipe: the reader of a pipe must run while the job writes, which a thread
+    of the worker cannot do while C code prints with the interpreter lock held. The runner frees the
     middle of files that grow.
     """
 
@@ -14036,22 +14069,22 @@ class CapturedOutput:
             handle = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_APPEND | _O_BINARY, 0o600)
             self.handle = _out_of_reach(handle)
         else:
-            temporary_file = tempfile.TemporaryFile(dir=directory)
-            with temporary_file as file:
+            unnamed = tempfile.TemporaryFile(dir=directory)
+            with unnamed as file:
                 descriptor = file.fileno()
                 self.handle = _out_of_reach(os.dup(descriptor))
             if os.name != 'nt':
                 import fcntl
                 fcntl.fcntl(self.handle, fcntl.F_SETFL, os.O_RDWR | os.O_APPEND)
-        self.shown = (0, 0)   # runner: the job whose output was last shown live, and how much of it
-        self._hole = OUTPUT_KEPT   # runner: where what has been let go ends
+        self.shown = (0, 0)   # runner: the job whose output was last shown live, and its length
+        self._hole = OUTPUT_KEPT   # runner: the end of the part that has been freed
 
     def take(self, size: int) -> bytes:
         """Return all that was written, clipped, and empty the file for the next job. Called by a
         worker."""
         if size < OUTPUT_KEPT:
             return self._empty(size)
-        with self._alone():   # the runner may be shortening it
+        with self._alone():   # the runner may be freeing its middle
             status = os.fstat(self.handle)
             return self._empty(status.st_size)
 
@@ -14062,8 +14095,8 @@ class CapturedOutput:
 
     @contextlib.contextmanager
     def _alone(self) -> Any:
-        """Runner and worker take turns. A lock of the process (lockf): flock's would be the same
-        lock in both. On Windows no file is shortened."""
+        """Let runner and worker use the file one at a time. This is a lock of the process (lockf):
+        flock's would be the same lock in both. On Windows no file is shortened."""
         if IS_WINDOWS:
             yield
             return
@@ -14075,7 +14108,7 @@ class CapturedOutput:
             fcntl.lockf(self.handle, fcntl.LOCK_UN)
 
     def peek(self, size: int) -> bytes:
-        """All that was written, clipped."""
+        """Return all that was written, clipped."""
         if size <= 2 * OUTPUT_KEPT:
             return self._read(0, size)
         contents = self._read(0, OUTPUT_KEPT)
@@ -14088,18 +14121,18 @@ class CapturedOutput:
         return self._read(at, OUTPUT_KEPT)
 
     def shorten(self, libc: Any) -> None:
-        """Give back the disk blocks in the middle of a file that has grown large; what a job prints
-        meanwhile is not touched. Linux; elsewhere the file keeps its blocks until the job has
-        ended."""
+        """Free the disk blocks in the middle of a file that has grown large; what a job prints in
+        the meantime is not touched. This is for Linux; elsewhere the file keeps its blocks until
+        the job has ended."""
         status = os.fstat(self.handle)
         if status.st_size <= 16 * OUTPUT_KEPT:
             self._hole = OUTPUT_KEPT
         elif hasattr(libc, 'fallocate') and struct.calcsize('l') == 8:
             from ctypes import c_long
             with self._alone():
-                st_size = os.fstat(self.handle).st_size
-                end = st_size - 2 * OUTPUT_KEPT
-                # Smaller than before: another job's
+                size = os.fstat(self.handle).st_size
+                end = size - 2 * OUTPUT_KEPT
+                # It is smaller than before, so that it is another job's
                 if self._hole < end:
                     start = self._hole
                 else:
@@ -14110,7 +14143,8 @@ class CapturedOutput:
                     self._hole = end - end % 4096
 
     def _read(self, at: int, size: int) -> bytes:
-        """Without moving the descriptor's position, which forked workers share with the runner."""
+        """Read without moving the descriptor's position, which forked workers share with the
+        runner."""
         parts = []
         while size > 0:
             if hasattr(os, 'pread'):
@@ -14126,9 +14160,9 @@ class CapturedOutput:
         return b''.join(parts)
 
     def empty(self) -> None:
-        """Worker: what is in it is not of the next job."""
+        """Empty the file before the next job. A worker calls this."""
         os.ftruncate(self.handle, 0)
-        if IS_WINDOWS:   # children of jobs write at the position that they share with us
+        if IS_WINDOWS:   # children of jobs write at the position that they share with this process
             os.lseek(self.handle, 0, os.SEEK_SET)
 
     def close(self) -> None:
@@ -14652,11 +14686,11 @@ class WorkerPipe:
     Processes that a job has forked may send as well."""
 
     def __init__(self, sock: socket.socket, private: str) -> None:
-        sock.setblocking(True)   # setup may have set a time limit for all new sockets
+        sock.setblocking(True)   # setup may have set a default timeout for sockets
         self._sock = sock
         self._intake = RecordBuffer()
         self.jobs: Deque[Record] = collections.deque()
-        self.answers: Deque[str] = collections.deque()   # to files and to what was wanted
+        self.answers: Deque[str] = collections.deque()   # answers to files and requests
         # Guards the writing end of the pipe: a job may have threads
         self._sending = threading.Lock()
         self._shared = False               # with processes that a job has forked
@@ -14664,8 +14698,8 @@ class WorkerPipe:
         self.at_end: Callable[[], Any] = _not_here   # called before this process ends
 
     def receive(self, flags: int) -> None:
-        """Take what has come, or wait for something. Ends this process when the daemon has closed
-        the pipe."""
+        """Receive what has come, or wait for something. Ends this process when the daemon has
+        closed the pipe."""
         buffer = self._intake.get_buffer()
         if HAS_SEGMENTS:
             told = self._sock.recvmsg_into([buffer], SegmentIntake.ROOM, flags)
@@ -14686,7 +14720,7 @@ class WorkerPipe:
                 self.jobs.append(record)
 
     def give_back(self) -> None:
-        """Return all that has not started, from this process and from the pipe."""
+        """Return all attempts that have not started, from this process and from the pipe."""
         if hasattr(socket, 'MSG_DONTWAIT'):
             with contextlib.suppress(BlockingIOError):
                 while True:
@@ -14701,17 +14735,17 @@ class WorkerPipe:
         self.give_back_serials(serials)
 
     def give_back_serials(self, serials: List[int]) -> None:
-        """Return jobs that have not started."""
+        """Return these attempts, which have not started."""
         layout = '>%dQ' % len(serials)
         self.send(RecordType.JOBS_RETURNED, 0, 0, 0.0, 0.0, struct.pack(layout, *serials))
 
     def send(self, *args: Any) -> None:
-        """Send a record, given as to pack_record."""
+        """Send a record; the parameters are those of pack_record."""
         self._in_turn(pack_record(*args))
 
     def send_result(self, *args: Any) -> None:
-        """Send a RESULT record, given as to pack_record behind its kind. A large value goes in a
-        memory segment, if there is room."""
+        """Send a RESULT record; the parameters are those of pack_record after its kind. A large
+        value is sent in a memory segment, if there is room."""
         payload = args[4]
         if type(payload) is bytes or not goes_in_segment(payload):   # nearly always
             self._in_turn(pack_record(_RESULT, *args))
@@ -14752,12 +14786,12 @@ class WorkerPipe:
                 self._sock.sendall(view[start:start + WRITE_MOST])
 
     def share(self) -> None:
-        """A job forks: from now on its children may write into the pipe as well, records of any
-        length."""
+        """Prepare for a job that forks: from now on its children may write records of any length
+        into the pipe as well."""
         self._shared = True
 
     def after_fork(self) -> None:
-        """In the child: another thread of the parent may have held this."""
+        """Replace the lock in the child: another thread of the parent may have held it."""
         self._sending = threading.Lock()
 
 
@@ -14770,23 +14804,24 @@ class JobOutput:
         self._libc = libc
 
     def install(self) -> None:
-        """Have what is printed from now on come into the files."""
+        """Redirect what is printed from now on into the files."""
         os.dup2(self._out.handle, 1)
         os.dup2(self._err.handle, 2)
         _no_stdin()
-        # By lines, as C code is told as well: children of a job write in between.
+        # Output is line-buffered, as for C code: children of a job write in between.
         self._streams = [open(0, closefd=False), output_stream(1, 1), output_stream(2, 1)]
         buffer_lines(self._libc)
         sys.stdin, sys.stdout, sys.stderr = self._streams
 
     def before_fork(self) -> None:
-        """What a job has printed of a line is not to be printed by its children again."""
+        """Flush what a job has printed of a line, so that its children do not print it again."""
         for stream in self._streams[1:]:
-            with contextlib.suppress(OSError, ValueError):   # it is told when the job ends; closed
+            # Reported when the job ends; or the stream is closed
+            with contextlib.suppress(OSError, ValueError):
                 stream.flush()
 
     def _has_own_streams(self) -> bool:
-        """Whether the job has left the streams as they were."""
+        """Return whether the job has left the streams unchanged."""
         stdin, stdout, stderr = self._streams
         if sys.stdin is not stdin:
             return False
@@ -14797,23 +14832,23 @@ class JobOutput:
         return not (stdout.closed or stderr.closed)
 
     def collect(self) -> Tuple[bytes, bytes]:
-        """What the job printed. Puts descriptors and streams back in the same breath."""
+        """Return what the job printed. Descriptors and streams are restored in the same step."""
         lost = b''
         for index in (1, 2):
             try:
                 self._streams[index].flush()
-            except ValueError:   # the job closed it; it is put back below
+            except ValueError:   # the job closed it; it is restored below
                 continue
             except OSError as exc:
                 lost += self._not_written(index, exc)
         if not self._has_own_streams():
             self._flush_strangers()
         if self._libc is not None:
-            self._libc.fflush(None)   # printf of C code into a file is held back until then
+            self._libc.fflush(None)   # C code buffers output into files until then
         printed = []
         for index, output in ((1, self._out), (2, self._err)):
             handle = output.handle
-            os.dup2(handle, index)   # this takes less time than to look where it leads
+            os.dup2(handle, index)   # this takes less time than checking its target
             size = os.lseek(handle, 0, os.SEEK_END)
             if size:
                 printed.append(output.take(size))
@@ -14843,7 +14878,7 @@ class JobOutput:
 
     def _flush_strangers(self) -> None:
         for stream in (sys.stdout, sys.stderr):
-            with contextlib.suppress(Exception):  # None, or whatever the job put there
+            with contextlib.suppress(Exception):  # it is None, or an object of the job
                 stream.flush()
         for index in (1, 2):
             if self._streams[index].closed:
@@ -14852,7 +14887,7 @@ class JobOutput:
 
 
 class JobInterrupts:
-    """Interrupts of the job that runs, and orders to give back what has not started. Both come as
+    """Interrupts of the running job, and orders to return what has not started. Both come as
     signals, whose handlers Python runs between two instructions of the main thread."""
 
     def __init__(self, pipe: WorkerPipe, slots: Any, function: Callable[..., Any]) -> None:
@@ -14861,7 +14896,7 @@ class JobInterrupts:
         self._function = function
         self.in_job = False       # the user's code runs in the main thread
         self.is_late = False      # an interrupt has come where it could not be raised
-        self.recalled = False     # what has not started is to be given back
+        self.recalled = False     # attempts that have not started are to be returned
 
     def install(self) -> None:
         """Handle the signals from now on."""
@@ -14873,8 +14908,8 @@ class JobInterrupts:
 
     @contextlib.contextmanager
     def beside_job(self) -> Any:
-        """Work of ours that a job asks for: an interrupt waits until it is done. Interrupts come to
-        the main thread only, so that the other threads of a job need not be kept from them."""
+        """Delay interrupts while dispy does work that a job has requested. Interrupts are raised in
+        the main thread only, so that the other threads of a job need no such protection."""
         if threading.current_thread() is not threading.main_thread():
             yield
             return
@@ -14887,7 +14922,7 @@ class JobInterrupts:
         self._catch_up()
 
     def give_back(self) -> None:
-        """Return all that has not started."""
+        """Return all attempts that have not started."""
         self.recalled = False
         self._pipe.give_back()
 
@@ -14908,7 +14943,7 @@ class JobInterrupts:
         self._catch_up()
 
     def _on_interrupt(self, number: int, frame: Any) -> None:
-        # Meant for a job that has ended meanwhile
+        # It was meant for a job that has ended in the meantime
         if not self._slots[0]:
             return
         if self._slots[1] != self._slots[0]:
@@ -14923,8 +14958,8 @@ class JobInterrupts:
 
 
 class JobServices:
-    """What a job can have done while it runs: a value handed to the client before the end, a file
-    sent there, log records forwarded, modules fetched."""
+    """What a job can request while it runs: to give the client a value before the end, to send a
+    file there, to forward log records, to fetch modules."""
 
     def __init__(self, pipe: WorkerPipe, slots: Any, spec: dict, interrupts: JobInterrupts) -> None:
         self._pipe = pipe
@@ -14934,7 +14969,7 @@ class JobServices:
         self._filing = threading.Lock()    # one file at a time; guards the pipe's answers
 
     def install(self, globals_: Sequence[Dict[str, Any]]) -> None:
-        """Offer them to jobs, in the global variables of the computation too."""
+        """Provide them for jobs, in the global variables of the computation too."""
         names = {'dispy_provisional_result': self._provisional, 'dispy_send_file': self.send_file}
         offer_names(names, globals_)
         if modules is not None:
@@ -14947,13 +14982,13 @@ class JobServices:
         logging.getLogger().setLevel(self._spec['logs'])
 
     def after_fork(self) -> None:
-        """In a child of a job: another thread of the parent may have held this."""
+        """Replace the lock in a child of a job: another thread of the parent may have held it."""
         self._filing = threading.Lock()
 
     def _provisional(self, result: Any, relay: Any = None, timeout: Any = None) -> int:
-        """dispy_provisional_result: hand the client a value while the job goes on. `relay` and
-        `timeout` are accepted, as in dispy 4, and have no meaning any more. Raises what pickling
-        raises, ValueError for a value over the limit."""
+        """Do what `dispy_provisional_result` documents: send the client a value while the job goes
+        on. `relay` and `timeout` are accepted, as in dispy 4, and have no effect any more. Raises
+        what pickling raises, and ValueError for a value over the limit."""
         payload, plain, _, _ = dumps(result)
         if is_over_limit(size_of(payload)):
             size = size_of(payload)
@@ -14965,25 +15000,26 @@ class JobServices:
         return 0
 
     def _forward(self, record: logging.LogRecord) -> None:
-        """A log record of the job, on its way to the client's logging."""
+        """Send a log record of the job to the client's logging."""
         try:
             text = record.getMessage()
             if record.exc_info and record.exc_info[0] is not None:
-                trace_lines = traceback.format_exception(*record.exc_info)
-                text += '\n' + ''.join(trace_lines).rstrip()
+                lines = traceback.format_exception(*record.exc_info)
+                text += '\n' + ''.join(lines).rstrip()
             # A level may be an IntEnum and a name a subclass of str: the other side opens plain
             # values only.
             data = pickle.dumps((int(record.levelno), plain_text(
                 record.name)[:NAME_MOST], shorten(plain_text(text))), 5)
         except Exception:
-            # Arguments that do not fit the format, and the like: as logging itself does
+            # Arguments that do not match the format, and the like, are reported as logging itself
+            # does
             self._log_handler.handleError(record)
             return
         with self._interrupts.beside_job():
             self._pipe.send(RecordType.LOGGED, 0, self._slots[0], 0.0, 0.0, data)
 
     def tell_left(self, names: List[str]) -> None:
-        """A program has left these files behind. It goes the way of log records."""
+        """Report that a program has left these files behind, in the form of a log record."""
         if len(names) > 1:
             others = ' and %d others' % (len(names) - 1)
         else:
@@ -14995,19 +15031,19 @@ class JobServices:
             self._pipe.send(RecordType.LOGGED, 0, self._slots[0], 0.0, 0.0, data)
 
     def send_file(self, path: str, relay: Any = None, timeout: Any = None) -> int:
-        """dispy_send_file: the file is below the client's directory, under the same relative name,
-        when this returns 0. `relay` and `timeout` are accepted, as in dispy 4, and have no meaning
-        any more. Raises ValueError for a path that climbs out, OSError when it cannot be read here
-        or kept there."""
+        """Do what `dispy_send_file` documents: when this returns 0, the file is below the client's
+        directory, under the same relative name. `relay` and `timeout` are accepted, as in dispy 4,
+        and have no effect any more. Raises ValueError for a path that leaves the directory, OSError
+        if the file cannot be read here or stored there."""
         return self.send_as(path, _name_of(path, self._spec['directory']))
 
     def send_as(self, path: str, name: str) -> int:
-        """The same under a name that may be another."""
+        """Send a file under a name that may differ from its own."""
         file_size = os.path.getsize(path)
         check_size(name, file_size, self._spec['max_file'])
         size, digest = file_digest(path)
-        st_mode = os.stat(path).st_mode
-        row = pickle.dumps((name, size, digest, stat.S_IMODE(st_mode)))
+        mode = os.stat(path).st_mode
+        row = pickle.dumps((name, size, digest, stat.S_IMODE(mode)))
         with self._filing:
             pieces = read_pieces(path, size)
             for offset, data in pieces:
@@ -15022,14 +15058,14 @@ class JobServices:
         return 0
 
     def _ask_client(self, request: Any) -> str:
-        """Have a bundle of modules, by number, or a module, by name, fetched from the client.
+        """Fetch a bundle of modules, by its number, or a module, by its name, from the client.
         Returns '' or why that failed."""
         with self._filing, self._interrupts.beside_job():
             self._pipe.send(RecordType.WANT, 0, self._slots[0], 0.0, 0.0, pickle.dumps(request))
             return self._answer()
 
     def _answer(self) -> str:
-        """What the client says to what was sent last; '' if all is well."""
+        """Return the client's answer to the last request; '' if it succeeded."""
         while not self._pipe.answers:
             self._pipe.receive(0)
         return self._pipe.answers.popleft()
@@ -15110,16 +15146,16 @@ class JobDirectory:
         self._spec = spec
         self._globals = globals_
         self._directory = spec['directory']      # of the computation
-        self.is_entered = False         # the job that runs has one
+        self.is_entered = False         # the running job has one
         self._private = ''
         self._returns: Optional[ReturnedFiles] = None
-        self._give_back: Callable[[], None] = _not_here   # takes the job's names away
+        self._give_back: Callable[[], None] = _not_here   # removes the job's names
 
     def enter(self, files: List[Tuple[str, int, bytes]], objects: Dict[str, Any],
               returns: Tuple[str, Sequence[str]] = ('', ())) -> None:
         """Make the directory, with the job's files and links to those of the computation, and make
-        its names known. `returns`: what stands before the names that files have for the client, and
-        patterns of those that it gets."""
+        its names known. `returns`: the prefix of the names that files have for the client, and
+        patterns for the files that it gets."""
         private = tempfile.mkdtemp(prefix='job-', dir=self._spec['private'])
         self._private = private
         self.is_entered = True
@@ -15130,7 +15166,7 @@ class JobDirectory:
             check_size(name, len(data), self._spec['max_file'])
             path = os.path.join(private, *check_name(name))
             if os.path.islink(path) or (IS_WINDOWS and os.path.isfile(path)):
-                os.unlink(path)   # of the link alone
+                os.unlink(path)   # this removes the link only
             directory = os.path.dirname(path)
             os.makedirs(directory, exist_ok=True)
             with open(path, 'wb') as file:
@@ -15141,13 +15177,13 @@ class JobDirectory:
             self._returns = ReturnedFiles(*returns)
 
     def bring_back(self, has_failed: bool, send: Callable[[str, str], Any]) -> None:
-        """Send the client what it gets of the job's files. Raises what `send(path, name)` raises,
-        and RuntimeError for what is missing, unless the job has failed by itself."""
+        """Send the client the files that it wants. Raises what `send(path, name)` raises, and
+        RuntimeError for missing files, unless the job itself has failed."""
         if self._returns is not None:
             self._returns.send(has_failed, send)
 
     def leave(self) -> None:
-        """Remove the directory and take the names away."""
+        """Remove the directory and the names."""
         self.is_entered = False
         self._returns = None
         self._give_back()
@@ -15180,7 +15216,7 @@ class Worker:
         self._services = JobServices(self._pipe, slots, spec, self._interrupts)
         self._job_directory = JobDirectory(spec, globals_)
         self._half_imported = False        # a job was interrupted while it imported a module
-        self._pid = 0                      # of the process that serves, not of what a job forks
+        self._pid = 0   # PID of the process that serves, not that of a job's children
         if hasattr(os, 'register_at_fork'):
             os.register_at_fork(before=self._before_fork, after_in_child=self._after_fork)
 
@@ -15193,13 +15229,13 @@ class Worker:
         self._services.after_fork()
 
     def serve(self, clean_up: Optional[Callable[[], None]] = None) -> None:
-        """Until the daemon closes the pipe, or this process is not fit for another job. Where
-        `clean_up` is given it is called before this process ends in good order."""
+        """Run jobs until the daemon closes the pipe, or this process is not fit for another job. If
+        `clean_up` is given, it is called before this process ends in good order."""
         if clean_up is not None:
             self._pipe.at_end = functools.partial(self._end_well, clean_up)
         self._pipe.send(RecordType.HERE)
         self._prepare()
-        # Else they are to stay
+        # Otherwise they are to remain
         if isinstance(self._function, Program):
             if self._spec['cleanup']:
                 self._function.tell = self._services.tell_left
@@ -15214,14 +15250,15 @@ class Worker:
             if not self._pipe.jobs:
                 self._pipe.receive(0)
             else:
-                self._run(self._pipe.jobs.popleft())   # and its arguments are let go
+                # Without a reference to it, so that its arguments are freed
+                self._run(self._pipe.jobs.popleft())
                 self._slots[0] = 0
                 fit = self._tidy()
         if clean_up is not None:
             self._end_well(clean_up)
 
     def _end_well(self, clean_up: Callable[[], None]) -> None:
-        """Clean up if no job runs, and not in a child that a job has forked."""
+        """Clean up if no job runs and this is not a child that a job has forked."""
         if self._slots[0]:
             return
         pid = os.getpid()
@@ -15232,10 +15269,11 @@ class Worker:
         self._pid = os.getpid()
         self._output.install()
         self._interrupts.install()
-        stack_file = StackFile(self._spec['private'], self._pid)
-        stack_file.begin()
+        stacks = StackFile(self._spec['private'], self._pid)
+        stacks.begin()
         self._services.install(self._globals)
-        # Forked twins would draw the same "random" numbers; `random` sees to it itself
+        # Forked workers would draw the same "random" numbers; the module `random` handles this
+        # itself
         if 'numpy' in sys.modules:
             random = sys.modules['numpy'].random
             random.seed()
@@ -15244,22 +15282,22 @@ class Worker:
         elif self._spec['start_method'] == SPAWN:
             self._pipe.send(RecordType.INITIALIZED)
         self._threads = threading.active_count()
-        self._own_children = frozenset(children_here())   # which setup has started
+        self._own_children = frozenset(children_here())   # those that setup has started
         if IS_WINDOWS:
             self._own_processes = processes_in_tree()
         self._surroundings = Surroundings(self._spec['directory'])
 
     def _initialize(self, calls: Calls) -> None:
-        """Call the initializer of an executor. What it changes stays as it is for all jobs here."""
+        """Call the initializer of an executor. What it changes remains so for all jobs here."""
         assert calls.initializer is not None   # asked by the caller
         try:
             calls.initializer(*calls.initargs)
         except BaseException as exc:  # the user's code
-            # As the standard library does
+            # This is what the standard library does
             log = logging.getLogger('concurrent.futures')
             log.critical('Exception in initializer:', exc_info=True)
-            exception_description = describe_exception(exc, 1)
-            text = 'the initializer has failed: %s' % exception_description
+            reason = describe_exception(exc, 1)
+            text = 'the initializer has failed: %s' % reason
             self._pipe.send(RecordType.INITIALIZED, 0, 0, 0.0, 0.0,
                             shorten(text).encode('utf-8', 'replace'))
             os._exit(1)
@@ -15271,7 +15309,7 @@ class Worker:
         serial = record.serial
         self._interrupts.is_late = False
         Slots.begin(self._slots, serial)
-        if self._slots[1] == serial:   # it was to be ended before it came
+        if self._slots[1] == serial:   # it was interrupted before it came
             Slots.take_back(self._slots)
             self._pipe.give_back_serials([serial])
             return
@@ -15286,11 +15324,11 @@ class Worker:
             try:
                 self._interrupts.in_job = True
                 if self._slots[1] == serial:
-                    raise KeyboardInterrupt   # cancelled in the moment in which it starts
+                    raise KeyboardInterrupt   # it was cancelled at the moment when it starts
                 spaces.added.clear()
                 args, kwargs, *extras = loads(record.bodies[0], True)
                 opened = True
-                # The job has its memory
+                # The job has opened the arguments: their memory can be freed
                 if len(record.bodies[0]) > LAZY:
                     self._free(record)
                 if extras:
@@ -15305,10 +15343,10 @@ class Worker:
                 failure = exc
                 if not opened:
                     mark_unopened(exc)
-        except KeyboardInterrupt as exc:  # it came while the handler above was entered
+        except KeyboardInterrupt as exc:  # it came while the handler above began
             self._interrupts.in_job = False
             failure = exc
-        # A child that the job has forked and that came back: the pipe is not its
+        # A child that the job has forked and that has returned here: the pipe does not belong to it
         pid = os.getpid()
         if pid != self._pid:
             os._exit(0 if failure is None else 1)
@@ -15328,16 +15366,18 @@ class Worker:
 
     def _enter_directory(self, files: List[Tuple[str, int, bytes]], objects: Dict[str, Any],
                          returns: Tuple[str, Sequence[str]] = ('', ())) -> None:
-        """The job has a directory of its own. Where files come back, others are not meant to."""
+        """Enter the job's own directory. If files are returned from it, no other files are meant to
+        be."""
         self._job_directory.enter(files, objects, returns)
         if returns[1] and isinstance(self._function, Program):
             self._function.tell = None
 
     @staticmethod
     def _free(record: Record) -> None:
-        """Let go of the memory of arguments that have been opened, whoever holds the record."""
+        """Free the memory of arguments that have been opened, even if something still refers to the
+        record."""
         for body in record.bodies:
-            with contextlib.suppress(BufferError):   # something of it is in use
+            with contextlib.suppress(BufferError):   # a part of it is still in use
                 body.release()
 
     def _outcome(self, value: Any, failure: Optional[BaseException]) -> Tuple[int, Payload]:
@@ -15359,8 +15399,8 @@ class Worker:
             return Outcome.RAISED, pack_error(text, exc)
 
     def _tidy(self) -> bool:
-        """Put back what the job changed. False when something is left that only a new process is
-        free of."""
+        """Restore what the job changed. Returns false if something is left that only a new process
+        is free of."""
         if threading.active_count() != self._threads:
             if not self._are_idle_threads():
                 return False
@@ -15372,9 +15412,9 @@ class Worker:
 
     @staticmethod
     def _are_idle_threads() -> bool:
-        """Whether all that a job has left running are threads of installed libraries which do not
-        keep a process alive, such as that of tqdm. They are none of the job's, and the next job
-        finds them as it would in the user's own program."""
+        """Return whether everything that a job has left running are threads of installed libraries
+        which do not keep a process alive, such as that of tqdm. They do not belong to the job, and
+        the next job finds them as it would in the user's own program."""
         frames = sys._current_frames()
         return all(thread.daemon and _is_of_library(frames.get(thread.ident or 0))
                    for thread in threading.enumerate()
@@ -15383,7 +15423,7 @@ class Worker:
     def _has_children(self) -> bool:
         if IS_WINDOWS:
             return processes_in_tree() > self._own_processes
-        if self._own_children:   # whose exit statuses are not ours to take
+        if self._own_children:   # whose exit statuses belong to the user's code
             others = set(children_here()) - self._own_children
             return any(not has_ended(pid) for pid in others)
         if self._libc is not None:   # without an exception, which takes longer than the call
@@ -15905,10 +15945,10 @@ def look_at_job(child: _Child, private: str, wants_stacks: bool) -> Tuple[bytes,
 
 
 class WorkerProcesses:
-    """The worker processes of a runner: forks and signals them, reaps them with all that they have
-    left running, limits their memory and shows what they print. What becomes of them is told by
-    `send`, as to pack_record."""
-    failed = False   # there can be no workers; it was told
+    """The worker processes of a runner: it forks and signals them, reaps them with everything that
+    they have left running, limits their memory and shows what they print. `send`, with the
+    parameters of pack_record, reports what becomes of them."""
+    failed = False   # no workers can be started; this was reported
 
     def __init__(self, spec: dict, code: Optional[ComputationCode], libc: Any,
                  send: Callable[..., None]) -> None:
@@ -15918,32 +15958,33 @@ class WorkerProcesses:
         self._send = send
         self._children: Dict[int, _Child] = {}
         now = time.time()
-        self._born = now - 1.0   # clocks of file systems are a little behind
+        self._born = now - 1.0   # clocks of file systems are slightly late
         self._own: Set[int] = set()   # children that setup left on purpose
-        self.kept_alive: Set[int] = set()   # children of ours that are no workers
-        # Killed, and they have not ended: they sleep and cannot be interrupted
+        self.kept_alive: Set[int] = set()   # children of this process that are not workers
+        # Killed processes that have not ended: they sleep in the kernel and cannot be interrupted
         self._undead: Set[int] = set()
         self._slots: List[SlotPlace] = []      # free ones
         self._slot_files = itertools.count(1)
         self._limits = RunningLimits()
-        self.closed_in_workers: List[int] = []   # descriptors that are the runner's alone
-        # Worker, which is to be made -> variables of its environment that say what it may use
+        self.closed_in_workers: List[int] = []   # descriptors that workers must not inherit
+        # Number of a worker to be made -> environment variables that say which devices it may use
         self._variables: Dict[int, Dict[str, str]] = {}
 
     def begin(self) -> None:
-        """Called once, before the runner serves. Sets `failed` where there can be no workers."""
+        """Begin; this is called once, before the runner serves. Sets `failed` if there can be no
+        workers."""
 
     def keep_children(self) -> None:
-        """Children that there are now were left by setup on purpose."""
+        """Note that setup has left the present children running on purpose."""
         self._own = set(children_here())
 
     def drop_children(self) -> None:
-        """What setup has started ends with its computation."""
+        """End what setup has started, because its computation ends."""
         self._own.clear()
         self.kill_strays()
 
     def patience(self) -> Optional[float]:
-        """Seconds after which workers are to be looked at."""
+        """Return the seconds after which workers are to be examined."""
         if self._limits.of_memory:
             return MEMORY_CHECK_INTERVAL
         if self._children:
@@ -15951,7 +15992,7 @@ class WorkerProcesses:
         return None
 
     def look(self) -> None:
-        """Look at the workers: which have ended, what they have printed, and the memory that they
+        """Examine the workers: which have ended, what they have printed, and the memory that they
         use."""
         self.reap()
         if self._spec['live']:
@@ -15961,23 +16002,23 @@ class WorkerProcesses:
             self._check_limits()
 
     def start(self, record: Record, take: Callable[[Record], socket.socket]) -> None:
-        """A worker that cannot be made is told with the reason; those that there are go on. `take`
-        takes its pipe."""
+        """Start a worker. If it cannot be made, this is reported with the reason, and the existing
+        workers go on. `take` returns its pipe."""
         try:
             with take(record) as sock:
                 process = self._start(record.number, sock)
         except (OSError, MemoryError) as exc:
-            encoded = shortage(exc).encode('utf-8', 'replace')
-            self._send(RecordType.UNBORN, record.number, 0, 0.0, 0.0, encoded)
+            reason = shortage(exc).encode('utf-8', 'replace')
+            self._send(RecordType.UNBORN, record.number, 0, 0.0, 0.0, reason)
         else:
             self._send(RecordType.WORKER_STARTED, record.number, process.pid)
 
     def equip(self, record: Record) -> None:
-        """A worker that will be started has these variables in its environment."""
+        """Set these variables in the environment of a worker that will be started."""
         self._variables[record.number] = json.loads(bytes(record.bodies[0]))
 
     def _start(self, number: int, sock: socket.socket) -> Any:
-        """The process of a worker with this pipe. Raises OSError, MemoryError."""
+        """Start the process of a worker with this pipe. Raises OSError or MemoryError."""
         variables = self._variables.pop(number, {})
         with contextlib.ExitStack() as made:
             child = self._make_child(made)
@@ -15991,12 +16032,12 @@ class WorkerProcesses:
         return process
 
     def _make_child(self, made: contextlib.ExitStack, *names: str) -> _Child:
-        """What a worker shares with us; `made` lets go of it if there will be no worker. `names`:
-        of files for its output, which it is to open by itself."""
+        """Return what a worker shares with the runner; `made` frees it if there will be no worker.
+        `names`: the names of the files for its output, which it opens itself."""
         catches = []
         for name in names or ('', ''):
-            captured_output = CapturedOutput(self._spec['private'], name)
-            catches.append(captured_output)
+            output = CapturedOutput(self._spec['private'], name)
+            catches.append(output)
             catch = catches[-1]
             made.callback(catch.close)
         if not self._slots:
@@ -16004,8 +16045,8 @@ class WorkerProcesses:
             slots = Slots.make(self._spec['private'], number, bool(names))
             slot_places = []
             for at, one in enumerate(slots):
-                slot_place = SlotPlace(one, number, at)
-                slot_places.append(slot_place)
+                assigned = SlotPlace(one, number, at)
+                slot_places.append(assigned)
             self._slots += slot_places
         place = self._slots.pop()
         made.callback(self._slots.append, place)
@@ -16014,11 +16055,11 @@ class WorkerProcesses:
 
     def _work(self, sock: socket.socket, child: _Child, variables: Dict[str, str],
               runner: int) -> None:
-        """In the forked process; `runner` is its parent. Leaves by os._exit alone: exit handlers
-        here are the runner's."""
+        """Run the worker in the forked process; `runner` is its parent. It leaves by os._exit
+        alone: exit handlers here belong to the runner."""
         try:
-            os.environ.update(variables)   # before the user's code has looked at devices here
-            os.setsid()   # a group of its own, for signals to the job and all it starts
+            os.environ.update(variables)   # before the user's code has looked up the devices here
+            os.setsid()   # a group of its own, for signals to the job and its children
             signal.set_wakeup_fd(-1)
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
             end_with_parent(self._libc, runner)
@@ -16034,9 +16075,10 @@ class WorkerProcesses:
                             self._libc, code.threads, code.globals)
             worker.serve()
         except (ConnectionError, EOFError):
-            os._exit(1)   # the pipe is gone, and with it whoever could be told
+            os._exit(1)   # the pipe is closed, so that this cannot be reported
         except BaseException:
-            # No descriptors, or our own fault: the runner reads it from the file and tells
+            # No descriptors are left, or a fault of dispy: the runner reads this in the file and
+            # reports it
             traceback.print_exc()
             sys.stderr.flush()
             os._exit(70)
@@ -16046,7 +16088,7 @@ class WorkerProcesses:
         """Interrupt a job if its worker still runs it."""
         serial = record.serial
         child = self._children.get(record.number)
-        # Not twice: its time may have passed for both of us
+        # Not twice: the node may have interrupted it as well
         if child is None:
             return
         if child.slots[1] == serial:
@@ -16056,7 +16098,7 @@ class WorkerProcesses:
             self._interrupt(child)
 
     def show(self, record: Record) -> None:
-        """Tell what a job does, if its worker still runs it."""
+        """Report what a job does, if its worker still runs it."""
         serial = record.serial
         child = self._children.get(record.number)
         nothing = (b'', b'', b'')
@@ -16064,7 +16106,7 @@ class WorkerProcesses:
         if child is not None and child.slots[0] == serial:
             wants_stacks = bool(record.start)
             seen = look_at_job(child, self._spec['private'], wants_stacks)
-            if child.slots[0] != serial:   # it may be of the next job
+            if child.slots[0] != serial:   # it may belong to the next job
                 seen = nothing
         self._send(RecordType.SEEN, record.number, serial, 0.0, 0.0, *seen)
 
@@ -16075,7 +16117,7 @@ class WorkerProcesses:
             self._kill(child)
 
     def recall(self, record: Record) -> None:
-        """Have a worker give back what it has not started."""
+        """Have a worker return what it has not started."""
         child = self._children.get(record.number)
         if child is not None:
             self._limits.keep(record.number, child.slots[0])
@@ -16100,15 +16142,15 @@ class WorkerProcesses:
 
     @staticmethod
     def _signal(child: _Child, number: int) -> None:
-        """To the worker's whole group. Its leader is our child and not yet reaped, so the number is
-        still its own."""
+        """Send a signal to the whole group of a worker. Its leader is a child of this process and
+        not yet reaped, so that the number is still its own."""
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(child.process.pid, number)
         with contextlib.suppress(ProcessLookupError):
-            os.kill(child.process.pid, number)   # should it not have come to setsid yet
+            os.kill(child.process.pid, number)   # it may not have called setsid yet
 
     def reap(self) -> None:
-        """Tell which workers have ended, and end what they have left running."""
+        """Report which workers have ended, and end what they have left running."""
         for key, child in list(self._children.items()):
             if child.process.exitcode is not None:
                 del self._children[key]
@@ -16121,8 +16163,8 @@ class WorkerProcesses:
                 out, err = (output.peek(os.fstat(output.handle).st_size)
                             for output in (child.out, child.err))
                 self._tell_end(key, child, out, err)
-                stack_file = StackFile(self._spec['private'], child.process.pid)
-                stack_file.remove()
+                stacks = StackFile(self._spec['private'], child.process.pid)
+                stacks.remove()
                 child.out.close()
                 child.err.close()
                 child.process.close()
@@ -16136,10 +16178,10 @@ class WorkerProcesses:
                    0.0, b'', out, err)
 
     def kill_strays(self) -> Set[int]:
-        """Descendants of dead workers that left their group came to us, who adopt orphans (Linux).
-        One that sleeps and cannot be interrupted, as on a disk that has died, is waited for by
-        nobody: it is looked at again from time to time. Returns all that there were, those of the
-        group too."""
+        """Kill descendants of dead workers that left their group; they have become children of this
+        process, which adopts orphans (Linux). One that sleeps and cannot be interrupted, for
+        example on a disk that has failed, is not waited for: it is examined again from time to
+        time. Returns all that were found, including those of the group."""
         now = time.monotonic()
         until = now + UNDEAD_TIME
         found: Set[int] = set()
@@ -16161,8 +16203,8 @@ class WorkerProcesses:
             time.sleep(0.002)
 
     def _show_output(self) -> None:
-        """What running jobs have printed since the last look. What comes between this and their end
-        comes with the result."""
+        """Report what running jobs have printed since the last look. What they print between this
+        and their end comes with the result."""
         for key, child in self._children.items():
             serial = child.slots[0]
             for stream, catch in ((1, child.out), (2, child.err)):
@@ -16170,13 +16212,13 @@ class WorkerProcesses:
                     catch.shown = (serial, 0)
                 status = os.fstat(catch.handle)
                 size = status.st_size
-                # The middle of very much is not shown
+                # The middle of very long output is not shown
                 at = max(catch.shown[1], size - 2 * OUTPUT_KEPT)
                 if serial and size > at:
                     data = catch.since(at)
                 else:
                     data = b''
-                # Or it was of the next job
+                # Or it belonged to the next job
                 if not data:
                     continue
                 if child.slots[0] != serial:
@@ -16185,8 +16227,8 @@ class WorkerProcesses:
                 self._send(RecordType.PRINTED, key, serial, float(stream), float(at), data)
 
     def _check_limits(self) -> None:
-        """End jobs that have run past their time, and kill workers whose jobs use more memory than
-        they may."""
+        """End jobs that have exceeded their time limit, and kill workers whose jobs use more memory
+        than they may."""
         limits = self._limits
         now = time.monotonic()
         for key, child in self._children.items():
@@ -16215,8 +16257,8 @@ class WorkerProcesses:
             child.err.shorten(self._libc)
 
     def end(self) -> None:
-        """End all workers. A signal to end that comes meanwhile, as one does when the daemon ends,
-        waits: half done, this would leave behind what nobody else removes."""
+        """End all workers. A signal to end that comes in the meantime, as when the daemon ends,
+        waits: if this were interrupted, nobody else would remove what is left."""
         if _sigmask is not None:
             mask = _sigmask(signal.SIG_BLOCK, (signal.SIGTERM,))
         else:
@@ -16239,7 +16281,7 @@ class WorkerProcesses:
                 _sigmask(signal.SIG_SETMASK, mask)
 
     def _end_in_order(self) -> None:
-        """Let workers end that have something to do then: those that are forked have not."""
+        """Let workers end that have something to do at their end: forked ones have not."""
 
 
 def stderr_tail(printed: bytes) -> str:
@@ -16318,7 +16360,7 @@ def _parts_of(value: Any) -> Iterable[Any]:
 
 
 class LoadingLine:
-    """A runner's end of the line to a worker that is not forked and loads the computation
+    """A runner's end of the connection to a worker that is not forked and loads the computation
     itself."""
 
     def __init__(self, sock: socket.socket, call: Callable[[], None]) -> None:
@@ -16332,8 +16374,8 @@ class LoadingLine:
         self._intake = RecordBuffer(FROM_LOADING)
 
     def receive(self) -> Optional[List[Record]]:
-        """Records that have come; none if there are no more yet, None at the end. Raises
-        PeerError."""
+        """Return the records that have come; an empty list if there are no more yet, None at the
+        end. Raises PeerError."""
         records: List[Record] = []
         while not records:
             try:
@@ -16349,18 +16391,18 @@ class LoadingLine:
         return records
 
     def forget_passed(self) -> None:
-        """What was passed has arrived, or never will."""
+        """Close what was passed, which has arrived or never will."""
         if self.passed is not None:
             self.passed.close()
             self.passed = None
 
     def tell(self, kind: RecordType) -> None:
-        """Give an order, if it still lives."""
+        """Send an order, if the worker is still alive."""
         with contextlib.suppress(OSError):
             self.sock.sendall(pack_record(kind)[0])
 
     def give(self, sock: socket.socket, pid: int) -> None:
-        """Give it its pipe. Raises OSError."""
+        """Pass the worker its pipe. Raises OSError."""
         data, passing = pack_socket(sock, pid, RecordType.FORK)
         if passing is None:
             self.sock.sendall(data)
@@ -16371,11 +16413,11 @@ class LoadingLine:
 
 
 class SpawnedWorkers(WorkerProcesses):
-    """Worker processes that are started anew and load the computation themselves; the runner loads
-    nothing of the user's. One is started at once, so that a computation that cannot be used here
-    is refused before there is a job. It waits, like any that is not wanted yet, under a number
-    below 0 until it gets a pipe."""
-    FILE = 'computation'   # what workers load
+    """Worker processes that are started as new processes and load the computation themselves; the
+    runner loads nothing of the user's. One is started immediately, so that a computation that
+    cannot be used here is refused before there is a job. It waits, like any that is not needed yet,
+    under a number below 0 until it gets a pipe."""
+    FILE = 'computation'   # the file that workers load
 
     def __init__(self, spec: dict, code: Buffer, libc: Any, send: Callable[..., None],
                  selector: selectors.BaseSelector) -> None:
@@ -16391,19 +16433,19 @@ class SpawnedWorkers(WorkerProcesses):
         from multiprocessing import resource_tracker
         try:
             if os.name != 'nt':
-                resource_tracker.ensure_running()   # of which each worker would start one
+                resource_tracker.ensure_running()   # otherwise each worker would start one
             self.keep_children()
             self._spawn()
         except (OSError, MemoryError) as exc:
             text = 'the first worker cannot be started: %s' % shortage(exc)
-            encoded = text.encode('utf-8', 'replace')
-            self._fail(0, encoded)
+            reason = text.encode('utf-8', 'replace')
+            self._fail(0, reason)
 
     def _start(self, number: int, sock: socket.socket) -> Any:
         variables = self._variables.pop(number, {})
         for key, child in list(self._children.items()):
-            if key < 0 and not variables:   # it has loaded the computation without them
-                with contextlib.suppress(OSError):   # it has just died
+            if key < 0 and not variables:   # it has loaded the computation without the variables
+                with contextlib.suppress(OSError):   # it has just ended
                     return self._give_pipe(key, child, number, sock)
         key = self._spawn(variables)
         return self._give_pipe(key, self._children[key], number, sock)
@@ -16426,8 +16468,8 @@ class SpawnedWorkers(WorkerProcesses):
         return child.process
 
     def _spawn(self, variables: Optional[Dict[str, str]] = None) -> int:
-        """Start a process that loads the computation, with these variables in its environment; the
-        number that it has for the time being. Raises OSError, MemoryError."""
+        """Start a process that loads the computation, with these variables in its environment.
+        Returns its temporary number. Raises OSError or MemoryError."""
         number = next(self._numbers)
         names = ('out-%d' % number, 'err-%d' % number)
         with contextlib.ExitStack() as made:
@@ -16445,17 +16487,17 @@ class SpawnedWorkers(WorkerProcesses):
                     process.start()
             made.callback(process.kill)
             tree = tree_of(process.pid)
-            loading_line = LoadingLine(ours, functools.partial(self._hear, process))
-            child = child._replace(process=process, tree=tree, line=loading_line)
+            line = LoadingLine(ours, functools.partial(self._hear, process))
+            child = child._replace(process=process, tree=tree, line=line)
             made.pop_all()
         ours.setblocking(False)
         self._selector.register(ours, selectors.EVENT_READ, child.line.call)
         self._children[-number] = child
-        child.line.tell(RecordType.INIT)   # all that it starts ends with it from now on
+        child.line.tell(RecordType.INIT)   # from now on, all that it starts ends with it
         return -number
 
     def _hear(self, process: Any) -> None:
-        """A worker says something, or its line has ended."""
+        """Handle a message of a worker, or the end of its connection."""
         for key, child in self._children.items():
             if child.process is process:
                 self._listen(key, child)
@@ -16475,7 +16517,7 @@ class SpawnedWorkers(WorkerProcesses):
             records = None
         if records is None:
             self._forget(line)
-            if IS_WINDOWS:   # nothing else tells that it has ended, which takes a little more
+            if IS_WINDOWS:   # nothing else shows that it has ended, which takes a little longer
                 child.process.join(0.1)
 
     def _forget(self, line: LoadingLine) -> None:
@@ -16497,20 +16539,20 @@ class SpawnedWorkers(WorkerProcesses):
         elif not self._is_up:
             text = bytes(bodies[0])
             self._fail(record.number, text)
-        elif line.is_up:   # its cleanup has failed
+        elif line.is_up:   # the cleanup of this worker has failed
             self._send(RecordType.FAILED, 0, 0, 0.0, 0.0, bodies[0])
         else:
             line.text = bytes(bodies[0]).decode('utf-8', 'replace')
 
     def _fail(self, unloadable: int, text: bytes) -> None:
-        """The computation cannot be used here."""
+        """Report that the computation cannot be used here."""
         if not self.failed:
             self.failed = True
             self._send(RecordType.FAILED, unloadable, 0, 0.0, 0.0, text)
 
     def _tell_end(self, key: int, child: _Child, out: bytes, err: bytes) -> None:
         line = child.line
-        self._listen(key, child)   # what it said before
+        self._listen(key, child)   # what it sent before
         self._forget(line)
         line.forget_passed()
         line.sock.close()
@@ -16518,8 +16560,8 @@ class SpawnedWorkers(WorkerProcesses):
             code = int(child.process.exitcode)
             text = 'the worker process %s while it loaded the computation or ran setup%s' % (
                 exit_text(code), stderr_tail(err))
-            encoded = text.encode('utf-8', 'replace')
-            self._fail(0, encoded)
+            reason = text.encode('utf-8', 'replace')
+            self._fail(0, reason)
         elif key > 0:
             err += line.text.encode('utf-8', 'replace')
             super()._tell_end(key, child, out, err)
@@ -16537,7 +16579,7 @@ class SpawnedWorkers(WorkerProcesses):
                 self._kill(child)
 
     def _end_in_order(self) -> None:
-        """Workers that have loaded the computation and run no job run cleanup."""
+        """Let workers run cleanup that have loaded the computation and run no job."""
         until = time.monotonic() + CLEANUP_TIME
         ending = []
         for child in self._children.values():
@@ -16553,8 +16595,8 @@ class SpawnedWorkers(WorkerProcesses):
 
 
 class LoadingProcess:
-    """A process that may load a computation, and its line to the process that has started it: a
-    runner, and a worker that is not forked."""
+    """A process that may load a computation, and its connection to the process that has started it:
+    a runner, or a worker that is not forked."""
     _spec: dict
     _code: ComputationCode
 
@@ -16565,19 +16607,19 @@ class LoadingProcess:
         self._handles: Deque[int] = collections.deque()
 
     def _catch_output(self, out: CapturedOutput, err: CapturedOutput) -> None:
-        """Have what is printed while it loads come into files."""
+        """Redirect what is printed during loading into files."""
         self._out = out
         self._err = err
         os.dup2(out.handle, 1)
         os.dup2(err.handle, 2)
         sys.stdout, sys.stderr = output_stream(1, 1), output_stream(2, 1)
-        # What setup forks must not hold the line by which the other side sees our end
+        # Processes that setup forks must not hold the connection that shows the end of this process
         if hasattr(os, 'register_at_fork'):
             os.register_at_fork(after_in_child=self._control.close)
 
     def _load(self, code: Buffer) -> bool:
-        """Load the computation and run its setup; whether that went well. The other side is told
-        why not."""
+        """Load the computation and run its setup. Returns whether this succeeded. If not, the other
+        side is told why."""
         try:
             self._code.load(memoryview(code))
             self._loaded()
@@ -16594,22 +16636,22 @@ class LoadingProcess:
         return True
 
     def _loaded(self) -> None:
-        """All is well so far. May raise what setup may."""
+        """Go on after the computation was loaded. May raise what setup may."""
 
     def _not_loaded(self) -> None:
-        """It is about to be told that the computation cannot be used here."""
+        """Prepare for the report that the computation cannot be used here."""
 
     def _tell_up(self) -> None:
         if modules is not None:
             notes = modules.notes
         else:
             notes = []
-        dumped = pickle.dumps(notes)
-        self._send(RecordType.READY, 0, 0, 0.0, 0.0, dumped)
+        body = pickle.dumps(notes)
+        self._send(RecordType.READY, 0, 0, 0.0, 0.0, body)
 
     def _tell_failure(self, text: str) -> None:
-        """The computation cannot be used here; the record's number is 1 if its code cannot even be
-        loaded."""
+        """Report that the computation cannot be used here; the record's number is 1 if its code
+        cannot even be loaded."""
         sys.stdout.flush()
         sys.stderr.flush()
         printed = self._err.peek(os.fstat(2).st_size)
@@ -16618,23 +16660,24 @@ class LoadingProcess:
                    text.encode('utf-8', 'replace'))
 
     def _clean_up(self) -> None:
-        """Run the computation's cleanup, and tell if it fails."""
+        """Run the computation's cleanup, and report if it fails."""
         failure = self._code.clean_up(self._end_node)
         if failure:
             self._tell_failure(failure)
 
     @staticmethod
     def _finalize() -> None:
-        """This process ends without exit handlers, those of the user's modules; shared variables
-        that setup has made leave named semaphores behind unless they are finalized."""
+        """Do what exit handlers would do: this process ends without those of the user's modules,
+        and shared variables that setup has made leave named semaphores behind unless they are
+        finalized."""
         module = sys.modules.get('multiprocessing.util')
         finalize = getattr(module, '_run_finalizers', None)
         if finalize is not None:
             finalize(0)
 
     def _end_node(self) -> None:
-        """dispynode_shutdown, which a cleanup finds where the node was started with
-        --client-shutdown: the node ends when its client lets go of it."""
+        """Request the end of the node: this is dispynode_shutdown, which a cleanup finds if the
+        node was started with --client-shutdown. The node ends when its client releases it."""
         self._send(RecordType.END_NODE)
 
     def _receive(self) -> None:
@@ -16651,7 +16694,7 @@ class LoadingProcess:
                     if kind == socket.SCM_RIGHTS:
                         handles.frombytes(body[:len(body) - len(body) % handles.itemsize])
                 if flags & socket.MSG_CTRUNC and not handles:
-                    # No descriptor was left for it: the worker it was for cannot be made
+                    # No descriptor was left for the pipe: its worker cannot be made
                     handles.append(-1)
                 self._handles.extend(handles)
             else:
@@ -16671,8 +16714,8 @@ class LoadingProcess:
 
 
 class Runner(LoadingProcess):
-    """Has workers made, reaps them and tells the daemon of it. Where workers are forked, it loads
-    the computation before and runs its setup once."""
+    """Makes workers, reaps them and reports to the daemon. If workers are forked, it has loaded the
+    computation before and has run its setup once."""
 
     def __init__(self, control: socket.socket) -> None:
         super().__init__(control)
@@ -16682,7 +16725,7 @@ class Runner(LoadingProcess):
         self._tracker = TrackerProcess()
 
     def run(self) -> None:
-        """Until told to close, or the daemon is gone."""
+        """Serve until told to close, or until the daemon is gone."""
         libc = _libc()
         _prctl(libc, _PR_SET_PDEATHSIG, signal.SIGTERM)
         _prctl(libc, _PR_SET_CHILD_SUBREAPER, 1)
@@ -16698,13 +16741,14 @@ class Runner(LoadingProcess):
             self._workers = WorkerProcesses(self._spec, self._code, libc, self._send)
         else:
             self._workers = SpawnedWorkers(self._spec, init.bodies[1], libc, self._send, selector)
-        captured_output = CapturedOutput(private)
+        out = CapturedOutput(private)
         err = CapturedOutput(private)
-        self._catch_output(captured_output, err)
+        self._catch_output(out, err)
         if os.name == 'posix' and not forks:
             self._tracker.start()
             self._keep_tracker()
-        signal.signal(signal.SIGTERM, self._told_to_end)   # ends a setup that hangs, and closes
+        # Ends a setup that hangs, and closes the runner
+        signal.signal(signal.SIGTERM, self._told_to_end)
         unpack_support(self._spec)
         if forks:
             if not self._load(init.bodies[1]):
@@ -16727,20 +16771,21 @@ class Runner(LoadingProcess):
         self._keep_tracker()
 
     def _keep_tracker(self) -> None:
-        """It is no process that a job has left running, whoever has started it."""
+        """Note that the resource tracker is not a process that a job has left running, whoever has
+        started it."""
         self._tracker.find()
         self._workers.kept_alive.add(self._tracker.pid)
 
     def _loaded(self) -> None:
         self._workers.keep_children()
         gc.collect()
-        gc.freeze()   # what is loaded now stays shared with the workers, copy-on-write
+        gc.freeze()   # loaded objects stay shared with the workers, copy-on-write
 
     def _not_loaded(self) -> None:
         self._keep_tracker()
         self._workers.kill_strays()
         self._tracker.stop()
-        # Nobody wants it any more, and what that has interrupted is no fault
+        # The computation is not wanted any more, so that the interrupt is not a fault
         if self._shall_end:
             self._remove_abandoned()
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
@@ -16750,7 +16795,7 @@ class Runner(LoadingProcess):
     def _told_to_end(self, number: int, frame: Any) -> None:
         self._shall_end = True
         # Not twice: the signal comes with the end of each thread of a program that may be the
-        # parent, and it has to remove what is left
+        # parent, and the runner must still remove what is left
         if not self._is_ending:
             self._is_ending = True
             sys.exit(0)
@@ -16794,7 +16839,7 @@ class Runner(LoadingProcess):
         self._is_ending = True
         self._workers.end()
         self._tracker.end_pipe()
-        if not self._is_closed:   # first of all, as the next program may wait for it
+        if not self._is_closed:   # this comes first, as the next program may wait for it
             write_notes(self._spec['private'])
         self._clean_up()
         self._keep_tracker()
@@ -16805,8 +16850,9 @@ class Runner(LoadingProcess):
             self._remove_abandoned()
 
     def _remove_abandoned(self) -> None:
-        """Remove the directory of a node that was part of a program, if that has ended without
-        doing so. A signal that tells of its end may come before its descriptors are closed."""
+        """Remove the directory of a node that was embedded in a program, if the program has ended
+        without doing so. A signal that reports its end may come before its descriptors are
+        closed."""
         if not self._spec['root']:
             return
         with selectors.DefaultSelector() as selector:
@@ -16823,16 +16869,17 @@ class Runner(LoadingProcess):
 
 
 class SpawnedWorker(LoadingProcess):
-    """A worker that is not forked: loads the computation by itself and waits for its pipe."""
+    """A worker that is not forked: it loads the computation by itself and waits for its pipe."""
 
     def run(self, private: str, names: Tuple[str, str], place: Tuple[int, int],
             runner: int) -> None:
-        """Until its pipe is closed, or it is not fit for another job. `names` are those of the
-        files for its output, `place` is that of its slots, `runner` the number of its parent."""
+        """Run until its pipe is closed, or until it is not fit for another job. `names` are those
+        of the files for its output, `place` is that of its slots, `runner` the PID of its
+        parent."""
         libc = _libc()
-        end_with_parent(libc, runner)   # nobody else could end this process
+        end_with_parent(libc, runner)   # no other process could end this one
         _prctl(libc, _PR_SET_CHILD_SUBREAPER, 1)
-        self._next_order()   # INIT: the runner sees to what this process starts
+        self._next_order()   # INIT: the runner can end what this process starts
         self._catch_output(*(CapturedOutput(private, name) for name in names))
         slots = Slots.open(private, *place)
         path = os.path.join(private, SpawnedWorkers.FILE)
@@ -16858,10 +16905,11 @@ class SpawnedWorker(LoadingProcess):
             self._leave()
 
     def tell_fault(self, text: str) -> None:
-        """What is no fault of the computation keeps this worker from running jobs."""
+        """Report a failure that the computation has not caused and that keeps this worker from
+        running jobs."""
         with contextlib.suppress(OSError):   # the runner is gone
-            encoded = shorten(text).encode('utf-8', 'replace')
-            self._send(RecordType.FAILED, 0, 0, 0.0, 0.0, encoded)
+            body = shorten(text).encode('utf-8', 'replace')
+            self._send(RecordType.FAILED, 0, 0, 0.0, 0.0, body)
 
     def _next_order(self) -> Record:
         if not self._records:
@@ -16876,18 +16924,19 @@ class SpawnedWorker(LoadingProcess):
         self._finalize()
 
     def _hear_orders(self) -> None:
-        """Windows, a thread: what are signals elsewhere. Their handlers run in the main thread. It
-        is none of `threading`, which would show it to jobs."""
+        """Receive orders that are signals on other systems; this is a thread on Windows. The
+        handlers run in the main thread. The thread is not one of `threading`, which would show it
+        to jobs."""
         signals = {RecordType.INTERRUPT: signal.SIGINT, RecordType.RECALL: TAKE_BACK_SIGNAL}
         while True:
             try:
                 self._receive()
-            except (OSError, SystemExit):   # the runner is gone, and this process will be
+            except (OSError, SystemExit):   # the runner has ended, and this process will end
                 return
             while self._records:
                 record = self._records.popleft()
-                record_type = RecordType(record.kind)
-                number = signals.get(record_type)
+                order = RecordType(record.kind)
+                number = signals.get(order)
                 if number is not None:
                     signal.raise_signal(number)
 
@@ -16915,7 +16964,7 @@ def become(user: User) -> None:
 
 
 def runner_main(control: socket.socket, user: Optional[User] = None) -> None:
-    """The runner process, with a session of its own: Ctrl-C at the terminal is no business of
+    """Run the runner process, with a session of its own: Ctrl-C at the terminal does not concern
     it."""
     if hasattr(os, 'setsid'):
         if os.getsid(0) != os.getpid():
@@ -16940,7 +16989,7 @@ def runner_main(control: socket.socket, user: Optional[User] = None) -> None:
 
 def worker_main(control: socket.socket, private: str, names: Tuple[str, str],
                 place: Tuple[int, int], runner: int) -> None:
-    """A worker process that is not forked, started by the runner with `spawn`."""
+    """Run a worker process that is not forked; the runner has started it with `spawn`."""
     if hasattr(os, 'setsid'):
         os.setsid()   # a group of its own, for signals to the job and its children
     _no_stdin()
@@ -16966,7 +17015,8 @@ KEEPING_FILES = frozenset(('lock', 'memory', NODE_MARK))
 
 
 def _was_ours(root: str) -> bool:
-    """Return whether a node without a mark has used this directory: its lock file tells."""
+    """Return whether a node of an earlier version, which made no mark, has used this directory: its
+    lock file tells."""
     try:
         path = os.path.join(root, 'lock')
         with open_regular(path) as file:
@@ -16976,15 +17026,15 @@ def _was_ours(root: str) -> bool:
 
 
 def _is_ours(name: str, *beginnings: str) -> bool:
-    """Return whether a name in the node's directory is one that it gives itself: a beginning, and
-    the name of a computation."""
+    """Return whether a name in the node's directory is one that the node gives: a prefix, and the
+    name of a computation."""
     if not (name.startswith(beginnings) and bool(name[2:])):
         return False
     return is_comp(name[2:])
 
 
 def _notes_of(data: Buffer) -> List[str]:
-    """What a runner has to say when it is up. Raises PeerError."""
+    """Return what a runner reports when it is ready. Raises PeerError."""
     notes = open_envelope(data)
     if type(notes) is not list or not all(type(note) is str for note in notes):
         raise PeerError('malformed notes')
@@ -16992,15 +17042,15 @@ def _notes_of(data: Buffer) -> List[str]:
 
 
 def _keep(body: memoryview) -> Buffer:
-    """A body of a record for keeping: small ones on their own, so that they do not hold a whole
-    batch in memory."""
+    """Return a body of a record that can be kept: small ones are copied, so that they do not hold a
+    whole batch in memory."""
     if len(body) < OUT_OF_BAND:
         return bytes(body)
     return body
 
 
 def _row_of(pipe: Pipe, head: Tuple[Any, ...], body: memoryview) -> tuple:
-    """A row of Results, of the record of a worker. Raises PeerError."""
+    """Return a row of Results from the record of a worker. Raises PeerError."""
     _, in_segment, outcome, serial, start, end, size, _, _ = head
     if size == len(body) < OUT_OF_BAND and not in_segment:   # small, and nothing was printed
         return serial, outcome, start, end, bytes(body), b'', b''
@@ -18576,7 +18626,7 @@ class ComputationProcesses:
         self.comp = files.comp
         self.process: Any = None
         self.tree: Optional[ProcessTree] = None
-        self.passed: Dict[int, socket.socket] = {}     # worker -> its pipe, until it has arrived
+        self.passed: Dict[int, socket.socket] = {}     # worker -> its pipe, until the runner has it
         self.start_method = FORK
         self.control: Optional[Pipe] = None
         self.up = False
@@ -18585,17 +18635,17 @@ class ComputationProcesses:
         self.text = ''
         self.pipes: Dict[int, Pipe] = {}
         self.pids: Dict[int, Tuple[int, str]] = {}   # worker -> number and start of its process
-        self.nonsense: Dict[int, str] = {}             # worker -> what is wrong with what it sent
+        self.nonsense: Dict[int, str] = {}             # worker -> the error in what it sent
         self.equipped: Set[int] = set()                # workers that have resources
-        # Another Python that runs it, and a directory where that finds this module
+        # Another Python that runs it, and a directory in which that finds this module
         self.python = ''
         self.home = ''
         self.kill_at: Optional[float] = None
         self.watch: Optional[RunnerWatch] = None
 
     def use_python(self, interpreter: Interpreter) -> None:
-        """Have another Python run it, which imports nothing of this one's but this module. Raises
-        OSError."""
+        """Have another Python run it, which imports nothing of this one's except this module.
+        Raises OSError."""
         self.python = interpreter.path
         self.home = os.path.join(self.files.private, 'node')
         os.makedirs(self.home, exist_ok=True)
@@ -18633,7 +18683,7 @@ class ComputationProcesses:
             pack_record(RecordType.INIT, 0, 0, 0.0, 0.0, pickle.dumps(init), spec['code']))
 
     def after_fork(self) -> None:
-        """In a forked child: these are the parent's."""
+        """Release the processes in a forked child: they belong to the parent."""
         for pipe in (self.control, *self.pipes.values()):
             if pipe is not None:
                 pipe.close()
@@ -18643,8 +18693,8 @@ class ComputationProcesses:
             self.process.forget()
 
     def spec_for_runner(self, spec: dict, options: 'Options', names: Dict[str, str]) -> dict:
-        """What the runner, and a worker that loads the computation itself, has to know. `names`
-        need no import in jobs."""
+        """Return what the runner, and a worker that loads the computation itself, must know.
+        `names` need no import in jobs."""
         given = ('name', 'sys_path', 'argv', 'kind', 'program', 'live', 'logs', 'cleanup')
         found = {name: spec[name] for name in given}
         authkey = bytes(spec.get('authkey', b''))
@@ -18665,7 +18715,7 @@ class ComputationProcesses:
         return found
 
     def equip(self, worker: int, variables: Dict[str, str]) -> None:
-        """The worker that will be started next has resources, and these variables in its
+        """Give the worker that will be started next resources, and these variables in its
         environment."""
         self.equipped.add(worker)
         if self.control is not None:
@@ -18673,7 +18723,7 @@ class ComputationProcesses:
             self.control.push(pack_record(RecordType.EQUIP, worker, first=data))
 
     def pass_pipe(self, worker: int, theirs: socket.socket) -> None:
-        """Give the runner the pipe of a worker that it is to start. Raises OSError."""
+        """Pass the runner the pipe of a worker that it is to start. Raises OSError."""
         assert self.control is not None   # ours: the state starts workers of runners that are up
         data, passing = pack_socket(theirs, self.process.pid, RecordType.FORK, worker)
         if LATE_PASSING:
@@ -18683,17 +18733,19 @@ class ComputationProcesses:
             theirs.close()
 
     def arrived(self, worker: int) -> None:
-        """The runner has taken the pipe of a worker, or never will."""
+        """Note that the runner has taken the pipe of a worker, or never will."""
         if worker in self.passed:
             self.passed.pop(worker).close()
 
     def known(self, worker: int, pid: int) -> None:
-        """A worker's process: from the kernel, never by its own word."""
+        """Return a worker's process. Its PID comes from the kernel and is never what the worker
+        says."""
         if pid > 1:
             self.pids[worker] = (pid, start_of(pid))
 
     def kill(self, worker: int) -> None:
-        """Kill a worker's process and its group, unless the number is another process's by now."""
+        """Kill a worker's process and its group, unless the PID belongs to another process by
+        now."""
         pid, start = self.pids.get(worker, (0, ''))
         if not pid:
             return
@@ -18706,8 +18758,8 @@ class ComputationProcesses:
             os.kill(pid, SIGKILL)
 
     def kill_workers(self) -> None:
-        """Workers whose runner has died. On Linux the kernel has killed them; this is for the rest
-        of their groups, and for that of a runner that was killed in a setup that hung."""
+        """Kill workers whose runner has died. On Linux the kernel has killed them; this is for the
+        rest of their groups, and for that of a runner that was killed in a setup that hung."""
         if self.tree is not None:
             self.tree.close()
         elif hasattr(os, 'killpg'):
@@ -18717,15 +18769,13 @@ class ComputationProcesses:
                 self.kill(worker)
 
     def times(self) -> Tuple[Optional[float], ...]:
-        """When there is something to do."""
+        """Return the times at which something is to be done."""
         return (self.kill_at, *(self.watch.times() if self.watch is not None else ()))
 
 
 class HeldPipes:
     """Pipes of workers that are not read for a while, because files or results come faster than the
-    client takes them. The loop's thread.
-
-    pipes - those that are not read until links have room
+    client takes them. The loop's thread uses this class.
     """
 
     def __init__(self, host: 'NodeHost') -> None:
@@ -18733,8 +18783,8 @@ class HeldPipes:
         self.pipes: Set[Pipe] = set()
 
     def hold_back(self, pipe: Pipe) -> None:
-        """Files or results come faster than the client takes them: the worker's pipe is not read
-        for a while."""
+        """Stop reading a worker's pipe for a while, because files or results come faster than the
+        client takes them."""
         if not pipe.is_attached:
             return
         for link in self._host.links.values():
@@ -18749,8 +18799,9 @@ class HeldPipes:
         self._host.interest(pipe)
 
     def _must_wait(self, pipe: Pipe, most: int) -> bool:
-        """Whether more than so much waits on a link. A large result on its way keeps others back
-        that are large, of which memory should hold no two, and not those that are small."""
+        """Return whether more than so much waits on a link. A large result that is being sent holds
+        back other large ones, of which memory should hold no two, and does not hold back small
+        ones."""
         for link in self._host.links.values():
             if link.queued - link.unmade > most:
                 return True
@@ -18759,7 +18810,7 @@ class HeldPipes:
         return False
 
     def let_go(self) -> None:
-        """Read again those for which links have room."""
+        """Read those pipes again for which links have room."""
         for pipe in [
                 pipe for pipe in self.pipes if not self._must_wait(pipe, BACKPRESSURE_BYTES // 2)
         ]:
@@ -18776,15 +18827,15 @@ class HeldPipes:
 
 
 class WorkerReader:
-    """Reads what workers send, and tells the node of it. The loop's thread."""
+    """Reads what workers send, and reports it to the node. The loop's thread uses this class."""
 
     def __init__(self, host: 'NodeHost') -> None:
         self._host = host
         self.held = HeldPipes(host)
 
     def read(self, run: ComputationProcesses, pipe: Pipe) -> int:
-        """Tell the node what has come. Returns the number of records. Raises LinkBroken, PeerError,
-        OSError."""
+        """Report to the node what has come. Returns the number of records. Raises LinkBroken,
+        PeerError or OSError."""
         rows = []
         units = pipe.read(self._host.loop.now)
         if pipe.pid and pipe.worker not in run.pids:
@@ -18799,7 +18850,7 @@ class WorkerReader:
                     raise PeerError(text)
                 rows.append(row)
                 continue
-            if rows:   # what the next job does comes after the results of those before it
+            if rows:   # what the next job sends comes after earlier results
                 event = WorkerResults(pipe.worker, rows)
                 self._host.tell(event)
                 rows = []
@@ -18813,7 +18864,7 @@ class WorkerReader:
         return len(units)
 
     def _from_job(self, pipe: Pipe, record: Record) -> None:
-        """What a worker sends that is no result."""
+        """Handle what a worker sends that is not a result."""
         serial = record.serial
         bodies = record.bodies
         if record.kind == RecordType.LOGGED:
@@ -18850,12 +18901,12 @@ class WorkerReader:
 
 
 class WorkerPipes:
-    """The pipes to workers: has workers forked, and carries out what is to be done with those that
-    are there. The loop's thread."""
+    """The pipes to workers: has workers forked, and carries out actions on the existing ones. The
+    loop's thread uses this class."""
 
     def __init__(self, host: 'NodeHost', run_of: Callable[[str], ComputationProcesses],
                  look_soon: Callable[[], None]) -> None:
-        """`run_of` gives the processes of a computation by its name; `look_soon` is called when a
+        """`run_of` returns the processes of a computation by its name; `look_soon` is called when a
         runner that may have been idle has work."""
         self._host = host
         self._run_of = run_of
@@ -18868,7 +18919,7 @@ class WorkerPipes:
         run.equip(action.worker, self._host.options.offer.variables_for(action.units))
 
     def start_worker(self, action: StartWorker) -> None:
-        """Have a worker forked."""
+        """Have a worker started."""
         worker = action.worker
         run = self._run_of(action.comp)
         try:
@@ -18885,7 +18936,7 @@ class WorkerPipes:
         self._look_soon()
 
     def feed(self, action: SendToWorker) -> None:
-        """Write attempts to a worker."""
+        """Send attempts to a worker."""
         run = self._of_worker.get(action.worker)
         if run is not None:
             buffers: List[Buffer] = []
@@ -18919,16 +18970,16 @@ class WorkerPipes:
             run.control.push(pack_record(kind, worker, serial, first, second))
 
     def watch(self, action: LimitMemory) -> None:
-        """Limit the memory and the time of what a worker runs."""
+        """Limit the memory and the time of the job that a worker runs."""
         self._order(RecordType.WATCH, action.worker, action.serial, float(action.most),
                     action.seconds)
 
     def interrupt(self, action: Interrupt) -> None:
-        """Interrupt what a worker runs."""
+        """Interrupt the job that a worker runs."""
         self._order(RecordType.INTERRUPT, action.worker, action.serial)
 
     def look(self, action: Look) -> None:
-        """Look at the job of a worker."""
+        """Inspect the job of a worker."""
         self._order(RecordType.LOOK, action.worker, action.serial, float(action.stacks))
 
     def kill(self, action: Kill) -> None:
@@ -18936,33 +18987,33 @@ class WorkerPipes:
         self._order(RecordType.KILL, action.worker)
 
     def take_back(self, action: TakeFromWorker) -> None:
-        """Ask a worker for what it has not started."""
+        """Ask a worker to return what it has not started."""
         self._order(RecordType.RECALL, action.worker)
 
     def tell_kept(self, action: AnswerJobFile) -> None:
-        """Tell a worker what became of what its job has sent or wanted."""
+        """Tell a worker the result of what its job has sent or requested."""
         run = self._of_worker.get(action.worker)
         if run is not None:
             pipe = run.pipes[action.worker]
-            encoded = action.error.encode('utf-8', 'replace')
-            pipe.push(pack_record(RecordType.FILE_STORED, 0, 0, 0.0, 0.0, encoded))
+            body = action.error.encode('utf-8', 'replace')
+            pipe.push(pack_record(RecordType.FILE_STORED, 0, 0, 0.0, 0.0, body))
 
     def retire(self, action: Retire) -> None:
         """Let an idle worker end."""
         run = self._of_worker.get(action.worker)
         if run is not None:
-            self.let_go(run, action.worker)   # the worker reads the end and leaves
+            self.let_go(run, action.worker)   # the worker sees the end of the pipe and exits
 
     def let_go(self, run: ComputationProcesses, worker: int) -> None:
-        """Nothing more comes from a worker, and nothing goes there."""
+        """Close the pipe of a worker: nothing more comes from it, and nothing is sent there."""
         channel = run.pipes.pop(worker)
         self._host.detach(channel)
         del self._of_worker[worker]
 
 
 class ProcessHost:
-    """Runners and workers of all computations: starts and ends runners, reads what they and workers
-    send, and tells the state what becomes of them. The loop's thread.
+    """Runners and workers of all computations: it starts and ends runners, reads what they and
+    workers send, and reports to the state what becomes of them. The loop's thread uses this class.
 
     workers - the pipes to workers
     """
@@ -18976,7 +19027,7 @@ class ProcessHost:
         self._reader = WorkerReader(host)
         self.held = self._reader.held
         self.look_at = math.inf    # when to look after runners
-        # What runners send about themselves, and about workers that are there
+        # What runners send about themselves, and about existing workers
         self._of_runner: Dict[int, Callable[[ComputationProcesses, Record], None]] = {
             RecordType.ALIVE: self._on_alive,
             RecordType.END_NODE: self._on_end_node,
@@ -19034,7 +19085,7 @@ class ProcessHost:
         run.closing = True
         run.kill_at = self._host.now + GRACE
         self.look_at = self._host.now
-        if run.up and run.start_method == SPAWN:   # then workers run cleanup, and are waited for
+        if run.up and run.start_method == SPAWN:   # then workers run cleanup and need time for it
             for worker in list(run.pipes):
                 self.workers.let_go(run, worker)
         if run.control is not None:
@@ -19043,13 +19094,13 @@ class ProcessHost:
             run.process.terminate()
 
     def runner_silent(self, pipe: Pipe) -> None:
-        """The pipe of a runner has ended."""
+        """Note that the pipe of a runner has ended."""
         run = self._runs[pipe.comp]
         self._look_at_runner(run)
 
     def _look_at_runner(self, run: ComputationProcesses) -> None:
-        """Its process has ended, or its socket alone: it is on its way out, or a job or setup has
-        closed that."""
+        """Find out whether the process of a runner has ended, or only its socket: it is about to
+        end, or a job or setup has closed the socket."""
         if run.process is None:
             return
         if run.process.exitcode is not None:
@@ -19064,22 +19115,22 @@ class ProcessHost:
         self.look_at = self._host.now
 
     def see_to_runners(self) -> None:
-        """Look after all runners. Called when `look_at` has come, which is set here, and earlier
-        when something is done to a runner."""
+        """Look after all runners. This is called when `look_at` has come, which is set here, and
+        earlier when something is done to a runner."""
         for run in list(self._runs.values()):
             self._host.guard(run, self._see_to_runner, run)
         times = itertools.chain.from_iterable(run.times() for run in self._runs.values())
         self.look_at = min((when for when in times if when is not None), default=math.inf)
 
     def _look_soon(self) -> None:
-        """A runner that may have been idle has work: it is to answer from now on."""
+        """Expect answers from now on from a runner that may have been idle and has work."""
         soon = self._host.loop.now + min(RUNNER_ASKED, RunnerWatch.OFTEN)
         if soon < self.look_at:
             self.look_at = soon
 
     def _see_to_runner(self, run: ComputationProcesses) -> None:
-        """Kill it if it is to be killed or does not answer; look at it if it cannot be watched
-        otherwise."""
+        """Kill a runner if it is to be killed or does not answer; examine it if it cannot be
+        watched otherwise."""
         if run.process is None:
             return
         if run.watch is None:
@@ -19106,13 +19157,13 @@ class ProcessHost:
                 self._look_at_runner(run)
 
     def _runner_ended(self, run: ComputationProcesses) -> None:
-        """What it and its workers wrote before is read first: the rest of what they had never
-        began, but for what they noted."""
+        """Handle the end of a runner. What it and its workers wrote before is read first: the rest
+        of their attempts had never begun, except for those that they noted."""
         code = run.process.exitcode
         run.kill_workers()
         self._read_out(run)
         begun = None
-        with contextlib.suppress(OSError):   # no descriptors: then nobody knows
+        with contextlib.suppress(OSError):   # no descriptors: then the attempts are unknown
             begun = Slots.read(run.files.private)
         for worker in list(run.passed):
             run.arrived(worker)
@@ -19120,13 +19171,13 @@ class ProcessHost:
         if run.watch is not None:
             run.watch.close()
         run.process = None
-        # In a program, orphans are its own
+        # In a program, orphans belong to the program
         if os.getpid() == 1:
             if not self._options.embedded:
                 self.reap()
         del self._runs[run.comp]
         self._files.discard(run.comp)
-        # 0: it had lost its line to this process
+        # 0: it had lost its connection to this process
         passes = not run.text and code in (None, 0, -signal.SIGTERM, -SIGKILL)
         self._host.tell(
             RunnerGone(run.comp, run.text or exit_text(code), run.unloadable, begun,
@@ -19141,7 +19192,7 @@ class ProcessHost:
                 if not records:
                     break
         except (LinkBroken, PeerError, OSError) as exc:
-            logger.debug('the socket of a runner: %s', exc)   # its end, which is what we see to
+            logger.debug('the socket of a runner: %s', exc)   # its end, which is being handled
         for pipe in list(run.pipes.values()):
             try:
                 while pipe.is_attached and self._from_worker(pipe):
@@ -19150,9 +19201,9 @@ class ProcessHost:
                 logger.debug('the pipe of a worker: %s', exc)   # as above
 
     def reap(self) -> None:
-        """Orphans of a container come to PID 1 and are zombies until it takes note of their end.
-        One of our own children hides those behind it until it has been waited for in its place,
-        which reaps again."""
+        """Reap orphans: in a container they become children of PID 1 and remain zombies until it
+        waits for them. A child of this program hides those behind it until it has been waited for
+        in its own place, which calls this method again."""
         runs = self._runs.values()
         ours = set()
         for run in runs:
@@ -19170,7 +19221,7 @@ class ProcessHost:
     # -- what runners send -------------------------------------------------------------------------
 
     def on_readable(self, pipe: Pipe) -> None:
-        """A pipe has something. Raises LinkBroken, OSError."""
+        """Handle a pipe that can be read. Raises LinkBroken or OSError."""
         try:
             if pipe.worker:
                 self._from_worker(pipe)
@@ -19178,7 +19229,7 @@ class ProcessHost:
                 for record in pipe.records(self._host.now):
                     run = self._runs[pipe.comp]
                     self._from_runner(run, record)
-        except PeerError as exc:   # its user's code wrote into what it should not have
+        except PeerError as exc:   # the user's code wrote to the wrong descriptor
             text = str(exc)
             self._nonsense(pipe, text)
         except MemoryError:
@@ -19196,7 +19247,7 @@ class ProcessHost:
         elif record.number in run.pipes:
             if record.kind in self._of_workers:
                 self._of_workers[record.kind](run, record)
-        elif record.kind == RecordType.WORKER_EXITED:   # of a worker that was let go
+        elif record.kind == RecordType.WORKER_EXITED:   # of a worker that was told to end
             run.pids.pop(record.number, None)
             if record.number in run.equipped:
                 run.equipped.discard(record.number)
@@ -19204,7 +19255,7 @@ class ProcessHost:
                 self._host.tell(event)
 
     def _on_alive(self, run: ComputationProcesses, record: Record) -> None:
-        """The runner answers, which is noted already."""
+        """Do nothing: that the runner answers is noted already."""
 
     def _on_end_node(self, run: ComputationProcesses, record: Record) -> None:
         event = EndWanted(run.comp)
@@ -19244,8 +19295,8 @@ class ProcessHost:
     def _on_seen(self, run: ComputationProcesses, record: Record) -> None:
         stacks, stdout, stderr = map(bytes, record.bodies)
         text = stacks.decode('utf-8', 'replace')
-        job_seen = JobSeen(record.number, record.serial, text, stdout, stderr)
-        self._host.tell(job_seen)
+        event = JobSeen(record.number, record.serial, text, stdout, stderr)
+        self._host.tell(event)
 
     def _on_printed(self, run: ComputationProcesses, record: Record) -> None:
         if record.start not in (1.0, 2.0) or not 0.0 <= record.end < 1 << 62:
@@ -19262,7 +19313,7 @@ class ProcessHost:
         pipe = run.pipes[record.number]
         if pipe.is_attached:
             try:
-                while self._from_worker(pipe):   # results it wrote before it died
+                while self._from_worker(pipe):   # results that it wrote before it ended
                     continue
             except PeerError as exc:
                 self._nonsense(pipe, str(exc))
@@ -19274,8 +19325,8 @@ class ProcessHost:
         run.pids.pop(record.number, None)
         said = run.nonsense.pop(record.number, '') or exit_text(int(record.start))
         stderr = bytes(record.bodies[2])
-        decoded = stderr[-1000:].decode('utf-8', 'replace')
-        tail = decoded.strip()
+        printed = stderr[-1000:].decode('utf-8', 'replace')
+        tail = printed.strip()
         text = 'the worker process on %s %s%s' % (self._host.node.name, said,
                                                   '\nstderr ends:\n' + tail if tail else '')
         event = WorkerGone(record.number, text, record.serial, record.bodies[1], stderr)
@@ -19288,12 +19339,12 @@ class ProcessHost:
             self._host.detach(run.control)
 
     def _nonsense(self, pipe: Pipe, text: str) -> None:
-        """What came through a pipe is no record, or cannot be true: whoever wrote it is killed."""
+        """Kill the writer of a pipe, because what came is not a record, or cannot be true."""
         why = 'it sent nonsense: %s' % text
         self.end_writer(pipe, why)
 
     def end_writer(self, pipe: Pipe, why: str) -> None:
-        """What comes through a pipe cannot be taken: whoever writes it is killed."""
+        """Kill the writer of a pipe, because what comes cannot be handled."""
         run = self._runs[pipe.comp]
         text = 'killed: %s' % why
         logger.error('a %s of %s was %s', 'worker' if pipe.worker else 'runner', run.comp, text)
@@ -19313,7 +19364,7 @@ class ProcessHost:
     # -- the end -----------------------------------------------------------------------------------
 
     def after_fork(self) -> None:
-        """In a forked child: all of them are the parent's."""
+        """Release all processes in a forked child: they belong to the parent."""
         for run in self._runs.values():
             run.after_fork()
 
@@ -19543,12 +19594,13 @@ class NodeDiscovery:
 
 
 class NodeHost:
-    """A node but for its way to clients: the Node that decides, and the parts that carry out what
-    it decides, with all that has to do with files and processes. It runs in any loop; see `Daemon`.
+    """A node without its connections to clients: the Node that decides, and the parts that carry
+    out what it decides, which concern files and processes. It runs in any loop; see `Daemon`.
 
-    The loop tells it of its links to clients and of what comes on them (`link_up`, `link_down`,
-    `take`), and gives it a turn in each of its own (`turn`). Pipes to runners and workers are
-    channels of the loop whose owner it is. The loop's thread, but for `post`.
+    The loop reports its links to clients and the messages on them (`link_up`, `link_down`, `take`),
+    and gives the node host a turn in each of its own turns (`turn`). Pipes to runners and workers
+    are channels of the loop whose owner is the node host. The loop's thread uses this class, except
+    for `post`.
     """
 
     def __init__(self,
@@ -19558,8 +19610,8 @@ class NodeHost:
                  files: Type[ComputationFiles] = ComputationFiles,
                  processes: Type[ProcessHost] = ProcessHost,
                  facts: Optional[Dict[str, Any]] = None) -> None:
-        """The classes are those of the parts that have to do with files and processes. `facts` are
-        those of the machine, see `node_facts`."""
+        """The classes are those of the parts that concern files and processes. `facts` are those of
+        the machine, see `node_facts`."""
         self.loop = loop
         self.options = options
         self.instance = os.urandom(16)
@@ -19573,13 +19625,13 @@ class NodeHost:
         self.node = node_type()(name, options.cpus, facts, options.zombie, options.serve,
                                 options.client_shutdown, loop.now, options.grace)
         self._posted: Deque[Any] = collections.deque()
-        self._stirred = True        # the state was told something that it has not had a turn for
+        self._stirred = True        # the state has handled events since its last turn
         self._next_at = 0.0         # what `next_timer` has returned
         self.directory = directory(options, self.instance, self._directory_taken)
         self.files = files(self, self.directory, options)
         self.results = ResultStore(self, self.directory, options.zombie)
         self.processes = processes(self, self.files, options)
-        # For the parts
+        # These are for the parts
         self.detach = loop.detach
         self.interest = loop.interest
         self.add_reader = loop.add_reader
@@ -19622,7 +19674,7 @@ class NodeHost:
     # -- start and end -----------------------------------------------------------------------------
 
     def start(self, port: int) -> None:
-        """Take the directory. Raises StartError."""
+        """Take over the directory. Raises StartError."""
         self.directory.take(port)
         self.node.facts['lock'] = machine(), os.path.join(self.directory.base, 'lock')
         self.files.start()
@@ -19638,15 +19690,16 @@ class NodeHost:
         self.has_ended = True
 
     def close(self) -> None:
-        """End all processes, remove what is to be removed. Does nothing the second time."""
+        """End all processes, and remove files that are not needed any more. Does nothing the second
+        time."""
         self.processes.close()
         self.files.close()
         self.results.close()
         self.directory.close()
 
     def after_fork(self) -> None:
-        """In a forked child: let go of the descriptors, by which it would keep the processes of its
-        parent alive and the directory locked."""
+        """Close the descriptors in a forked child, which would keep the processes of its parent
+        alive and the directory locked."""
         self.processes.after_fork()
         self.directory.after_fork()
 
@@ -19663,39 +19716,40 @@ class NodeHost:
         self.loop.attach(pipe)
 
     def guard(self, subject: Any, call: Callable[..., Any], *args: Any) -> None:
-        """Call it for `subject`; an unexpected exception ends what that concerns, not the loop."""
+        """Call a function for `subject`; an unexpected exception ends what the subject concerns,
+        not the loop."""
         try:
             call(*args)
-        except Exception as exc:  # whatever it is, others are served all the same
+        except Exception as exc:  # whatever it is, others must be served
             self.loop.fault(subject, exc, self)
 
     def post(self, event: Any) -> None:
-        """Hand over an event, which is handled before this turn ends or in the next one. Any
-        thread."""
+        """Queue an event, which is handled before this turn ends or in the next one. Any thread."""
         self._posted.append(event)
         self.loop.wake_up()
 
     # -- events ------------------------------------------------------------------------------------
 
     def on_event(self, event: Any) -> None:
-        """What actions brought about, and what others have posted for the state."""
+        """Handle the results of actions, and what others have posted for the state."""
         self._events.get(type(event), self.tell)(event)
 
     def link_up(self, link: Link) -> None:
-        """A client has proved itself."""
+        """Note that a client has authenticated itself."""
         self.links[link.number] = link
         self.node.facts['available'] = self.directory.available()
         event = LinkUp(link.number, link.instance, link.address)
         self.tell(event)
 
     def link_down(self, link: Link) -> None:
-        """A link has ended."""
+        """Note that a link has ended."""
         self.links.pop(link.number, None)
         event = LinkDown(link.number, link.on_purpose)
         self.tell(event)
 
     def take(self, link: Link, message: Any) -> None:
-        """A message of a client. Raises LinkBroken or PeerError if the link ends with it."""
+        """Handle a message of a client. Raises LinkBroken or PeerError if the link ends because of
+        it."""
         if type(message) is Jobs or type(message) is Ack:   # nearly always
             self.tell(Received(link.number, message))
             return
@@ -19705,8 +19759,8 @@ class NodeHost:
         if isinstance(message, Wrong):
             text = 'it cannot use what was sent: %s' % message.text[:NAME_MOST]
             for comp, serial in self.loop.refusals.refused(link, message.frame):
-                short_text = message.text[:NAME_MOST]
-                self.results.refused[comp, serial] = 'the result could not be taken: ' + short_text
+                reason = message.text[:NAME_MOST]
+                self.results.refused[comp, serial] = 'the result could not be taken: ' + reason
             raise LinkBroken(text)
         if not isinstance(message, Pulse):
             if type(message) is Query:
@@ -19720,7 +19774,7 @@ class NodeHost:
         try:
             actions = self.node.handle(event, self.loop.now)
         except BaseException:
-            self._act(self.node.decided())   # what was decided before the state noticed
+            self._act(self.node.decided())   # what was decided before the error
             raise
         self._act(actions)
 
@@ -19737,11 +19791,11 @@ class NodeHost:
         for action in actions:
             try:
                 self._acts[type(action)](action)
-            except Exception as exc:  # the other actions are carried out all the same
+            except Exception as exc:  # the other actions must be carried out
                 self.loop.fault(action, exc, self)
 
     def on_channel(self, channel: Any) -> None:
-        """The pipe of a runner or worker has something, or a link that is ours."""
+        """Handle a pipe of a runner or worker, or a link of this node's own, that can be read."""
         if isinstance(channel, Pipe):
             self.processes.on_readable(channel)
         else:
@@ -19749,8 +19803,8 @@ class NodeHost:
                 self.take(channel, message)
 
     def on_broken(self, channel: Any, text: str) -> None:
-        """The pipe of a runner or worker came to its end, or a link that is ours. That of a worker
-        says nothing yet: the runner tells what became of the process."""
+        """Handle the end of the pipe of a runner or worker, or of a link of this node's own. The
+        end of a worker's pipe means nothing yet: the runner reports what became of the process."""
         if not isinstance(channel, Pipe):
             self.link_down(channel)
         elif not channel.worker:
@@ -19758,9 +19812,9 @@ class NodeHost:
             self.processes.runner_silent(channel)
 
     def on_fault(self, subject: Any, text: str) -> bool:
-        """End what the fault concerns: a link, a worker, a computation; whether there was such a
-        thing."""
-        self._stirred = True   # what the turn had to do may not be done
+        """End what the fault concerns: a link, a worker, a computation. Returns whether anything
+        was found."""
+        self._stirred = True   # the work of the turn may not be complete
         if isinstance(subject, Pipe):
             self.processes.end_writer(subject, text)
             return True
@@ -19782,8 +19836,8 @@ class NodeHost:
     # -- turns -------------------------------------------------------------------------------------
 
     def next_timer(self) -> Optional[float]:
-        """The state's, or the end of a runner that does not end; at once when something was posted
-        or held pipes can be read again."""
+        """Return the time of the state's next timer, or of the end of a runner that does not end;
+        it is now if something was posted or held pipes can be read again."""
         results = self.results
         when = min(self.node.timers.next_at, self.node.scheduler.look_at, self.processes.look_at)
         if results.read_later:
@@ -19793,19 +19847,19 @@ class NodeHost:
         if self._posted or self.processes.held.may_let_go() or (
                 results.backlog.waiting and results.backlog.has_room()):
             when = self.loop.now
-        self._next_at = when   # also if it is now: the turn that follows is due by it
+        self._next_at = when   # even if it is now, so that the following turn is due
         if when < math.inf:
             return when
         return None
 
     @property
     def is_due(self) -> bool:
-        """Whether a turn has something to do, in a loop that has asked for `next_timer` before it
-        waited."""
+        """Return whether a turn has something to do, in a loop that has asked for `next_timer`
+        before it waited."""
         return self._stirred or bool(self._posted) or self._next_at <= self.loop.now
 
     def take_posted(self) -> None:
-        """Handle what was posted, and what comes of that."""
+        """Handle what was posted, and what follows from that."""
         while self._posted:
             event = self._posted.popleft()
             try:
@@ -19814,7 +19868,7 @@ class NodeHost:
                 self.loop.fault(event, exc, self)
 
     def turn(self) -> None:
-        """What came of this turn's actions, then the state's own turn."""
+        """Handle the results of this turn's actions, then give the state its own turn."""
         self._stirred = False
         if self._posted:
             self.take_posted()
@@ -19867,19 +19921,19 @@ class NodeHost:
 
     def _show(self, action: PrintStatus) -> None:
         with contextlib.suppress(OSError):   # the terminal may have gone
-            text_parts = action.text.split('\n')
-            print('\n'.join(map(printable, text_parts)), flush=True)
+            lines = action.text.split('\n')
+            print('\n'.join(map(printable, lines)), flush=True)
 
     def _send_waiting(self) -> None:
-        """Files and kept results into links that have room."""
+        """Send files and kept results on links that have room."""
         for link, _, text in self.results.backlog.send(self.loop.send):
-            # Its client comes back and gets them then.
+            # Its client gets them when it comes back.
             self.loop.break_link(link, 'results cannot be read: %s' % text)
 
 
 class Daemon(Loop):
-    """The loop of a dispynode: a NodeHost, and the links of clients, which were let in at its gates
-    or which it has made itself."""
+    """The loop of a dispynode: a NodeHost, and the links of clients, which its acceptors have
+    accepted or which it has made itself."""
 
     def __init__(self,
                  options: Options,
@@ -19912,7 +19966,8 @@ class Daemon(Loop):
     # -- start and end -----------------------------------------------------------------------------
 
     def start(self) -> int:
-        """Listen, take the directory. Returns the port. Raises StartError or SecretError."""
+        """Listen, and take over the directory. Returns the port. Raises StartError or
+        SecretError."""
         options = self._options
         port = self._options.port
         try:
@@ -19954,7 +20009,8 @@ class Daemon(Loop):
                              (where, exc)) from exc
 
     def close(self) -> None:
-        """End all processes, remove what is to be removed. Does nothing the second time."""
+        """End all processes, and remove files that are not needed any more. Does nothing the second
+        time."""
         for acceptor in self._acceptors:
             with contextlib.suppress(KeyError, ValueError):   # not watched yet
                 self.remove_reader(acceptor.socket)
@@ -19966,7 +20022,7 @@ class Daemon(Loop):
         super().close()
 
     def next_timer(self) -> Optional[float]:
-        """That of the node, or what else there is to do."""
+        """Return the time of the node's next timer, or of other things that are to be done."""
         times = [self.node_host.next_timer(), self.discovery.hello_at, self._clock_at,
                  *self.uplinks.times()]
         return min((when for when in times if when is not None), default=None)
@@ -19974,24 +20030,24 @@ class Daemon(Loop):
     # -- events ------------------------------------------------------------------------------------
 
     def call_soon(self, call: Callable[[], None]) -> None:
-        """Call it in the thread of the loop. Any thread."""
+        """Call a function in the thread of the loop. Any thread."""
         event = CallSoon(call)
         self.post(event)
 
     def on_event(self, event: Any) -> None:
-        """Arrivals from the gate, and what is for the node."""
+        """Handle peers that have authenticated themselves, and events for the node."""
         handler = self._events.get(type(event), self.node_host.on_event)
         handler(event)
 
     def _arrived(self, event: Union[Authenticated, Connected]) -> Link:
-        """A peer has proved itself."""
+        """Take a peer that has authenticated itself."""
         link = self._link(event.sock, event.session, event.address, self.now, takes=OF_CLIENTS)
         self.attach(link)
         self.node_host.link_up(link)
         return link
 
     def _dialled(self, event: Connected) -> None:
-        """A scheduler was reached."""
+        """Take the connection to a scheduler that was reached."""
         if isinstance(event.peer, SecondConnection):
             reached = self.uplinks.second_reached(event)
             if reached is None:
@@ -20001,18 +20057,18 @@ class Daemon(Loop):
         self.uplinks.connected(event.peer, link)
 
     def on_silent(self, link: Link) -> None:
-        """A scheduler that we have dialled is silent: another connection is tried. Others dial
-        us."""
+        """Try another connection to a scheduler that this node has dialled and that is silent. For
+        other links, the peer does this."""
         self.uplinks.link_silent(link)
 
     def on_fault(self, subject: Any, text: str) -> bool:
-        """End what the fault concerns: a link, or what the node knows of."""
+        """End what the fault concerns: a link, or something of the node."""
         if self.node_host.on_fault(subject, text):
             return True
         return super().on_fault(subject, text)
 
     def on_channel(self, channel: Any) -> None:
-        """A link has something."""
+        """Handle what has come on a link."""
         for message in channel.messages(self.now):
             self._message(channel, message)
 
@@ -20023,7 +20079,7 @@ class Daemon(Loop):
         self.node_host.take(link, message)
 
     def on_broken(self, channel: Any, text: str) -> None:
-        """A link came to its end."""
+        """Handle the end of a link."""
         is_missed = not channel.on_purpose and self.node.serves(channel.number)
         if is_missed:
             log = logger.warning
@@ -20035,7 +20091,7 @@ class Daemon(Loop):
         self.uplinks.link_ended(channel)
 
     def end_of_turn(self) -> None:
-        """What came of this turn's actions, then the node's own turn."""
+        """Handle the results of this turn's actions, then give the node its own turn."""
         while self._inbox:
             self.take_events(len(self._inbox))
         self.node_host.take_posted()
@@ -20051,7 +20107,8 @@ class Daemon(Loop):
             self.stop()
 
     def _look_at_clock(self, local: time.struct_time) -> None:
-        """Hours of service. Once a minute, so that a clock that is set is no matter."""
+        """Apply the hours of service. This happens once a minute, so that a clock that is set does
+        no harm."""
         assert self._options.hours is not None   # ours
         self._clock_at = self.now + 60 - min(local.tm_sec, 59)
         minute = local.tm_hour * 60 + local.tm_min

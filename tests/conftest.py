@@ -112,11 +112,13 @@ def pytest_collection_finish():
 
 def pickle_by_value():
     """Functions of the tests travel to nodes by value. By their names each runner would import the
-    module of the test, and with it pytest, which takes more CPU time than most tests do."""
+    module of the test, and with it pytest, which takes more CPU time than most tests do. Unit tests
+    have no runners."""
     import cloudpickle
+    tests = os.path.join(ROOT, 'tests', '')
     for module in list(sys.modules.values()):
         path = getattr(module, '__file__', None) or ''
-        if path.startswith(os.path.join(ROOT, 'tests', '')):
+        if path.startswith(tests) and not path.startswith(os.path.join(tests, 'unit', '')):
             cloudpickle.register_pickle_by_value(module)
 
 
@@ -361,10 +363,13 @@ def _children():
         if pid not in _of_session:
             try:
                 child = psutil.Process(pid)
-                # Lives as long as this process
-                if 'multiprocessing.resource_tracker' in ' '.join(child.cmdline()):
+                words = ' '.join(child.cmdline())
+                # These two live as long as this process
+                if 'multiprocessing.resource_tracker' in words:
                     continue
-                found += [child, *child.children(recursive=True)]
+                if 'multiprocessing.forkserver' not in words:
+                    found.append(child)
+                found += child.children(recursive=True)
             except psutil.NoSuchProcess:   # it has ended meanwhile
                 continue
     return found

@@ -211,8 +211,8 @@ def test_jobs_are_cancelled_and_their_arguments_shown_literally(browse, tmp_path
         browser.see(
             lambda: browser.all('tbody tr')[0].find_element(By.CSS_SELECTOR, 'input').click()
             or True)
-        browser.click('Cancel 1 chosen job')
-        browser.click('Yes: cancel 1 chosen job')
+        browser.click('Cancel 1 selected job')
+        browser.click('Yes: cancel 1 selected job')
         eventually(lambda: sum(job.status == dispy.DispyJob.Cancelled for job in jobs) == 2)
         browser.page('clusters').click('waiting')
         browser.click('Yes: cancel')
@@ -312,7 +312,7 @@ def test_the_keyboard_is_enough(browse):
         tab_to('Jobs done').send_keys(Keys.ENTER)
         browser.see(lambda: browser.all('th[aria-sort]')[0].text.startswith('Jobs done'))
         tab_to(cluster.status().nodes[0].name).send_keys(Keys.ENTER)
-        browser.reads('Jobs there')
+        browser.reads('Jobs on this node')
 
 
 def test_jobs_are_found_looked_at_and_cancelled(browse, tmp_path):
@@ -349,7 +349,7 @@ def test_jobs_are_found_looked_at_and_cancelled(browse, tmp_path):
         lines = browser.text('pre[aria-label=stdout]')
         browser.see(lambda: browser.text('pre[aria-label=stdout]') != lines)
         assert browser.script(bottom) > 5
-        browser.click('Show its stack')
+        browser.click('Show stack')
         browser.reads('most recent call first', 'in scene')
         browser.click('Cancel')
         browser.click('Yes: cancel')
@@ -365,9 +365,9 @@ def test_the_timeline_by_pointer_and_by_keyboard(browse, tmp_path):
     with NodeProcess(tmp_path / 'a', '--name', 'basement', cpus=1) as node:
         with dispy.JobCluster(scene, nodes=[node.address]) as cluster, monitor(cluster) as server:
             browser = browse(server).page('timeline?span=60')
-            browser.reads('Timeline', '0 of 1 CPU at work')
+            browser.reads('Timeline', '0 of 1 CPU used')
             job = cluster.submit_job_id(EVIL, 44, end)
-            browser.reads('1 of 1 CPU at work')
+            browser.reads('1 of 1 CPU used')
             canvas = browser.all('#bars')[0]
             pointer = webdriver.ActionChains(browser.driver)
             right = int(canvas.get_attribute('clientWidth')) // 2 - 2
@@ -377,7 +377,7 @@ def test_the_timeline_by_pointer_and_by_keyboard(browse, tmp_path):
                     and browser.all('main script, main img') == [])
             (tmp_path / 'end').write_text('')
             assert job(20) == 44
-            browser.reads('0 of 1 CPU at work')
+            browser.reads('0 of 1 CPU used')
             canvas = browser.all('#bars')[0]
             heading = browser.all('main h1')[0]
             pointer.move_to_element(heading).perform()

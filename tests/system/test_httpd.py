@@ -450,7 +450,7 @@ class Trap:
 
 @pytest.mark.parametrize('value, text', [
     (1.5, '1.5'), ('a' * 999, None), (range(3), 'range(0, 3)'), ({'a': [None]}, "{'a': [None]}"),
-    (Trap(), '<posix.abort>'), (Trap, 'test_httpd.Trap'), (len, 'len'),
+    (Trap(), '<posix.abort>'), (Trap, 'Trap'), (dispy.NodeSpec, 'dispy.NodeSpec'), (len, 'len'),
     (dispy.NodeSpec('h', 1), '<dispy.NodeSpec>'), (b'\0' * 20000, '19.6 KiB of arguments'),
     (os.path.join, None), (lambda: 0, '<function>'),
     (list(range(99)), '[0, 1, 2, 3, 4, 5, 6, 7, ...]')])

@@ -354,10 +354,12 @@ def test_recovery_after_kill_9(tmp_path):
             time.sleep(0.01)
         others = dispy.core_of(cluster).driver.schedule.nodes['local'].cpus - 1
         runs = [cluster.submit(1, os.devnull, dispy_cpus=others)] if others else []
-        while not all(job.status == job.Running for job in runs):
-            time.sleep(0.01)
+        # At once: while a new worker starts, the first job comes to look like a long one, behind
+        # which no job is sent
         behind = cluster.submit(0, '')
         while behind.state is not dispy.JobState.SENT:
+            time.sleep(0.01)
+        while not all(job.status == job.Running for job in runs):
             time.sleep(0.01)
         print(os.getpid(), flush=True)
         time.sleep(1000)
