@@ -3289,7 +3289,8 @@ class Books:
         if node.probe is None:
             if node.cpus_reserved == node.used:
                 node.probe = (work.serial, self.now)
-        if node.key in comp.idle and node.room(name) < 1:
+        if node.key in comp.idle and (
+                node.cpus_reserved >= node.cpus or node.parts[name] >= node.limits[name]):
             if len(node.comps) > 1:
                 self.look_at(node)
             else:   # the rest is looked at when it is sent

@@ -2226,6 +2226,7 @@ class ValueRequests:
 # --------------------------------------------------------------------------------------------------
 
 ATOMS = frozenset((int, float, str, bool, type(None), complex))
+_BARE = 0x80   # the first byte of a pickle that has nothing before it
 _BUFFERS = struct.Struct('>B3xI')  # 1, number of buffers; a bare pickle begins with 0x80
 # 2, size of a pickled tuple of the bundles' numbers; the payload itself follows
 _NEEDS = struct.Struct('>B3xI')
@@ -2486,6 +2487,8 @@ def loads(payload: Buffer, once: bool = False) -> Any:
     """Open a payload. This runs the user's code and raises whatever that code raises. If `once` is
     true, nobody will read the payload again."""
     size = len(payload)
+    if size <= LAZY and payload[0] == _BARE:   # nearly always
+        return pickle.loads(payload)
     segment = once and size >= SEGMENT_FROM and _is_segment(payload)
     if size > LAZY and not segment:   # which is used in place
         source = _Source(memoryview(payload), once)
@@ -12185,8 +12188,9 @@ class CpuScheduler:
         durations = []
         place = 0
         ended = None
+        queue = worker.queue
         for row in event.rows:
-            if place >= len(worker.queue) or worker.queue[place].serial != row[SERIAL]:
+            if place >= len(queue) or queue[place].serial != row[SERIAL]:
                 text = 'a worker answered for %d, which it did not run' % row[SERIAL]
                 raise PeerError(text)
             place += row[OUTCOME] not in PROVISIONAL
@@ -12195,9 +12199,8 @@ class CpuScheduler:
             if row[OUTCOME] in PROVISIONAL:
                 comp.outbox.append(row)
                 continue
-            attempt = ended = worker.queue.popleft()
-            duration = row[END] - row[START]
-            durations.append(duration)
+            attempt = ended = queue.popleft()
+            durations.append(row[END] - row[START])
             if attempt.timeout:
                 self._note_overdue(attempt, row)
             if attempt.ending is not None:
@@ -12213,7 +12216,7 @@ class CpuScheduler:
         self._share.charge(comp, seconds)
         worker.pardoned = False
         comp.handed.ended(len(durations), len(comp.attempts) - len(comp.waiting), len(comp.workers))
-        if worker.queue:
+        if queue:
             comp.refillable[worker.key] = worker
             self._on_job_started(worker, now)
         else:

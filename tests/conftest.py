@@ -17,6 +17,7 @@ import sys
 import tempfile
 import threading
 import time
+import zlib
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path[:0] = [ROOT, os.path.join(ROOT, 'tests', 'faults')]   # the tools there are for others too
@@ -58,8 +59,13 @@ def pytest_xdist_auto_num_workers(config):
     if config.option.dist == 'no':   # not given
         config.option.dist = 'worksteal'   # some tests take a minute
     # Each of them collects all tests: what they import is compiled once, before they ask for it.
-    subprocess.run([sys.executable, '-m', 'pytest', '-q', '--collect-only', *config.args],
-                   stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    name = '%s-%08x' % (sys.implementation.cache_tag, zlib.crc32(repr(config.args).encode()))
+    collected = os.path.join(os.environ['PYTHONPYCACHEPREFIX'], name)
+    if not os.path.exists(collected):   # else an earlier run has done it
+        subprocess.run([sys.executable, '-m', 'pytest', '-q', '--collect-only', *config.args],
+                       stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
+                       stderr=subprocess.DEVNULL)
+        open(collected, 'w').close()
     return 3 * (os.cpu_count() or 1) + 2
 
 

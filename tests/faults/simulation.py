@@ -238,6 +238,11 @@ class SimLoop(Loop):
         self.doomed = None         # where in a turn it is killed
         self.due = None            # when it is woken by its own timer
 
+    @property
+    def busy_since(self):
+        """Since now: a turn of this loop comes when there is something to do, and takes no time."""
+        return self.now
+
     def post(self, event):
         self._inbox.append(event)
         if self.alive:

@@ -51,7 +51,8 @@ def start(count=4, running=4, name='', **options):
     return cluster, jobs
 
 '''
-WAITS = "cluster, jobs = start()\nprint('ready', flush=True)\ntime.sleep(600)\n"
+# Not one long sleep: Python does not hear a signal that comes just before the system call
+WAITS = "cluster, jobs = start()\nprint('ready', flush=True)\nwhile True:\n    time.sleep(0.1)\n"
 RAISES = "cluster, jobs = start()\nraise ValueError('a mistake')\n"
 RECOVERS = '''
 try:
