@@ -8,9 +8,9 @@
         print(job(), job.ip_addr)                # waits; if it failed, None: see job.exception
     cluster.close()
 
-Without nodes on the network this program is a node itself. For others, copy `dispynode.py` and
-the secret (~/.config/dispy/secret) to them and run `python dispynode.py` there; `python -m dispy
-deploy HOST...` does it by ssh.
+Without nodes on the network, this program itself is a node. To use other hosts, copy `dispynode.py`
+and the secret (~/.config/dispy/secret) to them and run `python dispynode.py` there; `python -m
+dispy deploy HOST...` does this by ssh.
 
     user's program                                        node
     +------------------------------------------+         +--------------------+
@@ -26,9 +26,9 @@ deploy HOST...` does it by ssh.
 One driver serves all clusters of a program that have the same secret and certificate. It owns every
 link and the Schedule; other threads post to it. A link carries everything between this program and
 a node. The embedded node (EmbeddedNode) has its turns in the driver's thread, and its link is in
-memory; all else is as with other nodes.
+memory; otherwise it is like other nodes.
 
-The program has a JobCluster. Its driver knows a ProgramCluster, which has a part for each
+The program has a JobCluster. Its driver has a ProgramCluster, which has a part for each
 responsibility: options, book of jobs, submitter, callbacks, output, delivery of results, commands
 to nodes, takeover of jobs.
 
@@ -36,13 +36,13 @@ The life of a job here:
   1. `submit` pickles the arguments, makes a DispyJob, counts it as pending and posts it.
   2. The driver gives all that was posted since its last turn to the Schedule, which queues it.
   3. The Schedule sends attempts to nodes with free CPUs, and a little more than that: as much as
-     the node will have done in 100 ms. What a node does not come to is called back when another is
-     idle, or when jobs turn out to be longer. A node tells which have begun (`Started`); until then
-     they are Created to the user.
-  4. `Results` of a node are acknowledged, also if they are known already. Plain values are opened
-     at once; what may run the user's code when it is unpickled goes through an opener thread.
-  5. The job gets result, output, times and, last, its status; whoever waits is woken; the callback
-     is called.
+     the node will have done in 100 ms. Attempts that a node has not begun are recalled when another
+     one is idle, or when jobs turn out to be longer. A node reports which have begun (`Started`);
+     until then the user sees their jobs as Created.
+  4. `Results` of a node are acknowledged, even if they are known already. Plain values are opened
+     at once; values whose unpickling may run the user's code go through an opener thread.
+  5. The job gets its result, output, times and finally its status; threads that wait are notified,
+     and the callback is called.
   6. When a node is lost, its jobs are queued again if the computation is reentrant; otherwise they
      are Abandoned.
 

@@ -21,11 +21,11 @@
     +-----------------------------------------------------------+       +------------------------+
 
 One thread takes snapshots in the driver's turn, whatever the number of browsers. A snapshot costs
-O(nodes), not O(jobs), and what takes long is done less often. Requests sort it and cut a page out
-of it. Of jobs it is noted what fails, what is printed, and what has ended: the last 10,000 jobs. A
-list of jobs is made at most once a second and only while somebody looks at it; the timeline goes on
-from what it was. A scheduler is asked by `Call`, 100 to 500 rows at once. A monitor proves that it
-knows the secret of the programs, as they do, and sees and manages what belongs to all of them.
+O(nodes), not O(jobs), and slow ones are taken less often. Requests sort it and select a page.
+Failures of jobs, their output, and the last 10,000 jobs that have ended are noted. A list of jobs
+is made at most once a second and only while a browser shows it; the timeline is extended. A
+scheduler is asked by `Call`, for 100 to 500 rows at once. A monitor authenticates with the secret
+of the programs, as they do, and sees and manages everything that belongs to them.
 
 Safety. The server listens on 127.0.0.1 unless told otherwise. Page, script, style and icon hold no
 data; all else needs the token: `Authorization: Bearer TOKEN`. The token stands in the fragment of
@@ -96,39 +96,39 @@ take ?sort=FIELD&desc=0|1&page=N (from 1)&per=N (1 to 200) and are objects with
     and beside the rows unlisted {waiting int, ended int}: jobs that are counted and not listed
 /api/job?cluster=N&job=N: one row, as of /api/jobs, with
     trace str: why it has failed; stdout, stderr: the last 4 KiB; lost_with [str, ...]: nodes that
-        were lost while it was there
+        were lost while the job was there
     failed_attempts [{number, node, began, ended, text}, ...], known by the program that tries again
 /api/timeline?span=S, a table of nodes (as /api/nodes), with `bin`: the s of one bin
     id, name, address, state, cpus
     lanes [[CPU, number of the first run, [bins from the end of the run before (at first since the
         epoch) to its first bin, from there to its last, kind, jobs, ...]], ...]; kind 0: done, 1:
-        cancelled, 2: failed. A stream tells what is new: of each CPU the runs from that number on
+        cancelled, 2: failed. A stream has only new data: for each CPU the runs from that number on
     running [[CPU, s since the epoch when it began, cluster, job], ...]
-/api/accounts?by=user|day|computation&days=N, of a scheduler: jobs that it remembers (--history)
-    user str, day 'YYYY-MM-DD' (the last one), computation str, program str; those that were asked
-        by say what the row is about
+/api/accounts?by=user|day|computation&days=N, of a scheduler: jobs in its history (--history)
+    user str, day 'YYYY-MM-DD' (the last one), computation str, program str; the
+        requested ones identify the row
     jobs, done, failed, cancelled int; cpu_seconds s
-    and beside the rows by str, complete bool: whether all was read, none str: why there is nothing
+    and beside the rows by str, complete bool: whether all was read, none str: why there are no rows
 /api/at?node=ID&lane=CPU&ms=T&around=MS: jobs that ran there T ms since the epoch, as of /api/jobs
 /metrics
     text for Prometheus; needs the token as well (`authorization: {credentials_file: F}`, and
     `--token-file F` here). With a scheduler, jobs that have ended are counted since it was started,
     and clusters are shown until their program closes them.
 
-POST takes a JSON object and is answered by {done int}. `cluster` is its number. Where it may be
-missing, all clusters that use the node are meant; with a scheduler that is always so, and holds for
-clusters that come later too.
+POST takes a JSON object and returns {done int}. `cluster` is the number of a cluster. If it is
+optional and missing, the request applies to all clusters that use the node; with a scheduler it
+always does so, and applies to later clusters too.
 
     /api/cancel           {cluster, node: id, jobs: [number, ...] or 'all'}: end jobs on a node;
                           {cluster, jobs: [number, ...]}: wherever they are
     /api/stacks           {cluster, job}: answered by {done: 1, text str}, the stacks of the
                           process of a running job, which goes on
     /api/cancel_waiting   {cluster}: end jobs that do not run
-    /api/add              {cluster, host str, port int?, cpus int?}: use a node, or all that a word
-                          with * means
+    /api/add              {cluster, host str, port int?, cpus int?}: use a node, or all nodes that
+                          match a pattern with *
     /api/use              {node, cluster?}: use it again
-    /api/drain            {node, cluster?}: send nothing new there
-    /api/release          {node, cluster?}: let it go when its jobs have ended
+    /api/drain            {node, cluster?}: send no more jobs to it
+    /api/release          {node, cluster?}: release it when its jobs have ended
     /api/cpus             {node, cpus int, cluster?}: use at most so many CPUs
 
 Errors: {error str} with 400 (not understood), 401 (token), 403 (another site's page asks), 404,

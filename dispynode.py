@@ -17,18 +17,18 @@ this file must be able to travel alone; dispy.py imports it by name.
                           |                 decides            |      | CPU: job after job       |
                           +------------------------------------+      +--------------------------+
 
-The node thread alone owns the state. An accept thread lives as long as one handshake and hands over
-a socket. `Node` is pure: `handle(event, now)` and `flush(now)` return actions, `NodeHost` carries
-them out and feeds back what came of them. A NodeHost runs in any loop: in that of a `Daemon`, whose
-clients come by links, or in that of a client, which is its only one (EmbeddedNode in dispy.py).
-Workers keep a pipe each to the node thread; the runner, which forks and reaps them, reports births
-and deaths. The daemon never unpickles what a user sent: it forwards bytes.
+Only the node thread owns the state. An accept thread exists for one handshake and hands over a
+socket. `Node` is pure: `handle(event, now)` and `flush(now)` return actions, and `NodeHost` carries
+them out and feeds back their results. A NodeHost runs in any loop: in that of a `Daemon`, whose
+clients connect by links, or in that of a client, which is its only one (EmbeddedNode in dispy.py).
+Each worker has a pipe to the node thread; the runner, which forks and reaps the workers, reports
+their starts and ends. The daemon never unpickles what a user sent: it forwards bytes.
 
-Each of these has parts, which own their state and know one another by their methods:
+Each of these has parts, which own their state and use one another through their methods:
   Node    NodeTables (what all parts look up), NodeLease (which client), Computations (stages),
           Attempts (what waits), CpuScheduler (what runs), WorkerPool, FairShare (who is next),
-          Interruptions (what is ended), JobRequests (what jobs ask of clients), NodeService
-          (pauses and the end), UndeliveredResults, PastAttempts, Inquiries (what is asked of the
+          Interruptions (what is ended), JobRequests (requests of jobs to clients), NodeService
+          (pauses and the end), UndeliveredResults, PastAttempts, Inquiries (questions to the
           node), Timers
   NodeHost  NodeDirectory, ComputationFiles, ResultStore, ProcessHost (runners), WorkerPipes
   Daemon  NodeHost, Uplinks, NodeDiscovery
@@ -36,20 +36,20 @@ Each of these has parts, which own their state and know one another by their met
   Worker  WorkerPipe, JobOutput, JobInterrupts, JobServices, JobDirectory, Surroundings
 
 The life of a job here:
-  1. `Compute` names a computation and its files; what is missing is asked for (`Need`) and comes in
+  1. `Compute` names a computation and its files; missing ones are requested (`Need`) and arrive in
      pieces (`FilePiece`).
-  2. A runner is started, loads the code, runs setup; `Ready` tells the client.
+  2. A runner is started, loads the code and runs setup; `Ready` tells the client.
   3. `Jobs` brings attempts; each waits until a CPU is free and is then written to a worker's pipe.
   4. The worker marks the attempt as running (a shared slot), runs it, and writes the result before
-     it looks at the next one. Output is caught at descriptor level in a file of the worker's. After
-     about 20 ms the client is told that the job has begun (`Started`), and the worker gives back
-     the attempts that stand behind it.
+     it begins the next one. Output is captured at descriptor level in a file of the worker. After
+     about 20 ms the client is told that the job has begun (`Started`), and the worker returns the
+     attempts that wait behind it.
   5. Results of one turn leave in one `Results`, and are kept until the client's `Ack`.
-  6. A worker that dies is reported by the runner with the attempt it was running; that one has
-     failed, those behind it go back to the queue, and a new worker is forked.
+  6. The runner reports a worker that has died, with the attempt that it was running; this attempt
+     has failed, those behind it go back to the queue, and a new worker is forked.
   7. `Done` ends the computation: cleanup runs, processes end, the directory is removed.
 
-This file reads from the top down: what is used stands before what uses it.
+This file is read from the top down: everything is defined before it is used.
   Part I: what nodes share with clients and schedulers
     Constants and errors
     Values and messages

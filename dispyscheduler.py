@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
-"""The scheduler that lets several programs share nodes; it outlives them, and its own death.
+"""The scheduler that lets several programs share nodes. Jobs survive the end of both.
 
 Run `python dispyscheduler.py` on a host that programs and nodes can reach; programs use
 `dispy.SharedJobCluster(compute, scheduler_host=HOST)`. It finds nodes itself (`-n HOST`, or by
-asking the network); nodes that cannot be reached connect to it (`dispynode.py --scheduler-host
+asking the network); nodes that it cannot reach connect to it (`dispynode.py --scheduler-host
 HOST`).
 
     programs               this process                                           nodes
@@ -16,24 +16,24 @@ HOST`).
                          |                  a turn                  |
                          +------------------------------------------+
 
-To a program this is a node that has CPUs without end, which keeps what it was given; to nodes it is
-a program with many computations. So nearly all is dispy's `Driver` and `Schedule`, and here stands
-what is between: `ClientComputation`, a program's computation, in the place of a JobCluster.
+For a program this is a node with unlimited CPUs, which stores the jobs that it gets; for nodes it
+is a program with many computations. So it mostly consists of dispy's `Driver` and `Schedule`, and
+this module connects both sides: `ClientComputation`, a program's computation, replaces a
+JobCluster.
 
 The life of a job here:
-  1. `Jobs` of a program is noted, and handed to the Schedule.
-  2. At the end of the turn the transaction is written; only then is anything sent of what the turn
-     has brought about.
-  3. The Schedule sends it to a node; the program is told where it is (`JobsAssigned`), and when it
-     has begun (`Started`).
+  1. `Jobs` of a program are noted and given to the Schedule.
+  2. At the end of the turn the transaction is written; only then are the messages of the turn sent.
+  3. The Schedule sends the job to a node; the program is told where the job is (`JobsAssigned`) and
+     when it has begun (`Started`).
   4. The node's result is noted, sent to the program, and acknowledged to the node when it is on the
      disk.
-  5. The program's Ack removes it.
-After `kill -9` and a new start nodes and programs connect again, and say what they hold; what is on
-the disk is the rest.
+  5. The program's Ack removes the result.
+After `kill -9` and a restart, nodes and programs connect again and report what they hold; the rest
+is on the disk.
 
-Payloads stay sealed: nothing that a user has sent is unpickled here, nor anything that is found on
-the disk, but by `open_plain`, which opens builtins only.
+Payloads are never opened: nothing that a user has sent, and nothing from the disk, is unpickled
+here except with `open_plain`, which opens builtin values only.
 
 Files this host needs: this one, dispy.py, dispynode.py, cloudpickle.
 """
