@@ -13387,7 +13387,7 @@ class FileTransfers:
         self._nodes = driver.nodes
         self._clusters = driver.clusters
         self.incoming: Dict[Tuple[int, str], FileReceiver] = {}   # (link, computation) -> receiver
-        self.backlog = SpoolSender(driver.links)         # files that are being sent to nodes
+        self.sender = SpoolSender(driver.links)         # files that are being sent to nodes
 
     def on_need(self, peer: NodeConnection, message: Need) -> None:
         """Send the files that a node asks for."""
@@ -13419,7 +13419,7 @@ class FileTransfers:
                 source = cluster.module_source(name)
             if source is None:
                 raise PeerError('it asked for a file that was not offered: %.60r' % (name,))
-            self.backlog.add_file(peer.link.number, (cluster.comp, purpose, key), row, source)
+            self.sender.add_file(peer.link.number, (cluster.comp, purpose, key), row, source)
 
     def _send_value(self, peer: NodeConnection, cluster: NodeUser, key: int, row: tuple) -> None:
         """Send a value that jobs need and the node lacks."""
@@ -13432,11 +13432,11 @@ class FileTransfers:
         else:
             transfer = (cluster.comp, int(Purpose.VALUES), key)
             number = peer.link.number  # type: ignore[union-attr]
-            self.backlog.add_file(number, transfer, row, source)
+            self.sender.add_file(number, transfer, row, source)
 
     def send(self) -> None:
         """Send a few pieces of files on links that have room."""
-        for link, (comp, purpose, key, name), text in self.backlog.send(self._driver.send):
+        for link, (comp, purpose, key, name), text in self.sender.send(self._driver.send):
             if purpose == Purpose.VALUES:
                 error = 'it cannot be read: %s' % text
                 answer = FileStored(comp, purpose, key, name, error)
@@ -14388,7 +14388,7 @@ class NodeQueries:
         peer.answers[comp, name] = future
         if row:
             transfer = (comp, int(Purpose.PLACED), 0)
-            self._driver.files.backlog.add_file(peer.link.number, transfer, row, path)
+            self._driver.files.sender.add_file(peer.link.number, transfer, row, path)
         else:
             self._driver.send(peer.link, Query(comp))
         return future
@@ -15397,7 +15397,7 @@ class Driver(Loop):
         self.overview.forget(comp)
         self.selection.probes.pop(comp, None)
         self.files.abort(lambda number, name: name == comp)
-        self.files.backlog.drop(comp)
+        self.files.sender.drop(comp)
         for peer in [peer for peer in self.nodes.by_key.values() if comp in peer.uses]:
             if peer.link is None:
                 untold.add(peer.place)
@@ -15531,7 +15531,7 @@ class Driver(Loop):
             self.flush()
         except Exception as exc:  # as in `guard`
             self.fault(None, exc)
-        if self.files.backlog.waiting:
+        if self.files.sender.waiting:
             self.guard(None, self.files.send)
         # This comes before anything of this turn is sent, and before results are acknowledged
         if self.jobs.outgoing.journals:
@@ -15541,7 +15541,7 @@ class Driver(Loop):
 
     def next_timer(self) -> Optional[float]:
         """Return when chores are due; it is now while files wait for room in a link."""
-        if self.files.backlog.waiting and self.files.backlog.has_room():
+        if self.files.sender.waiting and self.files.sender.has_room():
             return 0.0
         first = self.chores.at
         when = self.schedule.next_timer()

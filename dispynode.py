@@ -15158,7 +15158,7 @@ class JobDirectory:
         self.is_entered = False         # the running job has one
         self._private = ''
         self._returns: Optional[ReturnedFiles] = None
-        self._give_back: Callable[[], None] = _not_here   # removes the job's names
+        self._remove_names: Callable[[], None] = _not_here   # removes the job's names
 
     def enter(self, files: List[Tuple[str, int, bytes]], objects: Dict[str, Any],
               returns: Tuple[str, Sequence[str]] = ('', ())) -> None:
@@ -15168,7 +15168,7 @@ class JobDirectory:
         private = tempfile.mkdtemp(prefix='job-', dir=self._spec['private'])
         self._private = private
         self.is_entered = True
-        self._give_back = lend_names(objects, self._globals)
+        self._remove_names = lend_names(objects, self._globals)
         for name in os.listdir(self._directory):
             link_to(os.path.join(self._directory, name), os.path.join(private, name))
         for name, mode, data in files:
@@ -15195,7 +15195,7 @@ class JobDirectory:
         """Remove the directory and the names."""
         self.is_entered = False
         self._returns = None
-        self._give_back()
+        self._remove_names()
         os.chdir(self._directory)
         shutil.rmtree(self._private, ignore_errors=True)
 
@@ -18332,7 +18332,7 @@ class ResultStore:
         self._unkept: Set[str] = set()    # computations with results that could not be kept
         # Results that their clients could not use, and why
         self.refused: Dict[Tuple[str, int], str] = {}
-        self.backlog = SpoolSender(host.links)
+        self.sender = SpoolSender(host.links)
         # Links and computations of kept results that could not be read, and when to read them again
         self.read_later: Dict[Tuple[int, str], float] = {}
 
@@ -18377,7 +18377,7 @@ class ResultStore:
         """Remove the results of a computation."""
         comp = action.comp
         self._unkept.discard(comp)
-        self.backlog.drop(comp)
+        self.sender.drop(comp)
         self.refused = {key: text for key, text in self.refused.items() if key[0] != comp}
         self._directory.spool(comp).remove()
 
@@ -18392,7 +18392,7 @@ class ResultStore:
     def send_kept(self, action: SendSpooled) -> None:
         """Send results from the disk, as the link has room for them."""
         kept_rows = self._kept_rows(action.link, action.comp)
-        self.backlog.add_results(action.link, action.comp, kept_rows)
+        self.sender.add_results(action.link, action.comp, kept_rows)
 
     def _kept_rows(self, link: int, comp: str) -> Iterator[tuple]:
         """Yield results from the disk. Those that are missing are lost, which is reported to their
@@ -18421,7 +18421,7 @@ class ResultStore:
                 del self.read_later[link, comp]
                 if link in self._host.links:
                     kept_rows = self._kept_rows(link, comp)
-                    self.backlog.add_results(link, comp, kept_rows)
+                    self.sender.add_results(link, comp, kept_rows)
 
     def close(self) -> None:
         """Note that results which could not be written are lost, so that this is known later."""
@@ -19853,7 +19853,7 @@ class NodeHost:
         if self.files.remains:
             when = min(when, min(self.files.remains.values())[0])
         if self._posted or self.processes.held.may_let_go() or (
-                results.backlog.waiting and results.backlog.has_room()):
+                results.sender.waiting and results.sender.has_room()):
             when = self.loop.now
         self._next_at = when   # even if it is now, so that the following turn is due
         if when < math.inf:
@@ -19891,7 +19891,7 @@ class NodeHost:
             self.results.read_again()
         if self.files.remains:
             self.guard(None, self.files.remove_again)
-        if self.results.backlog.waiting:
+        if self.results.sender.waiting:
             self.guard(None, self._send_waiting)
         if processes.held.pipes:
             processes.held.let_go()
@@ -19934,7 +19934,7 @@ class NodeHost:
 
     def _send_waiting(self) -> None:
         """Send files and kept results on links that have room."""
-        for link, _, text in self.results.backlog.send(self.loop.send):
+        for link, _, text in self.results.sender.send(self.loop.send):
             # Its client gets them when it comes back.
             self.loop.break_link(link, 'results cannot be read: %s' % text)
 

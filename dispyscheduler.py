@@ -1321,7 +1321,7 @@ class ForwardedFiles(HeldFiles):
                 self._rows[name] = (name, size, digest, mode)
             row = self._rows[name]
             self._under_way.add(name)
-            scheduler.program_jobs.backlog.add_file(computation.link, transfer, row, path)
+            scheduler.program_jobs.sender.add_file(computation.link, transfer, row, path)
 
     def came(self, name: str, error: str) -> bool:
         """Note that the program has stored a file, or cannot store it. Returns whether the file was
@@ -3838,7 +3838,7 @@ class ProgramJobs(Part):
         self._files = scheduler.program_files
         self._exchange = scheduler.jobs
         # Results that wait for room on the links of programs
-        self.backlog = SpoolSender(scheduler.links)
+        self.sender = SpoolSender(scheduler.links)
         self._kept = 0                               # bytes of waiting jobs' arguments in memory
         self.unread_until = math.inf   # when to read the results that could not be read
 
@@ -4049,7 +4049,7 @@ class ProgramJobs(Part):
     def send_ended(self, computation: ClientComputation, numbers: List[int]) -> None:
         """Send results that are on the disk."""
         rows = self._state.results(numbers, computation.unread)
-        self.backlog.add_results(computation.link, computation.comp, rows)
+        self.sender.add_results(computation.link, computation.comp, rows)
 
     def read_again(self) -> None:
         """Try once more, after a while, to read results that could not be read."""
@@ -4643,7 +4643,7 @@ class Scheduler(Driver):
         if self.commit.write_down():
             self.commit.unstick()
             self.quota.take_again()
-            self.program_jobs.backlog.send(self.commit.send)
+            self.program_jobs.sender.send(self.commit.send)
             self.program_jobs.read_again()
         else:
             self.commit.stick()
@@ -4658,7 +4658,7 @@ class Scheduler(Driver):
         results on the disk."""
         if self.commit.stuck_until is not None:
             return self.commit.stuck_until
-        if self.program_jobs.backlog.has_room():
+        if self.program_jobs.sender.has_room():
             return self.now
         times = [super().next_timer(), *self.computations.timers()]
         return min((when for when in times if when is not None), default=None)
