@@ -11,7 +11,6 @@ import subprocess
 import sys
 import tracemalloc
 
-import cloudpickle
 import pytest
 
 import dispynode
@@ -729,16 +728,7 @@ def test_what_cannot_be_pickled_raises():
         dumps([Stubborn()])
 
 
-@pytest.fixture
-def by_name():
-    """What is defined here goes by its name, unlike what other tests send."""
-    module = sys.modules[__name__]
-    cloudpickle.unregister_pickle_by_value(module)
-    yield
-    cloudpickle.register_pickle_by_value(module)
-
-
-def test_a_sealed_value_tells_the_modules_that_opening_it_imports(by_name):
+def test_a_sealed_value_tells_the_modules_that_opening_it_imports():
     found = dumps([collections.OrderedDict(), Matrix, os.path])
     assert {'collections', __name__,
             'posixpath' if os.name == 'posix' else 'ntpath'} <= found.modules and found.portable
