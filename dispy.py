@@ -10201,6 +10201,12 @@ class NodeInfo(NamedTuple):
         return self.facts
 
 
+def place_of(node: Any) -> Tuple[str, int, str]:
+    """Return what tells a node from others: its address, its port and its name. It stays the same
+    when the node is started again."""
+    return node.ip_addr, node.port, node.name
+
+
 def describe_node(peer: 'Union[NodeConnection, NodeInfo]',
                   state: str,
                   reason: str,
@@ -10730,9 +10736,9 @@ class NodeUser:
         """Return how many jobs were submitted, have succeeded, have failed, and were cancelled."""
         return 0, 0, 0, 0
 
-    def jobs_at_nodes(self) -> Dict[str, Tuple[Any, int, float]]:
-        """Return by ADDRESS:NAME the node, the number of jobs that have ended there, and the
-        seconds that they ran."""
+    def jobs_at_nodes(self) -> Dict[Tuple[str, int, str], Tuple[Any, int, float]]:
+        """Return by `place_of` the node, the number of jobs that have ended there, and the seconds
+        that they ran."""
         return {}
 
     # -- nodes -------------------------------------------------------------------------------------
@@ -16064,7 +16070,8 @@ class JobBook:
         # Status -> number of other jobs that have ended; Finished: programs with an exit status
         # that means failure
         self.unfinished: Dict[int, int] = {}
-        self.at_nodes: Dict[str, List[Any]] = {}   # ADDRESS:NAME -> [node, jobs ended, seconds]
+        # `place_of` a node -> [node, jobs ended, seconds]
+        self.at_nodes: Dict[Tuple[str, int, str], List[Any]] = {}
         # When the last pending job ended, in seconds since the epoch
         self.all_ended: Optional[float] = None
         self._waiters = 0                # callbacks that are in `wait`
@@ -16105,7 +16112,7 @@ class JobBook:
         with self.lock:
             self.owed.difference_update(jobs)
             self.finished += finished
-            place = '%s:%s' % (peer.ip_addr, peer.name)
+            place = place_of(peer)
             row = self.at_nodes.get(place)
             if row is None:
                 row = self.at_nodes[place] = [peer, 0, 0.0]
@@ -16200,8 +16207,8 @@ class JobBook:
         running = max(0, submitted - done - failed - cancelled - waiting)
         return Counts(done, failed, cancelled, running, waiting)
 
-    def nodes(self) -> Dict[str, Tuple[Any, int, float]]:
-        """Return for each node, as ADDRESS:NAME, the node itself, the jobs that have ended there,
+    def nodes(self) -> Dict[Tuple[str, int, str], Tuple[Any, int, float]]:
+        """Return for each node, as of `place_of`, the node itself, the jobs that have ended there,
         and the seconds that they ran."""
         with self.lock:
             return {
@@ -16807,7 +16814,7 @@ class StatusReport:
         nodes: List[DispyNode] = []
         seen = set()
         for row in found:
-            key = '%s:%s' % (row.ip_addr, row.name)
+            key = place_of(row)
             seen.add(key)
             _, done, seconds = counts.get(key, (row, 0, 0.0))
             node = describe_node(row, row.state, row.reason, row.cpus, row.busy, done, seconds)
@@ -17436,8 +17443,8 @@ class ProgramCluster(ComputationUser):
         """Return how many jobs were submitted, have succeeded, have failed and were cancelled."""
         return self.book.totals()
 
-    def jobs_at_nodes(self) -> Dict[str, Tuple[Any, int, float]]:
-        """Return for each node, as ADDRESS:NAME, the node itself, the jobs that have ended there,
+    def jobs_at_nodes(self) -> Dict[Tuple[str, int, str], Tuple[Any, int, float]]:
+        """Return for each node, as of `place_of`, the node itself, the jobs that have ended there,
         and the seconds that they ran."""
         return self.book.nodes()
 

@@ -1816,13 +1816,13 @@ class ClusterSource:
         for row in rows:
             key = row.pop('key')
             row['id'] = prefix + key_text(key)
-            name = '%s:%s' % (row['address'], row['name'])
-            _, jobs, seconds = counts.pop(name, (None, 0, 0.0))
+            place = (row['address'], row['port'], row['name'])
+            _, jobs, seconds = counts.pop(place, (None, 0, 0.0))
             self._put(nodes, row, watched, jobs, seconds)
         for peer, jobs, seconds in counts.values():   # nodes that are not used any more
             row = gone_row(peer)
             del row['key']
-            row['id'] = '%sgone:%s:%s' % (prefix, peer.ip_addr, peer.name)
+            row['id'] = '%sgone:%s:%d:%s' % (prefix, *dispy.place_of(peer))
             self._put(nodes, row, watched, jobs, seconds)
 
     @staticmethod

@@ -2,6 +2,7 @@
 runs."""
 
 import concurrent.futures
+import math
 import os
 import random
 import time
@@ -11,7 +12,7 @@ import pytest
 import dispy
 from conftest import eventually
 from dispy import DispyJob
-from nodes import NodeProcess
+from nodes import NodeProcess, SchedulerProcess
 
 
 @pytest.fixture
@@ -229,6 +230,23 @@ def test_two_clusters_of_one_program_use_a_node_together(make_cluster, node, fla
     for cluster in (first, second):
         assert cluster.wait(30)
         cluster.close()
+
+
+def test_nodes_of_one_host_and_name_are_counted_one_by_one(tmp_path):
+    with NodeProcess(tmp_path / 'a', cpus=1) as a, NodeProcess(tmp_path / 'b', cpus=1) as b, \
+            SchedulerProcess(tmp_path / 'scheduler', '-n', '127.0.0.1:%d' % a.port, '-n',
+                             '127.0.0.1:%d' % b.port) as scheduler:
+        for cluster in (dispy.JobCluster(math.sqrt, nodes=[a.address, b.address]),
+                        dispy.SharedJobCluster(math.sqrt, scheduler_port=scheduler.port)):
+            with cluster:
+                cluster.wait_nodes(2, 20)
+                wanted = {a.port: 3, b.port: 5}
+                for port, count in wanted.items():
+                    jobs = [cluster.submit_node(('127.0.0.1', port), n) for n in range(count)]
+                    assert all(job.wait(20) for job in jobs)
+                found = cluster.status().nodes
+                assert len({(node.ip_addr, node.name) for node in found}) == 1
+                assert {node.port: node.jobs_done for node in found} == wanted
 
 
 def stamp(seconds=0.05):
