@@ -2488,7 +2488,7 @@ def loads(payload: Buffer, once: bool = False) -> Any:
     true, nobody will read the payload again."""
     size = len(payload)
     if size <= LAZY and payload[0] == _BARE:   # nearly always
-        return pickle.loads(payload)
+        return _open(payload, [])
     segment = once and size >= SEGMENT_FROM and _is_segment(payload)
     if size > LAZY and not segment:   # which is used in place
         source = _Source(memoryview(payload), once)

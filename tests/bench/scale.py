@@ -7,8 +7,8 @@ Nodes are real daemons (`dispynode.Daemon`), each a process of its own with a co
 scheduler, forked from one parent so that they share memory. Their workers alone are replaced: a job
 is a timer in the daemon, since 1,000 nodes with a runner and a worker for each of 10 programs would
 be 20,000 processes more. Programs are processes with a SharedJobCluster, and all use all nodes.
-The scheduler has a higher priority than nodes and programs (`nice`; for root, the highest), since
-it has a CPU of its own where nodes are other machines.
+Nodes and programs have a lower priority (`nice`) than the scheduler, which has a CPU of its own
+where nodes are other machines.
 """
 
 import argparse
@@ -32,7 +32,6 @@ ROOT = os.path.dirname(os.path.dirname(os.path.dirname(HERE)))
 SECRET = 'c0ffee42' * 8      # such as dispy makes: none is stretched
 GROUP = 250          # nodes that are forked from one parent
 BEHIND = 10          # by which the priority of nodes and programs is lower
-FIRST = -20          # what the nice value of the scheduler is, if this process may set it
 PATIENCE = 420.0     # s after which the measurement is given up
 
 
@@ -196,8 +195,6 @@ class Scheduler:
                 [sys.executable, os.path.join(ROOT, 'dispyscheduler.py'), '--daemon', '-i',
                  '127.0.0.1', '-p', str(port), '--state-dir', os.path.join(root, 'state'), '-n',
                  '127.0.0.1:9'], stdin=subprocess.DEVNULL, stdout=log, stderr=log)
-        if os.geteuid() == 0:
-            os.setpriority(os.PRIO_PROCESS, self.process.pid, FIRST)
         self.port = 0
         while not self.port:
             with open(self.log) as log:
