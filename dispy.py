@@ -219,7 +219,10 @@ NO_INITIALIZER = 'no node can run the initializer of the executor'
 END_WITHOUT_NODES = 30.0      # s that the end of a program waits for calls while no node is ready
 WITHDRAW_TIME = 1.0           # s that the cancellation of a future waits for the answer of a node
 AHEAD_A_TURN = 4000                # jobs that are sent to queues on nodes in one turn of the loop
-RETURN_APART = 2.0                 # s between two nodes that come back one after the other
+# s between two nodes that come back: one that was not admitted tries again after 30 s at most, and
+# may have to wait for its handshake then
+RETURN_APART = 45.0
+RETURN_LOOK = 2.0                  # s after which it is looked again whether others have come
 RETURN_EACH = 0.1                  # s that the last one may take longer for each node
 MAX_LOST_NODES = 3                 # nodes with which a job may be lost before it is abandoned
 # How often it may be lost, whatever the number of nodes: a node that is started again is the same
@@ -3453,7 +3456,7 @@ class Books:
         last = away.until + RETURN_EACH * len(self.nodes)
         if self.now >= last or self.now - self.returned_at >= RETURN_APART:
             return False
-        node.tried_until = min(last, self.now + RETURN_APART)
+        node.tried_until = min(last, self.now + RETURN_LOOK)
         return True
 
     def reached(self, node: NodeLoad) -> None:
@@ -15565,7 +15568,7 @@ class Driver(Loop):
         schedule = self.schedule
         if schedule.away:
             self.lost_nodes.mark()
-            if self.now - self.busy_since >= RETURN_APART:
+            if self.now - self.busy_since >= RETURN_LOOK:
                 schedule.is_behind(self.now)
         actions = schedule.flush(self.now)
         if self.decisions.is_on:

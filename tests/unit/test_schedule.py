@@ -7,13 +7,12 @@ import pytest
 
 from conftest import walk_seeds
 from dispy import (
-    AHEAD_A_TURN, AHEAD_BYTES, ENDED, JOB_TABLE, MAX_ATTEMPTS, Account, CancelAsked, Closed,
-    JobEnded, JobFailedOnce, JobParked, JobState, JobStays, JobWaits, JobsEnded, JobsHeld,
-    LimitNode,
-    NodeAway, NodeGone, NodeLeft, NodeLost, NodeOffers, NodeReady, NodeResults, NodeReturned,
-    NodeStarted, NodeTold, Opened, Repeat, RepeatNot, Repeats, RulesChanged, Schedule, SendAck,
-    SendCancel, SendJobs, SendRecall, Submitted, UserRule, UserRules, WithdrawAsked, Withdrawn,
-    cpus_of, move_job)
+    AHEAD_A_TURN, AHEAD_BYTES, ENDED, JOB_TABLE, MAX_ATTEMPTS, RETURN_APART, Account, CancelAsked,
+    Closed, JobEnded, JobFailedOnce, JobParked, JobState, JobStays, JobWaits, JobsEnded, JobsHeld,
+    LimitNode, NodeAway, NodeGone, NodeLeft, NodeLost, NodeOffers, NodeReady, NodeResults,
+    NodeReturned, NodeStarted, NodeTold, Opened, Repeat, RepeatNot, Repeats, RulesChanged, Schedule,
+    SendAck, SendCancel, SendJobs, SendRecall, Submitted, UserRule, UserRules, WithdrawAsked,
+    Withdrawn, cpus_of, move_job)
 from dispynode import Outcome
 from talk_schedule import Talk, counts, job, jobs, only, row, sent
 from walk_schedule import Walk
@@ -999,15 +998,31 @@ def test_nodes_that_come_back_one_after_the_other_are_waited_for():
     scene = Away(200)
     for number in range(199):
         assert scene.back(0.1 * (number + 1), number) == []   # the last of them after 19.9 s
-    assert scene.schedule.next_timer() <= 21.9
-    assert scene.tell(21.91) == [199]
+    assert scene.tell(29.9) == []
+    assert scene.schedule.next_timer() <= 30.0
+    assert scene.tell(30.0) == [199]
+
+
+def test_nodes_are_waited_for_that_were_not_admitted_and_try_again_later():
+    scene = Away(1000)
+    for number in range(500):
+        assert scene.back(0.01 * (number + 1), number) == []
+    now = 5.0
+    while now < 5.0 + RETURN_APART - 2.0:   # nothing happens
+        now += 1.0
+        assert scene.tell(now) == []
+    for number in range(500, 1000):
+        now += 0.05
+        assert scene.back(now, number) == []
 
 
 def test_nodes_are_given_up_when_no_other_comes_back():
-    scene = Away(200)
+    scene = Away(1000)
     assert scene.back(7.9, 0) == []
-    assert scene.tell(9.9) == []
-    assert scene.tell(10.0) == list(range(1, 200))
+    assert scene.tell(10.0) == []
+    assert scene.tell(7.8 + RETURN_APART) == []
+    assert scene.schedule.next_timer() <= 10.0 + RETURN_APART
+    assert scene.tell(9.9 + RETURN_APART) == list(range(1, 1000))
 
 
 def test_nodes_are_not_given_up_by_who_has_no_time_to_see_them():
