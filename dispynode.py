@@ -6016,8 +6016,8 @@ _FRAME = struct.Struct('>IBBHQ')   # payload length, op, encoding, flags, reques
 _SEQ = struct.Struct('>QB')
 HEAD_TAG = 16
 TAIL_TAG = 32
-HASHED_LATE = 2 << 20     # bytes of a payload from which on it is hashed while it is sent
-HASHED_AT_ONCE = 1 << 20
+HASHED_LATE = 512 << 10   # bytes of a payload from which on it is hashed while it is sent
+HASHED_AT_ONCE = 256 << 10
 
 
 class PayloadTag:

@@ -254,7 +254,7 @@ def test_a_large_payload_is_hashed_while_it_is_sent(loop):
     """What is not yet sent is not yet hashed: it may still change, and is authentic."""
     link = attached(loop, writes=True)
     link.sock.room = 1 << 20
-    payload = bytearray(b'a' * (3 * HASHED_LATE))
+    payload = bytearray(b'a' * (12 * HASHED_LATE))
     loop.send(link, Jobs('c', [(1, pickle.PickleBuffer(payload), None)]))
     loop.send(link, Ack('c', [2]))
     loop.turn(0)
@@ -270,7 +270,7 @@ def test_a_large_payload_is_hashed_while_it_is_sent(loop):
 def test_a_link_is_closed_that_has_sent_half_of_a_large_payload(loop):
     link = attached(loop, writes=True)
     link.sock.room = 1 << 20
-    loop.send(link, Jobs('c', [(1, pickle.PickleBuffer(bytes(2 * HASHED_LATE)), None)]))
+    loop.send(link, Jobs('c', [(1, pickle.PickleBuffer(bytes(8 * HASHED_LATE)), None)]))
     loop.turn(0)
     loop.disconnect(link, 'over')
     assert link.sock.closed and not link.wants_write
