@@ -84,7 +84,7 @@ def test_options_are_checked_before_anything_begins():
 # -- the book of jobs ------------------------------------------------------------------------------
 
 class Node:
-    ip_addr, name = '10.0.0.1', 'n'
+    ip_addr, port, name = '10.0.0.1', 9701, 'n'
 
 
 def jobs_in(book, count):
@@ -112,7 +112,7 @@ def test_the_book_counts_jobs():
     book.settle(4)
     assert (book.totals() == (6, 1, 2, 1) and book.by_state() == Counts(1, 2, 1, 0, 2)
             and book.progress() == (4, 6))
-    assert book.nodes() == {'10.0.0.1:n': (Node, 3, 2.5)} and book.seconds() == 2.5
+    assert book.nodes() == {('10.0.0.1', 9701, 'n'): (Node, 3, 2.5)} and book.seconds() == 2.5
     assert book.jobs_owed() and book.all_ended is None
     book.settle(2)
     assert book.all_ended is not None

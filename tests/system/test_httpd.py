@@ -217,7 +217,7 @@ def test_a_server_before_its_cluster_and_the_call_of_dispy_4(tmp_path):
                               cluster_status=site.server.cluster_status) as cluster:
             site.server.add_cluster(cluster)
             assert cluster.submit(str(tmp_path), 3)() == 3
-            assert eventually(lambda: site.rows('/api/clusters')[0]['done'] == 1)
+            assert eventually(lambda: [row['done'] for row in site.rows('/api/clusters')] == [1])
 
 
 def test_failures_are_grouped_by_their_last_line(make_cluster):

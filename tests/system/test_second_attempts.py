@@ -391,7 +391,8 @@ def test_recovery_sees_one_job(place, tmp_path, caplog, wins, noted):
     if place.scheduler is None or wins == 'first':
         assert text_of('job') == 'written at ' + name
     else:
-        assert 'job.txt have not come' in caplog.text
+        # The scheduler may have passed the file on before its program was killed
+        assert 'job.txt have not come' in caplog.text or text_of('job') == 'written at ' + name
     assert os.listdir('.') == ['job.txt']
 
 
