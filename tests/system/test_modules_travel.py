@@ -867,6 +867,7 @@ def test_depends_are_found_by_name_in_the_globals_of_the_computation(program):
     values = program.run().values()
     assert values['computation'] == [2, 2, 6, True, True, '127.0.0.1', False]
     assert values['setup'] == ['2 2 6', 3]
+    eventually(lambda: os.path.exists(flag) and os.path.getsize(flag), what='cleanup')
     with open(flag) as file:
         assert file.read() == '2 2 6'
     assert values['job'] == [True, True, True, 2, 4]

@@ -275,6 +275,7 @@ def test_an_idle_thread_of_a_library_costs_no_process(make_cluster):
             assert after != before and len(threads) == 1, kind
 
 
+@pytest.mark.fork('`setup` runs in the worker itself, where its threads are')
 def test_threads_that_setup_leaves_draw_a_warning(make_cluster, caplog):
     def setup():
         global pool
