@@ -7131,6 +7131,16 @@ class SentFiles:
             if self._rows.setdefault(module.target, row) is row:   # no other thread was faster
                 self._texts[module.target] = text
 
+    def digests(self, closure: Sequence[ModuleFile]) -> Dict[str, bytes]:
+        """Return the digests of the files of modules, by their paths: of the texts that are kept,
+        and of the other files as they are now."""
+        others = [module for module in closure if module.target not in self._rows]
+        found = own_modules.digests(others)
+        for module in closure:
+            if module.target in self._rows:
+                found[module.path] = self._rows[module.target][2]
+        return found
+
     def texts_of(self, closure: Sequence[ModuleFile]) -> bytes:
         """Return the texts of modules that have files of their own, as KeptTexts reads them;
         nothing if there are none."""
@@ -7260,7 +7270,7 @@ class ModuleBundles:
             }
             content = self._content(closure, capture, kinds, state)
             self._sent.keep_texts(closure)
-            self._as_sent.update(own_modules.digests(closure))
+            self._as_sent.update(self._sent.digests(closure))
             texts = self._sent.texts_of(closure)
             self._bundles.append(Bundle(number, tuple(closure), files, content, texts))
             for file in new:
@@ -15793,14 +15803,12 @@ def _start_embedded(peer: NodeConnection) -> Tuple['subprocess.Popen[bytes]', in
     import dispynode
     python = own_python()
     secret = os.urandom(32).hex().encode()
-    # What is imported stays. The garbage collector would look through it again and again meanwhile.
-    code = ('import gc, sys; gc.disable(); sys.path.insert(0, %r); import dispynode; gc.freeze(); '
-            'gc.enable(); sys.exit(dispynode.main())')
     prefix = peer.directory = tempfile.mkdtemp(prefix='dispy-')
     module = os.path.abspath(dispynode.__file__)
     directory = os.path.dirname(module)
+    code = dispynode.IMPORT_NODE % ('[:0]', [directory]) + 'sys.exit(dispynode.main())'
     command = [
-        python, '-c', code % directory, '--embedded', '-i', '127.0.0.1', '-p', '0',
+        python, '-c', code, '--embedded', '-i', '127.0.0.1', '-p', '0',
         '--dest-path-prefix', prefix
     ]
     variables = dict(os.environ)

@@ -18439,6 +18439,12 @@ if hasattr(os, 'register_at_fork'):
                         after_in_child=process_start_lock.release)
 
 
+# Code for `python -c` that imports this module from a place in sys.path. What is imported stays:
+# the garbage collector need not look through it meanwhile (3 ms), nor later.
+IMPORT_NODE = ('import gc, sys; gc.disable(); sys.path%s = %r; import dispynode; gc.freeze(); '
+               'gc.enable(); ')
+
+
 class RunnerProcess:
     """The process of a runner. The loop's thread uses this class.
 
@@ -18448,10 +18454,7 @@ class RunnerProcess:
     programs share: a Ctrl-C that is typed for the node does not reach them, and the node can ask
     programs to end.
     """
-    # What is imported stays: the garbage collector need not look through it meanwhile (3 ms), nor
-    # later
-    CODE = ('import gc, sys; gc.disable(); sys.path%s = %r; import dispynode; gc.freeze(); '
-            'gc.enable(); dispynode.runner_start(%d)')
+    CODE = IMPORT_NODE + 'dispynode.runner_start(%d)'
 
     def __init__(self, control: socket.socket, user: Optional[User], python: str,
                  home: str = '') -> None:

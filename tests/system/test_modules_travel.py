@@ -482,9 +482,11 @@ def test_workers_that_are_started_after_an_edit_get_what_the_others_have(on_loca
                 texts, runners = [], []
 
                 def look():
-                    text, runner = clusters.outcome(cluster.submit('seen'))
-                    texts.append(text)
-                    runners.append(runner)
+                    job = cluster.submit('seen')
+                    found = job()
+                    if job.status == job.Finished:   # and not lost with the runner
+                        texts.append(found[0])
+                        runners.append(found[1])
                 look()
                 with open('helper.py', 'w') as file:
                     file.write('def get():\\n    return "new text"\\n')
