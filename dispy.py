@@ -483,19 +483,22 @@ def in_slices(wait: Callable[[float], Any],
 def next_of(ended: 'queue.SimpleQueue[Any]', timeout: Optional[float] = None) -> Any:
     """Return the next item of a queue. Raises queue.Empty after `timeout` seconds (None: no
     limit)."""
-    def get(seconds: float) -> Tuple[Any, ...]:
-        try:
-            return (ended.get(timeout=seconds),)
-        except queue.Empty:
-            return ()
     found: Tuple[Any, ...] = ()
     if timeout is None:   # nearly always: the first slice is enough
-        found = get(FOREVER)
+        found = _next_within(ended, FOREVER)
     if not found:
-        found = in_slices(get, timeout)
+        found = in_slices(lambda seconds: _next_within(ended, seconds), timeout)
     if not found:
         raise queue.Empty
     return found[0]
+
+
+def _next_within(ended: 'queue.SimpleQueue[Any]', seconds: float) -> Tuple[Any, ...]:
+    """Return a tuple with the next item of a queue; an empty one after so many seconds."""
+    try:
+        return (ended.get(timeout=seconds),)
+    except queue.Empty:
+        return ()
 
 
 def answer_of(future: 'concurrent.futures.Future[Any]', timeout: Optional[float]) -> Any:
@@ -2324,6 +2327,23 @@ class _Queue:
         level = self._levels[self._order[-1]]
         return level.popleft()
 
+    def pop_alike(self, most: int, size: int) -> List[ScheduledJob]:
+        """Remove the job that `head` returned and, if it has no options, up to `most` jobs in all
+        that have none either, until their arguments exceed `size` bytes."""
+        level = self._levels[self._order[-1]]
+        works = [level.popleft()]
+        size -= _bytes_of(works[0])
+        while level and len(works) < most and size >= 0:
+            work = level[0]
+            if work.options or works[0].options:
+                break
+            level.popleft()
+            if work.state in _WAITING:
+                works.append(work)
+                size -= _bytes_of(work)
+        self.length -= len(works)
+        return works
+
     def forget(self) -> None:
         """Note that a job in the queue was cancelled; it is dropped when it comes to the front."""
         self.length -= 1
@@ -3264,46 +3284,56 @@ class Books:
             return None
         return node, comp
 
-    def put_on(self, node: NodeLoad, comp: ComputationLoad, work: ScheduledJob) -> None:
-        """Assign a job to a node."""
-        move_job(work, 'send')
-        if comp.blocked_head is work:
-            comp.blocked_head = None
-        if comp.seconds is not None:
-            comp.seconds.pass_over(work)
-        work.serial += 1
+    def put_on(self, node: NodeLoad, comp: ComputationLoad, works: List[ScheduledJob]) -> None:
+        """Assign jobs to a node, the first of a queue in their order."""
         name = comp.comp
-        cpus = 1
-        if work.options:
-            cpus = cpus_of(work)
-            node.stock.take(work)
+        if comp.blocked_head is works[0]:
+            comp.blocked_head = None
+        cpus = self._set_in_flight(node, comp, works)
         node.take(name, cpus)
-        node.bytes += _bytes_of(work)
         comp.cpus_in_flight += cpus
         comp.served = next(self.numbers)
         self.client_cpus[comp.client] += cpus
         if comp.user is not None:
-            comp.user.take(cpus, 1)
-        node.in_flight[name][work.serial] = work
-        comp.running[work.serial] = node
-        if comp.ranked:
-            node.ranks[name][priority_of(work)] += cpus
-        # This job will not wait there
+            comp.user.take(cpus, len(works))
+        # These jobs will not wait there
         if node.probe is None:
             if node.cpus_reserved == node.used:
-                node.probe = (work.serial, self.now)
+                node.probe = (works[-1].serial, self.now)
         if node.key in comp.idle and (
                 node.cpus_reserved >= node.cpus or node.parts[name] >= node.limits[name]):
             if len(node.comps) > 1:
                 self.look_at(node)
             else:   # the rest is looked at when it is sent
                 del comp.idle[node.key]
-        works = self._to_send.get((node.key, name))
-        if works is None:
-            self._to_send[node.key, name] = [work]
+        before = self._to_send.get((node.key, name))
+        if before is None:
+            self._to_send[node.key, name] = works
             self.changed[node.key] = node
         else:
-            works.append(work)
+            before += works
+
+    @staticmethod
+    def _set_in_flight(node: NodeLoad, comp: ComputationLoad, works: List[ScheduledJob]) -> int:
+        """Begin a new attempt of each of these jobs on a node. Returns how many CPUs they use."""
+        cpus = 0
+        in_flight = node.in_flight[comp.comp]
+        for work in works:
+            move_job(work, 'send')
+            serial = work.serial = work.serial + 1
+            in_flight[serial] = work
+            comp.running[serial] = node
+            node.bytes += _bytes_of(work)
+            if work.options:
+                cpus += cpus_of(work)
+                node.stock.take(work)
+            else:
+                cpus += 1
+            if comp.seconds is not None:
+                comp.seconds.pass_over(work)
+            if comp.ranked:
+                node.ranks[comp.comp][priority_of(work)] += cpus_of(work)
+        return cpus
 
     def send(self) -> None:
         """Have those jobs sent that were assigned to nodes in this turn."""
@@ -3685,7 +3715,7 @@ class Placement:
             if found is not None:
                 there, queue, first = found
                 if self._admits(comp, cpus_of(first)):
-                    books.put_on(there, comp, queue.pop())
+                    books.put_on(there, comp, [queue.pop()])
                     return True
         if work is None:
             return False
@@ -3697,7 +3727,7 @@ class Placement:
             nodes = [node for node in changed if node.key in comp.idle]
         for node in nodes:
             if node.fits(comp.comp, work):
-                books.put_on(node, comp, comp.queue.pop())
+                books.put_on(node, comp, [comp.queue.pop()])
                 return True
         comp.blocked_head = work   # until something happens to a node
         return False
@@ -3712,7 +3742,7 @@ class Placement:
             if work is None:
                 continue
             if node.fits(comp.comp, work) and self._admits(comp, cpus_of(work)):
-                self._books.put_on(node, comp, pinned.pop())
+                self._books.put_on(node, comp, [pinned.pop()])
                 return True
         return False
 
@@ -3743,13 +3773,25 @@ class Placement:
             choice = min(choice, limit * shares[comp.comp])
             source = comp.source(node.key)
             while True:
-                work = source.head()
-                if work is None or not self._may_send(node, comp, work, reserve, choice):
+                works = self._next_ahead(node, comp, source, reserve, choice)
+                if not works:
                     break
-                books.put_on(node, comp, source.pop())
+                books.put_on(node, comp, works)
                 if comp.pinned:
                     source = comp.source(node.key)
         return node.used > before
+
+    def _next_ahead(self, node: NodeLoad, comp: ComputationLoad, source: _Queue, reserve: int,
+                    choice: int) -> List[ScheduledJob]:
+        """Remove and return the next jobs of a queue that may wait on a node: one, or several if
+        only their number and their size limit them."""
+        work = source.head()
+        if work is None or not self._may_send(node, comp, work, reserve, choice):
+            return []
+        most = node.limits[comp.comp] + reserve - node.parts[comp.comp]
+        if not reserve or most <= 1 or comp.user is not None or comp.ranked or comp.called:
+            return [source.pop()]
+        return source.pop_alike(most, AHEAD_BYTES - node.bytes)
 
     def _is_contended(self, node: NodeLoad) -> bool:
         """Return whether users share CPUs and jobs of several users are on a node, or may come
@@ -15578,7 +15620,7 @@ class Driver(Loop):
         schedule = self.schedule
         if schedule.away:
             self.lost_nodes.mark()
-            if self.now - self.busy_since >= RETURN_LOOK:
+            if self.now - self.pace.busy_since >= RETURN_LOOK:
                 schedule.is_behind(self.now)
         actions = schedule.flush(self.now)
         if self.decisions.is_on:

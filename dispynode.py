@@ -230,6 +230,10 @@ RELEASE_COOLDOWN = 10.0
 # jobs only after they were taken back, so that the limits are low.
 AHEAD_TIME = 0.02
 AHEAD_MOST = 64
+# If each worker may hold so many jobs, and more wait, no worker needs the next turn of the loop
+# soon: it has half of them at least, for which it needs about as long as Pace.PAUSE even if they
+# are empty.
+AHEAD_WELL = 16
 # The compensation in CPU seconds, for each CPU of the node, that a client which has had less than
 # others gets at most; without a limit, a client that was idle for an hour would then have the node
 # alone for as long.
@@ -8362,6 +8366,42 @@ class Refusals:
         self._sent.pop(link.number, None)
 
 
+class Pace:
+    """When a loop has waited for something to do, and whether it pauses before it waits again.
+
+    woke_at - when the present turn had something to do
+    busy_since - since when turn has followed turn, or this process has stood still: what has come
+        in the meantime may not have been looked at
+    may_pause - the next turn can come later, because nobody waits for it; set during a turn
+    """
+    # Seconds. Windows wakes a process only after up to 16 ms.
+    PAUSE = 0.0 if IS_WINDOWS else 0.0003
+
+    def __init__(self, now: float) -> None:
+        self.woke_at = 0.0
+        self.busy_since = now
+        self.may_pause = False
+        self._waited = 0.0     # s, before the present turn
+
+    def woke(self, before: float, now: float, longest: Optional[float]) -> None:
+        """Note that the loop has waited since `before`; it was to wait `longest` seconds at most.
+        """
+        self.woke_at = now
+        waited = self._waited = now - before
+        if waited > CAUGHT_UP:
+            if longest is None or waited < longest + OVERSLEPT:
+                self.busy_since = now
+
+    def pause(self, sleep: Callable[[float], None] = time.sleep) -> None:
+        """Pause, unless the loop has waited as long before this turn. A turn takes as much CPU time
+        as ten short jobs, so that fewer turns, each with more results, leave more to the jobs.
+        While other threads compute, this one waits for the interpreter lock after each wait, and
+        would do so after a pause as well; the wait was long in that case, and there is no pause."""
+        self.may_pause = False
+        if self._waited < self.PAUSE:
+            sleep(self.PAUSE)
+
+
 class Loop:
     """One thread, a selector, and everything that this thread owns. Other threads only call `post`.
     A subclass defines what happens: `on_event`, `on_channel`, `on_broken`, `end_of_turn`,
@@ -8384,10 +8424,7 @@ class Loop:
         # What is to be done at the end of this turn
         self._later_broken: Deque[Tuple[Channel, str]] = collections.deque()
         self._signalled = False
-        self.woke_at = 0.0         # when this turn had something to do
-        # Since when turn has followed turn, or this process has stood still: what has come
-        # meanwhile may not have been looked at
-        self.busy_since = clock()
+        self.pace = Pace(clock())
         self._waits = True         # or is about to wait: a thread that posts must wake it
         self._wakes_on_signals = False
         self.has_ended = False
@@ -8599,17 +8636,15 @@ class Loop:
 
     def turn(self, timeout: Optional[float] = None) -> None:
         """Do one round: wait, read, handle events, decide, write."""
+        if self.pace.may_pause:
+            self.pace.pause()
         # Set before `_select_timeout` checks what was posted, so that later posts wake this loop
         self._waits = True
         before = self.clock()
         longest = self._select_timeout(timeout)
         ready = self._selector.select(longest)
         self._waits = False
-        self.woke_at = self.clock()
-        waited = self.woke_at - before
-        if waited > CAUGHT_UP:
-            if longest is None or waited < longest + OVERSLEPT:
-                self.busy_since = self.woke_at
+        self.pace.woke(before, self.clock(), longest)
         for key, mask in ready:
             self.now = self.clock()
             subject = key.data
@@ -12003,6 +12038,8 @@ class CpuScheduler:
         self._interruptions = interruptions
         self._share = share
         self.look_at = math.inf     # when a job will have run for BEGUN_TIME
+        # Workers have reported results in this turn, and each has enough to do for a while
+        self.is_supplied = False
         self.pool = WorkerPool(tables, timers, units)
         self._served = itertools.count()
 
@@ -12011,6 +12048,7 @@ class CpuScheduler:
     def assign_cpus(self, now: float) -> None:
         """Give CPUs to computations."""
         tables = self._tables
+        self.is_supplied = False
         ready = []
         for comp in tables.comps.values():
             if comp.stage is Stage.READY:
@@ -12087,15 +12125,22 @@ class CpuScheduler:
             if comp.waiting[0].cpus > most:
                 self._attempts.return_waiting(comp)
         if ahead and comp.waiting and not crowded:
-            for worker in list(comp.refillable.values()):
-                room = ahead + 1 - len(worker.queue)
-                if not comp.waiting:
-                    continue
-                if not 2 * room > ahead:
-                    continue
-                if not worker.recalled:
-                    self._feed(comp, worker, room, now)
+            self._refill(comp, ahead, now)
         comp.refillable.clear()
+
+    def _refill(self, comp: _Computation, ahead: int, now: float) -> None:
+        """Send more jobs to the workers that have reported results, up to `ahead` each behind the
+        one that it runs."""
+        for worker in list(comp.refillable.values()):
+            room = ahead + 1 - len(worker.queue)
+            if not comp.waiting:
+                return
+            if not 2 * room > ahead:
+                continue
+            if not worker.recalled:
+                self._feed(comp, worker, room, now)
+        if ahead >= AHEAD_WELL and comp.refillable and comp.waiting:
+            self.is_supplied = True
 
     def _feed(self, comp: _Computation, worker: _Worker, count: int, now: float) -> None:
         attempts: List[Attempt] = []
@@ -19890,6 +19935,8 @@ class NodeHost:
             self._flush()
         except Exception as exc:  # as in `guard`
             self.loop.fault(None, exc, self)
+        if self.node.scheduler.is_supplied:
+            self.loop.pace.may_pause = True
         if self.results.read_later:
             self.results.read_again()
         if self.files.remains:

@@ -4627,7 +4627,7 @@ class Scheduler(Driver):
     def turn(self, timeout: Optional[float] = None) -> None:
         """Do one round. Its duration is measured without the wait for something to do."""
         super().turn(timeout)
-        self.turn_times.add(self.woke_at, self.clock())
+        self.turn_times.add(self.pace.woke_at, self.clock())
 
     def end_of_turn(self) -> None:
         """Decide, write, and send."""

@@ -49,9 +49,9 @@ from dispy import (
 from dispynode import (
     PULSE, PULSES_LOST, Ack, Authenticated, Bye, ComputationFiles, ConnectFailed, Connected, Daemon,
     ResultsSpooled, Lease, LinkBroken, Loop, Memory, NodeDirectory, NodeHost, Options, Outcome,
-    Pause, DirectoryReady, ProcessHost, Release, Results, Resume, RunnerGone, Refusals, RunnerUp,
-    Session as Handshake, SetCpus, ResultSpool, Stage, Stop, Unreached, Values, WorkerGone,
-    WorkerPipes, WorkerResults, WorkerReturnedJobs, decode, encode, pieces_of, dumps)
+    Pace, Pause, DirectoryReady, ProcessHost, Release, Results, Resume, RunnerGone, Refusals,
+    RunnerUp, Session as Handshake, SetCpus, ResultSpool, Stage, Stop, Unreached, Values,
+    WorkerGone, WorkerPipes, WorkerResults, WorkerReturnedJobs, decode, encode, pieces_of, dumps)
 
 SILENCE = PULSE * PULSES_LOST
 PIPE = 0.0003            # s on the way between a daemon and its workers
@@ -239,9 +239,9 @@ class SimLoop(Loop):
         self.due = None            # when it is woken by its own timer
 
     @property
-    def busy_since(self):
-        """Since now: a turn of this loop comes when there is something to do, and takes no time."""
-        return self.now
+    def pace(self):
+        """A turn of this loop comes when there is something to do, and takes no time."""
+        return Pace(self.now)
 
     def post(self, event):
         self._inbox.append(event)

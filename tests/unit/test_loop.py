@@ -4,13 +4,14 @@ there."""
 
 import os
 import pickle
+import threading
 import time
 
 import pytest
 
 from dispynode import (
     HASHED_LATE, PULSES_LOST, PULSES_SILENT, WRITE_MOST, Ack, FrameDecoder, FrameEncoder, Jobs,
-    Link, Loop, Pulse, Role, Session)
+    Link, Loop, Pace, Pulse, Role, Session)
 
 pytestmark = pytest.mark.skipif(os.name == 'nt', reason='Windows cannot wait for pipes')
 KEY = b'k' * 32
@@ -292,23 +293,49 @@ class Sleeper(Told):
         return super().next_timer()
 
 
+@pytest.mark.parametrize('waited, is_short', [(0.0, True), (0.0002, True), (0.005, False)])
+def test_a_loop_pauses_only_if_it_has_hardly_waited(waited, is_short):
+    slept, pace = [], Pace(0.0)
+    pace.PAUSE = 0.0003
+    pace.may_pause = True
+    pace.woke(1.0, 1.0 + waited, None)
+    pace.pause(slept.append)
+    assert slept == [0.0003] * is_short and not pace.may_pause
+
+
+def test_a_pause_is_over_before_the_next_turn_and_loses_nothing(loop):
+    events = []
+    loop.on_event = events.append
+    loop.turn(0)
+    loop.pace.may_pause = True
+    loop.post('before')
+    loop.turn()
+    assert events == ['before'] and not loop.pace.may_pause
+    thread = threading.Timer(0.05, loop.post, ['later'])
+    thread.start()
+    loop.pace.may_pause = True
+    loop.turn()
+    thread.join()
+    assert events == ['before', 'later']
+
+
 def test_a_loop_knows_since_when_it_has_had_no_time():
     loop = Sleeper()
     try:
         loop.turn(0.05)
-        idle = loop.busy_since
-        assert idle == loop.woke_at
+        idle = loop.pace.busy_since
+        assert idle == loop.pace.woke_at
         for _ in range(3):
             loop.at += 5.0    # the turn before has taken so long
             loop.post('something')
             loop.turn()
-            assert loop.busy_since == idle < loop.woke_at - 4.0
+            assert loop.pace.busy_since == idle < loop.pace.woke_at - 4.0
         loop.jump = 30.0
         loop.turn(0.05)
-        assert loop.busy_since == idle
+        assert loop.pace.busy_since == idle
         loop.jump = 0.0
         loop.turn(0.05)
-        assert loop.busy_since == loop.woke_at
+        assert loop.pace.busy_since == loop.pace.woke_at
     finally:
         loop.close()
 

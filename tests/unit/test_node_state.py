@@ -615,6 +615,34 @@ def test_short_jobs_are_fed_ahead():
     assert more[0] == len(serials) + 1
 
 
+def test_nobody_waits_for_the_next_turn_while_workers_have_enough_short_jobs():
+    talk = Talk(1)
+    talk.ready()
+    for serial in range(800, 900):
+        talk.learn_short(serial)
+    (_, serials), = fed(talk.jobs(*range(1, 200)))
+    supplied = talk.node.scheduler
+    assert not supplied.is_supplied, 'there was no result, and the next one may come soon'
+    rows = [result(serial, took=0.0001) for serial in range(1, 200)]
+    talk.results(1, *rows[:40])
+    assert supplied.is_supplied
+    talk.after(0.001)
+    assert not supplied.is_supplied, 'nothing has come in this turn'
+    talk.results(1, *rows[40:100])
+    assert supplied.is_supplied
+    talk.results(1, *rows[100:160])
+    assert not supplied.is_supplied, 'no more jobs wait here: the client is to send some'
+
+
+def test_long_jobs_end_when_the_next_turn_is_waited_for():
+    talk = Talk(1)
+    talk.ready()
+    talk.jobs(*range(1, 100))
+    for serial in range(1, 50):
+        talk.results(1, result(serial, took=0.002))
+        assert not talk.node.scheduler.is_supplied
+
+
 def test_duplicates_of_jobs_are_ignored():
     talk = Talk(1)
     talk.ready()

@@ -120,6 +120,23 @@ def test_a_node_is_not_given_more_bytes_ahead_than_the_bound():
     assert talk.schedule.nodes['n'].bytes == 5 * size
 
 
+def test_jobs_that_are_sent_ahead_together_keep_their_order():
+    talk = Talk()
+    talk.ready('n')
+    talk.learn(0.001, times=500)
+    works = [job(**({'timeout': 5.0} if number in (3, 4, 30) else {})) for number in range(300)]
+    talk.tell(Submitted(works), CancelAsked(works[1]), CancelAsked(works[7]))
+    node, comp = talk.schedule.nodes['n'], talk.schedule.comps['c']
+    there = list(node.in_flight['c'].values())
+    left = [work for work in works if work not in (works[1], works[7])]
+    assert 90 < len(there) < 200 and there == left[:len(there)]
+    assert comp.queue.length == len(left) - len(there) and list(comp.queue) == left[len(there):]
+    assert len({work.serial for work in there}) == len(there) == node.used == comp.cpus_in_flight
+    assert {work.serial for work in there} == set(comp.running)
+    assert node.bytes == sum(len(work.payload) for work in there)
+    assert {work.state for work in there} == {JobState.SENT}
+
+
 def test_jobs_that_are_larger_than_the_bound_run_one_a_cpu():
     talk = Talk()
     talk.ready('n', 2)
