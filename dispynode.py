@@ -15944,16 +15944,16 @@ class StackFile:
     def _written(self, before: int) -> str:
         """Wait until the process has written its stacks, and return them."""
         until = time.monotonic() + self.TIME
-        size = before
+        data = b''
         while time.monotonic() < until:
             time.sleep(self.STEP)
-            known = size
-            size = os.path.getsize(self._path)
-            if size > before and size == known:
+            known = len(data)
+            with open(self._path, 'rb') as file:
+                file.seek(before)
+                data = file.read(STACKS_MOST)
+            # Each line is written in several parts, between which the process may lose its CPU
+            if len(data) == STACKS_MOST or (len(data) == known and data.endswith(b'\n')):
                 break
-        with open(self._path, 'rb') as file:
-            file.seek(before)
-            data = file.read(STACKS_MOST)
         if not data:
             return self.SILENT
         text = data.decode('utf-8', 'replace')

@@ -328,7 +328,8 @@ def test_a_node_that_gets_sigusr1_ends_when_it_is_idle(tmp_path):
             eventually(flag.started)
             node.process.send_signal(signal.SIGUSR1)
             eventually(lambda: [each.cpus for each in cluster.status().nodes] == [0])
-            assert node.process.poll() is None and jobs[0].status == DispyJob.Running
+            eventually(lambda: jobs[0].status == DispyJob.Running)
+            assert node.process.poll() is None
             flag.open()
             assert jobs[0].wait(20) and jobs[0].status == DispyJob.Finished
             assert node.process.wait(20) == 0

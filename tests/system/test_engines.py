@@ -5,8 +5,10 @@ import base64
 import json
 import os
 import re
+import shlex
 import stat
 import subprocess
+import sys
 import zlib
 
 import pytest
@@ -298,6 +300,7 @@ def test_a_pod_unpacks_what_it_is_given(tmp_path):
     command = POD_START + 'python3 /tmp/dispynode.py'
     for path in ('/tmp/', '/dispy/', '/dispy-secret/'):
         command = re.sub("(?<=[' ])" + path, str(tmp_path) + path, command)
+    command = command.replace('python3 ', shlex.quote(sys.executable) + ' ')
     done = subprocess.run(['sh', '-c', command], stdout=subprocess.PIPE)
     assert done.stdout == b'it runs\n'
     assert stat.S_IMODE((tmp_path / 'tmp' / 'secret').stat().st_mode) == 0o600

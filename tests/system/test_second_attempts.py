@@ -27,6 +27,7 @@ def attempt(directory, tag, kind='function'):
     import time
     if not tag:
         return tag
+    since = time.monotonic_ns()   # the file of a second attempt may be stored sooner
     name = dispy_node_name   # noqa: F821
     print('printed at', name, flush=True)
     dispy_provisional_result('provisional at ' + name)   # noqa: F821
@@ -36,7 +37,7 @@ def attempt(directory, tag, kind='function'):
     begun = os.path.join(directory, '%s.%s' % (tag, name))
     try:
         with open(begun + '.part', 'w') as file:
-            file.write('%d %d' % (time.monotonic_ns(), os.getpid()))
+            file.write('%d %d' % (since, os.getpid()))
         os.rename(begun + '.part', begun)
         while True:
             for where in (name, 'all'):

@@ -2,12 +2,14 @@
 known of past attempts."""
 
 import math
+import threading
 
 import pytest
 
 from dispynode import (
-    CREDIT_TIME, PAST_TIME, Attempt, Cpus, FairShare, SpoolFound, Forget, Lease, NodeLease,
-    NodeTables, AttemptHistory, PastAttempts, Remember, Remembered, Timers, UndeliveredResults)
+    CREDIT_TIME, PAST_TIME, STACKS_SIGNAL, Attempt, Cpus, FairShare, SpoolFound, StackFile, Forget,
+    Lease, NodeLease, NodeTables, AttemptHistory, PastAttempts, Remember, Remembered, Timers,
+    UndeliveredResults)
 from dispynode import _Computation as Computation, _Worker as Worker
 from talk_node import spec
 
@@ -202,3 +204,20 @@ def test_results_on_the_disk_are_given_up_after_their_time_and_that_is_known():
     due(timers, 50.0)
     assert Forget('c') in tables.actions and results.known_attempts('c') == []
     assert AttemptHistory.of(past.row('c')).given_up == {1, 2}
+
+
+@pytest.mark.skipif(not STACKS_SIGNAL, reason='this system has no signal for it')
+def test_stacks_are_read_to_the_end_of_a_line(tmp_path):
+    """The process that writes them loses its CPU within a line of ours."""
+    stacks = StackFile(str(tmp_path), 7)
+    path = tmp_path / 'stacks-7'
+    path.write_text('Thread 1:\n  File "job.py", line 3 in work\n  File "/x/dispynode.py", line ')
+
+    def go_on():
+        with open(path, 'a') as file:
+            file.write('9 in _run\n  File "/x/dispynode.py", line 8 in serve\n')
+    timer = threading.Timer(0.05, go_on)
+    timer.start()
+    text = stacks._written(0)
+    timer.join()
+    assert text == 'Thread 1:\n  File "job.py", line 3 in work\n'
