@@ -1726,6 +1726,7 @@ RETURNED = frozenset((Outcome.RETURNED, Outcome.RETURNED_CODE))
 VALUES = RETURNED | {Outcome.PROVISIONAL, Outcome.PROVISIONAL_CODE}
 PURPOSES = frozenset(map(int, Purpose))
 # Compared for each result; comparing a member of an enum takes longer
+_RETURNED = int(Outcome.RETURNED)
 _RAISED = int(Outcome.RAISED)
 # The outcomes that are not the end of an attempt
 PROVISIONAL = frozenset((Outcome.PROVISIONAL, Outcome.PROVISIONAL_CODE))
@@ -5957,29 +5958,29 @@ class ReceiveBuffer:
         if self._large is not None:
             return self._fill_large(count)
         units = []
-        snapshot: Optional[memoryview] = None
         start = self._start
-        end = self._end + count
-        self._end = end
+        end = self._end = self._end + count
+        # One copy for all units of this call: the staging buffer is used again
+        copy = bytes(self._view[:end])
+        snapshot = memoryview(copy)
+        size = self._body_size
         while True:
-            if self._body_size < 0:
+            if size < 0:
                 body = start + self._head_size
                 if body > end:
                     break
-                self._head = bytes(self._view[start:body])
-                self._body_size = self.measure(self._head)
+                self._head = copy[start:body]
+                size = self.measure(self._head)
                 start = body
-            after = start + self._body_size
+            after = start + size
             if after > end:
                 break
-            # One copy for all units of this call: the staging buffer is used again
-            if snapshot is None:
-                snapshot = memoryview(bytes(self._view[:end]))
             unit = (self._head, snapshot[start:after])
             units.append(unit)
             start = after
-            self._body_size = -1
-        if start == end and self._body_size < 0:   # nearly always
+            size = -1
+        self._body_size = size
+        if start == end and size < 0:   # nearly always
             self._start = 0
             self._end = 0
         else:
@@ -17103,13 +17104,22 @@ def _keep(body: memoryview) -> Buffer:
 
 
 def _row_of(pipe: Pipe, head: Tuple[Any, ...], body: memoryview) -> tuple:
-    """Return a row of Results from the record of a worker. Raises PeerError."""
+    """Return a row of Results from the record of a worker. Raises PeerError if it is not
+    plausible."""
     _, in_segment, outcome, serial, start, end, size, _, _ = head
     if size == len(body) < OUT_OF_BAND and not in_segment:   # small, and nothing was printed
-        return serial, outcome, start, end, bytes(body), b'', b''
-    record = pipe.record_of(head, body)
-    payload, stdout, stderr = map(_keep, record.bodies)
-    return serial, outcome, start, end, payload, stdout, stderr
+        row = (serial, outcome, start, end, bytes(body), b'', b'')
+        if outcome == _RETURNED and size and 0.0 <= start <= end <= LATEST:   # nearly always
+            return row
+    else:
+        record = pipe.record_of(head, body)
+        payload, stdout, stderr = map(_keep, record.bodies)
+        row = (serial, outcome, start, end, payload, stdout, stderr)
+    if outcome not in OF_WORKERS or not is_outcome(*row[OUTCOME:]):
+        text = 'a result with outcome %d, from %g to %g, of %d bytes' % (
+            outcome, start, end, size_of(row[PAYLOAD]))
+        raise PeerError(text)
+    return row
 
 
 def shortage(exc: BaseException) -> str:
@@ -18899,11 +18909,6 @@ class WorkerReader:
         for head, body in units:
             if head[0] == _RESULT:
                 row = _row_of(pipe, head, body)
-                if row[OUTCOME] not in OF_WORKERS or not is_outcome(*row[OUTCOME:]):
-                    size = size_of(row[PAYLOAD])
-                    text = 'a result with outcome %d, from %g to %g, of %d bytes' % (
-                        *row[OUTCOME:PAYLOAD], size)
-                    raise PeerError(text)
                 rows.append(row)
                 continue
             if rows:   # what the next job sends comes after earlier results
