@@ -17108,7 +17108,7 @@ def _row_of(pipe: Pipe, head: Tuple[Any, ...], body: memoryview) -> tuple:
     plausible."""
     _, in_segment, outcome, serial, start, end, size, _, _ = head
     if size == len(body) < OUT_OF_BAND and not in_segment:   # small, and nothing was printed
-        row = (serial, outcome, start, end, bytes(body), b'', b'')
+        row: tuple = (serial, outcome, start, end, bytes(body), b'', b'')
         if outcome == _RETURNED and size and 0.0 <= start <= end <= LATEST:   # nearly always
             return row
     else:
