@@ -49,6 +49,8 @@ The life of a job here:
 Files this program needs: this one, dispynode.py, cloudpickle.
 """
 
+from __future__ import annotations
+
 if __name__ == '__main__':
     # Run this module once more under its own name, so that classes have one identity. This happens
     # here and not at the end, where everything below would have been executed for nothing. The code
@@ -80,7 +82,6 @@ import collections.abc
 import concurrent.futures
 import contextlib
 import copyreg
-import dataclasses
 import dis
 import enum
 import errno
@@ -15920,8 +15921,7 @@ TAKEN_AS_GIVEN = (
     'cluster_status', 'on_output', 'depends', 'setup', 'secret', 'certfile', 'keyfile', 'cafile')
 
 
-@dataclasses.dataclass(frozen=True, repr=False, eq=False)
-class ClusterOptions:
+class ClusterOptions(NamedTuple):
     """The parameters of a cluster after they were checked. Attributes that are not listed here are
     the parameters with these names, see JobCluster.
 
@@ -15967,6 +15967,10 @@ class ClusterOptions:
     certfile: Optional[str]
     keyfile: Optional[str]
     cafile: Optional[str]
+
+    def __repr__(self) -> str:
+        """One of them is the secret."""
+        return '<%s>' % type(self).__name__
 
     @classmethod
     def from_arguments(cls, given: Dict[str, Any], remote: bool) -> 'ClusterOptions':
@@ -16192,30 +16196,22 @@ class JobBook:
         callback, the job for which it was called is not waited for, nor are those whose callbacks
         wait too."""
         own = getattr(_calling, 'book', None) is self
-        if timeout is None:
-            until = None
-        else:
-            until = time.monotonic() + timeout
+
+        def is_over() -> bool:
+            # Callbacks that wait do not wait for each other
+            return self.pending <= (self._waiters if own else 0)
         with self.changed:
             self._watchers += 1
             self._waiters += own
             if own:
                 self.changed.notify_all()
             try:
-                # Callbacks that wait do not wait for each other
-                while self.pending > (self._waiters if own else 0):
-                    if until is None:
-                        left = None
-                    else:
-                        left = until - time.monotonic()
-                    if left is not None:
-                        if left <= 0:
-                            return False
-                    in_slices(self.changed.wait, left)
+                # A job may end when a slice has just ended: each slice looks at the number itself
+                return in_slices(  # type: ignore[no-any-return]
+                    lambda seconds: self.changed.wait_for(is_over, seconds), timeout)
             finally:
                 self._waiters -= own
                 self._watchers -= 1
-        return True
 
     def wait_for_change(self, seconds: float) -> None:
         """Wait until a node or a job has changed, at most so many seconds."""

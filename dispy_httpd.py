@@ -138,6 +138,8 @@ Errors: {error str} with 400 (not understood), 401 (token), 403 (another site's 
 Files this program needs: this one, dispy.py, dispynode.py, cloudpickle.
 """
 
+from __future__ import annotations
+
 import argparse
 import collections
 import concurrent.futures

@@ -209,6 +209,7 @@ END_TIME = 2.0                # s that killed workers may take to end
 LIMIT_MARGIN = 10.0
 DRAIN_BEFORE = 120.0          # s before its time limit at which a node takes no new jobs
 CLEANUP_TIME = 4.0            # s that workers have for cleanup: less than their runner has to end
+RESULT_SENT = 0.5             # s that a worker may take to note that it has sent a result
 HANDSHAKE_TIME = 10.0         # s for TLS and handshake together
 TRIPS = 10                    # round trips to a peer that these need at most
 SETUP_TIME = 600.0            # s that loading code and setup() may take
@@ -938,12 +939,21 @@ def may_reclaim(digest: bytes, key: bytes) -> bool:
 
 
 _TYPES_OF_ANNOTATIONS = {float: (float, int), Any: object}
+# Annotations of the other modules are texts, which are not evaluated when they are imported.
+_TYPES_BY_NAME = {'float': (float, int), 'Any': object, 'bool': bool, 'bytes': bytes, 'dict': dict,
+                  'int': int, 'list': list, 'str': str, 'tuple': tuple}
 
 
 def _field_types(message: type) -> Tuple[Any, ...]:
     """Return the types that the fields of a message have after it was received."""
-    annotations = message.__annotations__.values()
-    return tuple(_TYPES_OF_ANNOTATIONS.get(kind, kind) for kind in annotations)
+    types_of_fields: List[Any] = []
+    for kind in message.__annotations__.values():
+        name = getattr(kind, '__forward_arg__', kind)   # as typing.NamedTuple keeps a text
+        if isinstance(name, str):
+            types_of_fields.append(_TYPES_BY_NAME[name])
+        else:
+            types_of_fields.append(_TYPES_OF_ANNOTATIONS.get(kind, kind))
+    return tuple(types_of_fields)
 
 
 FIELD_TYPES = {message: _field_types(message) for message in OPS}
@@ -16634,10 +16644,12 @@ class SpawnedWorkers(WorkerProcesses):
 
     def _end_in_order(self) -> None:
         """Let workers run cleanup that have loaded the computation and run no job."""
-        until = time.monotonic() + CLEANUP_TIME
+        now = time.monotonic()
+        until = now + CLEANUP_TIME
+        idle_until = now + RESULT_SENT
         ending = []
         for child in self._children.values():
-            if child.line.is_up and not child.slots[0]:
+            if child.line.is_up and self._is_idle(child, idle_until):
                 ending.append(child)
                 child.line.tell(RecordType.CLOSE)
             else:
@@ -16646,6 +16658,14 @@ class SpawnedWorkers(WorkerProcesses):
             now = time.monotonic()
             child.process.join(max(0.0, until - now))
         self.reap()
+
+    @staticmethod
+    def _is_idle(child: _Child, until: float) -> bool:
+        """Return whether a worker runs no job. A worker whose result has been received already may
+        not yet have noted in its slots that the job has ended: this is waited for."""
+        while child.slots[0] and time.monotonic() < until:
+            time.sleep(0.002)
+        return not child.slots[0]
 
 
 class LoadingProcess:

@@ -38,6 +38,8 @@ here except with `open_plain`, which opens builtin values only.
 Files this host needs: this one, dispy.py, dispynode.py, cloudpickle.
 """
 
+from __future__ import annotations
+
 import argparse
 import bisect
 import collections

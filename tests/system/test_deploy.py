@@ -38,7 +38,7 @@ class Host:
         for path in (self.home, self.temporary):
             os.makedirs(path)
         if not os.path.isdir('/run/sshd') and not os.getuid():
-            os.mkdir('/run/sshd', 0o755)   # sshd of root insists
+            os.makedirs('/run/sshd', 0o755, exist_ok=True)   # sshd of root insists
         subprocess.run(['ssh-keygen', '-q', '-t', 'ed25519', '-N', '', '-f', key], check=True)
         with socket.socket() as sock:
             sock.bind(('127.0.0.1', 0))

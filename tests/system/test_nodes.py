@@ -129,6 +129,7 @@ def read(path):
     return path.read_text().split() if path.exists() else []
 
 
+@pytest.mark.fork('setup and cleanup run once in each worker: see test_start_method.py')
 def test_close_node_waits_for_what_runs_and_cleans_up(make_cluster, nodes, tmp_path):
     one, log = nodes(), tmp_path / 'log'
     with make_cluster(hold, nodes=[one.address], **hooks(str(log))) as cluster:
@@ -148,6 +149,7 @@ def test_close_node_waits_for_what_runs_and_cleans_up(make_cluster, nodes, tmp_p
     eventually(lambda: read(log) == ['setup', 'cleanup'] * 2)
 
 
+@pytest.mark.fork('a worker that runs a job is killed, and runs no cleanup')
 @pytest.mark.parametrize('reentrant', (False, True))
 def test_close_node_at_once(make_cluster, nodes, tmp_path, reentrant):
     one, two, log = nodes('one', cpus=1), nodes('two', cpus=1), tmp_path / 'log'

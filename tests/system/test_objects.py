@@ -463,6 +463,7 @@ def cells(request, tables, pair):
     return tables.cells(*pair)
 
 
+@pytest.mark.fork('setup makes an object of multiprocessing that only forked processes share')
 @pytest.mark.parametrize('pair', PAIRS, ids='-'.join)
 def test_objects_are_what_they_are_in_a_forked_process(cells, pair):
     lines = report(cells)
@@ -482,6 +483,7 @@ def test_the_reference_is_complete(tables):
                    for of_one in roles.values())
 
 
+@pytest.mark.fork('the same')
 def test_few_cells_differ_elsewhere(tables):
     """Of those that are allowed to, by reason, elsewhere than on the embedded node."""
     elsewhere = [cell for place, node in tables.found if node != 'local'

@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+import threading
 import time
 
 import psutil
@@ -100,6 +101,42 @@ def test_an_executor_takes_it_from_its_context():
 
 
 # -- setup and cleanup -----------------------------------------------------------------------------
+
+class Ending:
+    """A worker for its runner, and the end of its connection: what it is told."""
+
+    def __init__(self, slots):
+        self.slots, self.is_up, self.told = slots, True, []
+        self.line = self.process = self
+
+    def tell(self, kind):
+        self.told.append(kind)
+
+    def join(self, seconds):
+        self.told.append('waited for')
+
+
+def test_a_worker_that_has_just_sent_its_result_runs_cleanup():
+    """It notes a moment later that its job has ended; that one runs until the end is another
+    thing."""
+    class Workers(dispynode.SpawnedWorkers):
+        def __init__(self, children):
+            self._children, self.killed = children, []
+
+        def _kill(self, child):
+            self.killed.append(child)
+
+        def reap(self):
+            pass
+    idle, ended, busy = Ending([0]), Ending([65537]), Ending([65538])
+    timer = threading.Timer(0.05, ended.slots.__setitem__, (0, 0))
+    timer.start()
+    workers = Workers({1: idle, 2: ended, 3: busy})
+    workers._end_in_order()
+    timer.join()
+    close = dispynode.RecordType.CLOSE
+    assert idle.told == ended.told == [close, 'waited for'] and workers.killed == [busy]
+
 
 def test_setup_and_cleanup_run_in_each_worker_and_nothing_in_the_runner(spawned, tmp_path,
                                                                         monkeypatch):

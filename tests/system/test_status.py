@@ -99,6 +99,7 @@ def test_each_job_is_told_to_run_before_it_ends(cluster):
             DispyJob.Created, DispyJob.Running, DispyJob.Finished]
 
 
+@pytest.mark.fork('jobs wait for a worker while it is started')
 def test_what_a_node_says_agrees_with_the_status(cluster, node, flag):
     """Also of jobs that came to it together with the question."""
     for _ in range(5):
