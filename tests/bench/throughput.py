@@ -388,26 +388,26 @@ def measure_first_result():
 
 
 MEMORY = """
-import gc, sys, time
+import sys, tracemalloc
 sys.path.insert(0, {root!r})
-import dispy, psutil
+import dispy
 # Nothing listens there: all are queued
 cluster = dispy.JobCluster(lambda x: x, nodes=[('127.0.0.1', 9)], loglevel=50)
-process = psutil.Process()
 warm = [cluster.submit(None) for _ in range(1000)]
 cluster.cancel(warm[-1])    # answered by the driver: it has taken what was posted before
-before = process.memory_info().rss
+tracemalloc.start()
 jobs = [cluster.submit(None) for _ in range({count})]
 cluster.cancel(jobs[-1])
-after = process.memory_info().rss
-print((after - before) / {count}
+print(tracemalloc.get_traced_memory()[0] / {count}
       - sys.getsizeof(getattr(jobs[0], 'payload', None) or jobs[0]._payload))
 cluster.close(terminate=True)
 """
 
 
 def measure_memory(count):
-    """Bytes of client memory a queued job takes besides its arguments, in a process of its own."""
+    """Bytes of client memory a queued job takes besides its arguments, in a process of its own. The
+    allocations are counted: how much the process grows depends on what it has freed before, above
+    all on whether it had to compile its modules."""
     out = subprocess.run([sys.executable, '-c', MEMORY.format(root=ROOT, count=count)],
                          stdout=subprocess.PIPE, check=True)
     return float(out.stdout)
