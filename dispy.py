@@ -3286,7 +3286,7 @@ class Books:
         return node, comp
 
     def put_on(self, node: NodeLoad, comp: ComputationLoad, works: List[ScheduledJob]) -> None:
-        """Assign jobs to a node, the first of a queue in their order."""
+        """Assign the next jobs of a queue to a node, in their order."""
         name = comp.comp
         if comp.blocked_head is works[0]:
             comp.blocked_head = None
