@@ -2329,14 +2329,14 @@ class _Queue:
         return level.popleft()
 
     def pop_alike(self, most: int, size: int) -> List[ScheduledJob]:
-        """Remove the job that `head` returned and, if it has no options, up to `most` jobs in all
-        that have none either, until their arguments exceed `size` bytes."""
+        """Remove the job that `head` returned, which has no options, and those behind it that have
+        none either: up to `most` jobs in all, until their arguments exceed `size` bytes."""
         level = self._levels[self._order[-1]]
         works = [level.popleft()]
         size -= _bytes_of(works[0])
         while level and len(works) < most and size >= 0:
             work = level[0]
-            if work.options or works[0].options:
+            if work.options:
                 break
             level.popleft()
             if work.state in _WAITING:
@@ -3290,13 +3290,14 @@ class Books:
         name = comp.comp
         if comp.blocked_head is works[0]:
             comp.blocked_head = None
-        cpus = self._set_in_flight(node, comp, works)
-        node.take(name, cpus)
-        comp.cpus_in_flight += cpus
+        for work in works:
+            move_job(work, 'send')
+            work.serial += 1
+            node.bytes += _bytes_of(work)
+            if comp.seconds is not None:
+                comp.seconds.pass_over(work)
+        self._are_there(node, comp, works)
         comp.served = next(self.numbers)
-        self.client_cpus[comp.client] += cpus
-        if comp.user is not None:
-            comp.user.take(cpus, len(works))
         # These jobs will not wait there
         if node.probe is None:
             if node.cpus_reserved == node.used:
@@ -3314,28 +3315,6 @@ class Books:
         else:
             before += works
 
-    @staticmethod
-    def _set_in_flight(node: NodeLoad, comp: ComputationLoad, works: List[ScheduledJob]) -> int:
-        """Begin a new attempt of each of these jobs on a node. Returns how many CPUs they use."""
-        cpus = 0
-        in_flight = node.in_flight[comp.comp]
-        for work in works:
-            move_job(work, 'send')
-            serial = work.serial = work.serial + 1
-            in_flight[serial] = work
-            comp.running[serial] = node
-            node.bytes += _bytes_of(work)
-            if work.options:
-                cpus += cpus_of(work)
-                node.stock.take(work)
-            else:
-                cpus += 1
-            if comp.seconds is not None:
-                comp.seconds.pass_over(work)
-            if comp.ranked:
-                node.ranks[comp.comp][priority_of(work)] += cpus_of(work)
-        return cpus
-
     def send(self) -> None:
         """Have those jobs sent that were assigned to nodes in this turn."""
         to_send = self._to_send
@@ -3349,9 +3328,9 @@ class Books:
         """Note jobs that an earlier process has sent to a node."""
         for work in works:
             move_job(work, 'send')
-            self._is_there(node, comp, work)
             if work.options and 'priority' in work.options:
                 comp.ranked = True
+        self._are_there(node, comp, works)
         for there in comp.nodes.values() if comp.ranked else ():
             there.ranks[comp.comp] = collections.Counter()
             for work in there.in_flight[comp.comp].values():
@@ -3359,24 +3338,31 @@ class Books:
 
     def goes_on_at(self, node: NodeLoad, comp: ComputationLoad, work: ScheduledJob) -> None:
         """Make an attempt on a node that of its job from now on."""
-        self._is_there(node, comp, work)
+        self._are_there(node, comp, [work])
         node.bytes += _bytes_of(work)
-        if comp.ranked:
-            node.ranks[comp.comp][priority_of(work)] += cpus_of(work)
         self.changed[node.key] = node
 
-    def _is_there(self, node: NodeLoad, comp: ComputationLoad, work: ScheduledJob) -> None:
-        """Count an attempt that is on a node already. `put_on` counts in the same way, without a
-        call for each job."""
-        cpus = cpus_of(work)
-        node.take(comp.comp, cpus)
-        node.stock.take(work)
-        comp.cpus_in_flight += cpus
-        self.client_cpus[comp.client] += cpus
+    def _are_there(self, node: NodeLoad, comp: ComputationLoad,
+                   works: Sequence[ScheduledJob]) -> None:
+        """Count attempts that are on a node from now on."""
+        name = comp.comp
+        in_flight = node.in_flight[name]
+        total = 0
+        for work in works:
+            in_flight[work.serial] = work
+            comp.running[work.serial] = node
+            cpus = 1
+            if work.options:
+                cpus = cpus_of(work)
+                node.stock.take(work)
+            total += cpus
+            if comp.ranked:
+                node.ranks[name][priority_of(work)] += cpus
+        node.take(name, total)
+        comp.cpus_in_flight += total
+        self.client_cpus[comp.client] += total
         if comp.user is not None:
-            comp.user.take(cpus, 1)
-        node.in_flight[comp.comp][work.serial] = work
-        comp.running[work.serial] = node
+            comp.user.take(total, len(works))
 
     def take_off(self, node: NodeLoad, comp: ComputationLoad,
                  serials: Sequence[int]) -> Dict[int, ScheduledJob]:
@@ -3790,7 +3776,9 @@ class Placement:
         if work is None or not self._may_send(node, comp, work, reserve, choice):
             return []
         most = node.limits[comp.comp] + reserve - node.parts[comp.comp]
-        if not reserve or most <= 1 or comp.user is not None or comp.ranked or comp.called:
+        if most <= 1 or not reserve or work.options:
+            return [source.pop()]
+        if comp.user is not None or comp.ranked or comp.called:
             return [source.pop()]
         return source.pop_alike(most, AHEAD_BYTES - node.bytes)
 

@@ -939,21 +939,18 @@ def may_reclaim(digest: bytes, key: bytes) -> bool:
 
 
 _TYPES_OF_ANNOTATIONS = {float: (float, int), Any: object}
-# Annotations of the other modules are texts, which are not evaluated when they are imported.
-_TYPES_BY_NAME = {'float': (float, int), 'Any': object, 'bool': bool, 'bytes': bytes, 'dict': dict,
-                  'int': int, 'list': list, 'str': str, 'tuple': tuple}
 
 
 def _field_types(message: type) -> Tuple[Any, ...]:
     """Return the types that the fields of a message have after it was received."""
-    types_of_fields: List[Any] = []
+    found: List[Any] = []
     for kind in message.__annotations__.values():
-        name = getattr(kind, '__forward_arg__', kind)   # as typing.NamedTuple keeps a text
-        if isinstance(name, str):
-            types_of_fields.append(_TYPES_BY_NAME[name])
-        else:
-            types_of_fields.append(_TYPES_OF_ANNOTATIONS.get(kind, kind))
-    return tuple(types_of_fields)
+        # A text where annotations are not evaluated; typing.NamedTuple wraps it
+        text = getattr(kind, '__forward_arg__', kind)
+        if isinstance(text, str):
+            kind = Any if text == 'Any' else getattr(builtins, text)
+        found.append(_TYPES_OF_ANNOTATIONS.get(kind, kind))
+    return tuple(found)
 
 
 FIELD_TYPES = {message: _field_types(message) for message in OPS}
@@ -1736,7 +1733,6 @@ RETURNED = frozenset((Outcome.RETURNED, Outcome.RETURNED_CODE))
 VALUES = RETURNED | {Outcome.PROVISIONAL, Outcome.PROVISIONAL_CODE}
 PURPOSES = frozenset(map(int, Purpose))
 # Compared for each result; comparing a member of an enum takes longer
-_RETURNED = int(Outcome.RETURNED)
 _RAISED = int(Outcome.RAISED)
 # The outcomes that are not the end of an attempt
 PROVISIONAL = frozenset((Outcome.PROVISIONAL, Outcome.PROVISIONAL_CODE))
@@ -17129,8 +17125,6 @@ def _row_of(pipe: Pipe, head: Tuple[Any, ...], body: memoryview) -> tuple:
     _, in_segment, outcome, serial, start, end, size, _, _ = head
     if size == len(body) < OUT_OF_BAND and not in_segment:   # small, and nothing was printed
         row: tuple = (serial, outcome, start, end, bytes(body), b'', b'')
-        if outcome == _RETURNED and size and 0.0 <= start <= end <= LATEST:   # nearly always
-            return row
     else:
         record = pipe.record_of(head, body)
         payload, stdout, stderr = map(_keep, record.bodies)

@@ -37,7 +37,7 @@ class Host:
         key, log = str(directory / 'key'), directory / 'log'
         for path in (self.home, self.temporary):
             os.makedirs(path)
-        if not os.path.isdir('/run/sshd') and not os.getuid():
+        if not os.getuid():
             os.makedirs('/run/sshd', 0o755, exist_ok=True)   # sshd of root insists
         subprocess.run(['ssh-keygen', '-q', '-t', 'ed25519', '-N', '', '-f', key], check=True)
         with socket.socket() as sock:

@@ -604,12 +604,18 @@ def test_long_jobs_are_not_fed_ahead():
         assert fed(talk.results(1, result(serial, took=0.1))) == [(1, [serial + 1])]
 
 
-def test_short_jobs_are_fed_ahead():
-    talk = Talk(1)
+def short_jobs(talk):
+    """Send 199 short jobs to a node of one CPU; return the serials of those that its worker got."""
     talk.ready()
     for serial in range(800, 900):
         talk.learn_short(serial)
     (_, serials), = fed(talk.jobs(*range(1, 200)))
+    return serials
+
+
+def test_short_jobs_are_fed_ahead():
+    talk = Talk(1)
+    serials = short_jobs(talk)
     assert 10 < len(serials) <= 65 and serials == list(range(1, len(serials) + 1))
     (_, more), = fed(talk.results(1, *[result(serial, took=0.0001) for serial in serials[:-1]]))
     assert more[0] == len(serials) + 1
@@ -617,10 +623,7 @@ def test_short_jobs_are_fed_ahead():
 
 def test_nobody_waits_for_the_next_turn_while_workers_have_enough_short_jobs():
     talk = Talk(1)
-    talk.ready()
-    for serial in range(800, 900):
-        talk.learn_short(serial)
-    (_, serials), = fed(talk.jobs(*range(1, 200)))
+    short_jobs(talk)
     supplied = talk.node.scheduler
     assert not supplied.is_supplied, 'there was no result, and the next one may come soon'
     rows = [result(serial, took=0.0001) for serial in range(1, 200)]
